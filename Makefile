@@ -1,0 +1,54 @@
+# `make` lists the targets. Each one installs what it needs first; nothing else has to be prepared.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Tests never reach for a network. Each of the two workers gets one thread, so they do not compete for cores.
+# MULTITUNE_DATA (a folder of public datasets, optional) reaches the tests as it is in the environment.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+            OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test demo bench docs clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install multitune in it, with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo 'Installing multitune and its dependencies into $(VENV); this takes a few minutes.'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,parity]'
+	touch $@
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## repair style and formatting where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP)  ## run the tests (PYTEST_ARGS='-k lora' narrows them)
+	$(TEST_ENV) $(BIN)/pytest -n 2 -q $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## train and serve several tasks on one backbone, offline
+	$(BIN)/multitune demo
+
+bench: $(STAMP)  ## measure a mixed batch
+	$(BIN)/python benchmarks/mixed_batch.py
+
+docs: $(STAMP)  ## build the documentation
+	$(BIN)/python scripts/build_docs.py
+
+clean:  ## remove caches and build outputs
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean  ## the same, and .venv
+	rm -rf $(VENV)

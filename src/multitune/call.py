@@ -1,0 +1,287 @@
+"""One forward pass: a plan bound to one batch. Routing is data of the call, never of the model.
+
+The call is found by the sites through a context variable that is set for the duration of the forward pass and
+reset in a `finally`, so that other threads, a failed batch, and the next batch never see it. Layers that are
+recomputed in the backward pass get their own call back (`recompute_context`), because that runs later and
+perhaps on another thread.
+
+Legend: B rows, T tokens of the longest row, P inserted vectors in all, E embedding width, L layers, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multitune.deltas import Prompt, TokenBias
+from multitune.errors import PlanError
+from multitune.plan import Group, Plan, Step
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+_CURRENT: ContextVar[Call] = ContextVar("multitune_call")
+
+
+def current_call() -> Call:
+    """The call that the running forward pass belongs to.
+
+    Raises:
+        PlanError: the model was called directly, around the backbone that instruments it.
+    """
+    call = _CURRENT.get(None)
+    if call is None:
+        raise PlanError(
+            "this model is instrumented by multitune, but its forward pass was called without a plan; call "
+            "Backbone.run(plan, ...) or Bank.predict(...), or Backbone.detach() to get the bare model back"
+        )
+    return call
+
+
+@contextlib.contextmanager
+def active(call: Call) -> Iterator[None]:
+    """Make `call` the current one for this thread until the block ends, however it ends."""
+    token = _CURRENT.set(call)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def recompute_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint(context_fn=...)`: the recomputed forward runs under the call of the first one."""
+    return contextlib.nullcontext(), active(current_call())
+
+
+class Call:
+    """A plan bound to the token ids of one batch; made anew for every forward pass."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        plan: Plan,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> None:
+        """
+        Args:
+            input_ids: int64 `[B, T]`, in the caller's order of rows.
+            attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+            token_type_ids: int64 `[B, T]` or `None`.
+
+        Raises:
+            PlanError: the batch has another number of rows than the plan, an id outside the vocabulary, or a
+                row that is too long with its prompt; names the row.
+        """
+        self.backbone = backbone
+        self.plan = plan
+        self.captured: dict[str, Tensor] = {}
+        """Inputs of sub-layers that a parallel bottleneck will read, by site."""
+        _check_ids(plan, backbone, input_ids)
+        ordered = [_in_order(t, plan.order) for t in (input_ids, attention_mask, token_type_ids)]
+        ids, mask, types = ordered
+        assert ids is not None
+        self.prompts: Prompts | None = None
+        if any(r is not None and r.prompt_length for r in plan.ordered):
+            self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types)
+            ids, mask, types = self.prompts.input_ids, self.prompts.attention_mask, self.prompts.token_type_ids
+        _check_length(plan, backbone, ids)
+        self.inputs = {"input_ids": ids}
+        if mask is not None:
+            self.inputs["attention_mask"] = mask
+        if types is not None and backbone.takes_token_types:
+            self.inputs["token_type_ids"] = types
+        self._bias = self._token_bias(ids)
+
+    def steps(self, site: str) -> list[Step] | None:
+        """What to apply at a site, or `None`."""
+        return self.plan.steps.get(site)
+
+    def _token_bias(self, ids: Tensor) -> list[TokenRowsOfBatch]:
+        found: list[TokenRowsOfBatch] = []
+        training = self.backbone.model.training
+        for step in self.plan.steps.get("layers", ()):
+            assert isinstance(step.delta, TokenBias)
+            found.append(_rows_from_factors(step.group, step.delta, ids, training))
+        if self.plan.tables:
+            found.append(_rows_from_tables(self.plan, ids))
+        if self.prompts is not None:
+            for part in found:
+                part.silence(self.prompts.inserted)
+        return found
+
+    @property
+    def has_token_bias(self) -> bool:
+        """Whether any row has a bias at the layers' inputs."""
+        return bool(self._bias)
+
+    def add_token_bias(self, layer: int, hidden: Tensor) -> Tensor:
+        """`hidden [B, T, D]` at a layer's input with the token biases of that layer added; never in place."""
+        if not self._bias:
+            return hidden
+        only = self._bias[0]
+        if len(self._bias) == 1 and only.rows is None:
+            return hidden + only.at(layer).to(hidden.dtype)
+        hidden = hidden.clone()  # the layer below may have handed out the same tensor
+        for part in self._bias:
+            bias = part.at(layer).to(hidden.dtype)
+            if isinstance(part.rows, Tensor):
+                hidden.index_add_(0, part.rows, bias)
+            else:
+                hidden[part.rows if part.rows is not None else slice(None)] += bias
+        return hidden
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """`[B, T', D]` in plan order with prompts to `[B, T, D]` in the caller's order without them."""
+        if self.prompts is not None:
+            index = self.prompts.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            hidden = hidden.gather(1, index)
+        return _in_order(hidden, self.plan.inverse)  # type: ignore[return-value]
+
+
+def _in_order(t: Tensor | None, order: Tensor | None) -> Tensor | None:
+    return t if t is None or order is None else t.index_select(0, order.to(t.device))
+
+
+def _check_ids(plan: Plan, backbone: Backbone, input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or input_ids.shape[0] != plan.num_rows:
+        raise PlanError(
+            f"the plan is for {plan.num_rows} rows, but input_ids has shape {tuple(input_ids.shape)}; "
+            f"make a plan with one entry per row of the batch"
+        )
+    low, high = input_ids.aminmax() if input_ids.numel() else (torch.tensor(0), torch.tensor(0))
+    if int(low) < 0 or int(high) >= backbone.vocab_size:
+        wrong = (input_ids < 0) | (input_ids >= backbone.vocab_size)
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        raise PlanError(
+            f"row {row}: token id {int(input_ids[row, column])} at position {column} is outside the vocabulary "
+            f"0..{backbone.vocab_size - 1}; encode the text with this backbone's own tokenizer"
+        )
+
+
+def _check_length(plan: Plan, backbone: Backbone, ids: Tensor) -> None:
+    longest = ids.shape[1]
+    if longest > backbone.max_length:
+        lengths = [r.prompt_length if r is not None else 0 for r in plan.ordered]
+        place = max(range(len(lengths)), key=lengths.__getitem__)
+        row = place if plan.order is None else int(plan.order[place])
+        raise PlanError(
+            f"the batch is {longest} positions long, {max(lengths)} of them the prompt of row {row}, but the backbone "
+            f"has {backbone.max_length}; truncate the texts to {backbone.max_length - max(lengths)} tokens"
+        )
+
+
+class Prompts:
+    """A batch lengthened by inserted vectors: per-row lengths and places, right masks and positions."""
+
+    def __init__(
+        self, plan: Plan, placeholder_id: int, ids: Tensor, mask: Tensor | None, types: Tensor | None
+    ) -> None:
+        device = ids.device
+        num_rows, width = ids.shape
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        prompts = [[d for _, d in r.of(Prompt)] if r is not None else [] for r in plan.ordered]
+        parts = [d for row in prompts for d in row if isinstance(d, Prompt)]
+        lengths = torch.tensor(
+            [sum(d.vectors.shape[0] for d in row if isinstance(d, Prompt)) for row in prompts], device=device
+        )
+        self.vectors = torch.cat([d.vectors for d in parts])
+        """`[P, E]`, row after row."""
+        at = torch.tensor([a for d in parts for a in d.at], device=device)
+        self.row = torch.arange(num_rows, device=device).repeat_interleave(lengths)
+        """`[P]`: the row each vector goes into."""
+        lead = (mask.cumsum(1) == 0).sum(1)  # left padding stays left of everything
+        end = lead + mask.sum(1)
+        before = torch.where(at < 0, end[self.row], lead[self.row] + at)
+        before = torch.minimum(before, end[self.row])
+        index_in_row = torch.arange(len(at), device=device) - (lengths.cumsum(0) - lengths)[self.row]
+        self.column = before + index_in_row
+        """`[P]`: where in the lengthened row each vector stands."""
+        inserted = torch.zeros(num_rows, width + 1, dtype=torch.long, device=device)
+        inserted.index_put_((self.row, before), torch.ones_like(before), accumulate=True)
+        shifted = torch.arange(width, device=device) + inserted[:, :width].cumsum(1)
+        new_width = int((end + lengths).max())
+        # Padding that would move past the new end has nowhere to go and nothing to say: it lands in a spare column.
+        target = shifted.clamp(max=new_width)
+
+        def spread(values: Tensor, fill: int, inserted_value: int) -> Tensor:
+            out = torch.full((num_rows, new_width + 1), fill, dtype=values.dtype, device=device)
+            out.scatter_(1, target, values)
+            out[self.row, self.column] = inserted_value
+            return out[:, :new_width]
+
+        # The places of the vectors hold an ordinary id, so that models which count positions from ids count them.
+        pad = int(ids[mask == 0][0]) if bool((mask == 0).any()) else 0
+        self.input_ids = spread(ids, pad, placeholder_id)
+        self.attention_mask = spread(mask, 0, 1)
+        self.token_type_ids = None if types is None else spread(types, 0, 0)
+        self.positions = shifted.clamp(max=new_width - 1)
+        """`[B, T]`: where each original token now stands (padding: anywhere)."""
+        self.inserted = torch.zeros(num_rows, new_width, dtype=torch.bool, device=device)
+        self.inserted[self.row, self.column] = True
+
+    def insert(self, embedded: Tensor) -> Tensor:
+        """`embedded [B, T', E]` with the vectors in their places."""
+        return embedded.index_put((self.row, self.column), self.vectors.to(embedded.dtype))
+
+
+@dataclass(eq=False)
+class TokenRowsOfBatch:
+    """The token biases of some rows of one batch, for all layers."""
+
+    rows: slice | Tensor | None
+    """Which rows: all (`None`), a range, or indices `[R]`."""
+    values: Tensor
+    """`[N, L, D]`, or `[L, N, D]` when `layer_first`."""
+    index: Tensor | None
+    """`[R, T]` into N, or `None` when N is already `R * T` in order."""
+    shape: tuple[int, int]
+    """(R, T)."""
+    keep: Tensor | None = None
+    """`[R, T, 1]`, 0 where an inserted vector stands."""
+
+    def at(self, layer: int) -> Tensor:
+        """Biases `[R, T, D]` of one layer."""
+        values = self.values[:, layer]
+        bias = F.embedding(self.index, values) if self.index is not None else values.view(*self.shape, -1)
+        return bias if self.keep is None else bias * self.keep
+
+    def silence(self, inserted: Tensor) -> None:
+        """No bias where `inserted [B, T]` says that a prompt vector stands."""
+        mine = inserted if self.rows is None else inserted[self.rows]
+        if bool(mine.any()):
+            self.keep = (~mine).unsqueeze(-1).to(self.values.dtype)
+
+
+def _rows_from_factors(group: Group, delta: TokenBias, ids: Tensor, training: bool) -> TokenRowsOfBatch:
+    mine = ids if group.rows is None else ids[group.rows]
+    shape = (mine.shape[0], mine.shape[1])
+    if group.rows is None:
+        unique, index = mine.unique(return_inverse=True)
+        return TokenRowsOfBatch(None, delta.source.rows(unique, training), index, shape)
+    per_slot = mine.reshape(group.num_slots, -1)
+    values = delta.source.rows(per_slot, training)  # [G, K*T, L, D]
+    return TokenRowsOfBatch(group.rows, values.flatten(0, 1), None, shape)
+
+
+def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
+    """Reads each adapter's table once for its rows of the batch: as many reads as there are tables in use."""
+    first = plan.tables[0][1].table
+    start, stop = plan.tables[0][0].start, plan.tables[-1][0].stop
+    width = ids.shape[1]
+    rows = slice(start, stop)
+    contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
+    values = torch.empty if contiguous else torch.zeros
+    out = values((stop - start) * width, *first.shape[1:], dtype=first.dtype)
+    for where, source in plan.tables:
+        part = out[(where.start - start) * width : (where.stop - start) * width]
+        source.rows_into(ids[where].reshape(-1).to(first.device), part)
+    return TokenRowsOfBatch(rows, out.to(ids.device), None, (stop - start, width))

@@ -1,0 +1,35 @@
+"""The kinds of delta. Each file is one kind: tensors plus the arithmetic it does at a site."""
+
+from multitune.deltas.affine import Affine
+from multitune.deltas.base import Delta
+from multitune.deltas.bias import Bias
+from multitune.deltas.bottleneck import ACTIVATIONS, Bottleneck
+from multitune.deltas.low_rank import LowRank
+from multitune.deltas.memory import Memory
+from multitune.deltas.prompt import Prompt
+from multitune.deltas.scale import InputScale, Scale
+from multitune.deltas.token_bias import TokenBias
+from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenRows, build_table
+
+#: Order in which deltas of different kinds apply at one site: `((x W + LowRank) * Scale) + Bias`.
+ORDER: tuple[type[Delta], ...] = (InputScale, LowRank, Scale, Bias, Affine, Bottleneck, Memory, Prompt, TokenBias)
+
+__all__ = [
+    "ACTIVATIONS",
+    "ORDER",
+    "Affine",
+    "Bias",
+    "Bottleneck",
+    "Delta",
+    "FCRows",
+    "InputScale",
+    "KroneckerRows",
+    "LowRank",
+    "Memory",
+    "Prompt",
+    "Scale",
+    "TableRows",
+    "TokenBias",
+    "TokenRows",
+    "build_table",
+]

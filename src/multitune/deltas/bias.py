@@ -1,0 +1,33 @@
+"""`Bias`: y += b at a linear site.   Legend: O out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multitune.deltas.base import Delta
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bias(Delta):
+    """A vector added to a linear map's output (BitFit, Ben-Zaken et al. 2021, arXiv 2106.10199).
+
+    Semantics, one row `y [T, O]`:  `y + b`
+    """
+
+    kind: ClassVar[str] = "Bias"
+    site_kind: ClassVar[str] = "linear"
+
+    b: Tensor
+    """`[O]`"""
+
+    def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
+        return y + self.b if torch.is_grad_enabled() else y.add_(self.b)
+
+    def merge(self, module: nn.Module) -> None:
+        if module.bias is None:
+            raise ValueError("the frozen linear has no bias to merge into")
+        module.bias += self.b.to(module.bias.dtype)  # type: ignore[operator, union-attr, arg-type]

@@ -1,0 +1,28 @@
+"""`Prompt`: extra input vectors at the word embeddings.   Legend: P prompt length, E embedding width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from multitune.deltas.base import Delta
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt(Delta):
+    """Vectors inserted into a row's word embeddings (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
+
+    Semantics, one row of words `x [n, E]`:  vector j stands in front of word `at[j]` (0: in front of all,
+    -1: behind the last), so the row becomes `[n + P, E]`; positions count the inserted vectors.
+    """
+
+    kind: ClassVar[str] = "Prompt"
+    site_kind: ClassVar[str] = "embedding"
+    cannot_merge: ClassVar[str | None] = "it lengthens the sequence"
+
+    vectors: Tensor
+    """`[P, E]`"""
+    at: tuple[int, ...]
+    """For each vector, the word it stands in front of; non-decreasing, or all -1."""

@@ -1,0 +1,145 @@
+"""Sources of per-token rows for `TokenBias`: factors evaluated on demand, or a table.
+
+Legend: V vocabulary, L layers, D width, E embedding width, N ids, R rank, G slots (many-slot form only).
+Every source maps ids `[N]` to rows `[N, L, D]`; factor sources stacked over slots map `[G, N]` to `[G, N, L, D]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multitune.deltas.bottleneck import ACTIVATIONS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRows:
+    """One adapter's vectors per layer and token id."""
+
+    def rows(self, ids: Tensor, training: bool = False) -> Tensor:
+        """Rows `[N, L, D]` for `ids [N]` (int64)."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that belong to the adapter, by name."""
+        return {}
+
+    def settings(self) -> tuple[Any, ...]:
+        """What two sources must share to be evaluated in one batched product; hashable."""
+        return (type(self).__name__,)
+
+    def map(self, function: Any) -> Self:
+        """A copy with `function` applied to every tensor that belongs to the adapter."""
+        return replace(self, **{name: function(t) for name, t in self.tensors().items()})
+
+    def canonical(self) -> Self:
+        """An equal source for serving: no dropout."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FactorRows(TokenRows):
+    """Rows computed from factors: small to keep, and only the ids asked for are evaluated."""
+
+    dropout: float = 0.0
+    """Probability of dropping an entry of the rows, in training only."""
+
+    def compute(self, ids: Tensor) -> Tensor:
+        """`[N, L, D]` for `ids [N]`, or `[G, N, L, D]` for `[G, N]` when stacked."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor, training: bool = False) -> Tensor:
+        return F.dropout(self.compute(ids), self.dropout, training=training)
+
+    def canonical(self) -> Self:
+        return replace(self, dropout=0.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "embedding"}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def settings(self) -> tuple[Any, ...]:
+        found = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return (type(self).__name__, *((n, None if isinstance(v, Tensor) else v) for n, v in found))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FCRows(FactorRows):
+    """`f(E[ids] W1 + b1) W2 + b2` per layer (AoT P-Tuning, eq. 3)."""
+
+    embedding: Tensor
+    """`[V, E]`, the backbone's frozen word embeddings; belongs to the backbone, so it is never packed or saved."""
+    w1: Tensor
+    """`[E, L, R]`"""
+    b1: Tensor
+    """`[L, R]`"""
+    w2: Tensor
+    """`[L, R, D]`"""
+    b2: Tensor
+    """`[L, D]`"""
+    activation: str = "gelu"
+    """A key of `ACTIVATIONS`."""
+
+    def compute(self, ids: Tensor) -> Tensor:
+        words = F.embedding(ids, self.embedding)
+        stacked = ids.ndim == 2
+        b1, b2 = (b.unsqueeze(1) if stacked else b for b in (self.b1, self.b2))
+        hidden = ACTIVATIONS[self.activation](torch.einsum("...ne,...elr->...nlr", words, self.w1) + b1)
+        return torch.einsum("...nlr,...lrd->...nld", hidden, self.w2) + b2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KroneckerRows(FactorRows):
+    """`vec(WL[i]ᵀ WM[j]) WR` per layer with `id = i · b + j` (AoT P-Tuning, eq. 2, one row of `(WL ⊗ WM) WR`)."""
+
+    left: Tensor
+    """`[a, L, R]`"""
+    middle: Tensor
+    """`[b, L, R]`"""
+    right: Tensor
+    """`[L, R·R, D]`"""
+
+    def compute(self, ids: Tensor) -> Tensor:
+        stacked = ids.ndim == 2
+        b = self.middle.shape[-3]
+        i, j = ids // b, ids % b
+        if stacked:
+            slot = torch.arange(ids.shape[0], device=ids.device)[:, None]
+            left, middle = self.left[slot, i], self.middle[slot, j]
+        else:
+            left, middle = self.left[i], self.middle[j]
+        pairs = (left.unsqueeze(-1) * middle.unsqueeze(-2)).flatten(-2)  # [..., N, L, R·R]
+        return torch.einsum("...nlk,...lkd->...nld", pairs, self.right)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TableRows(TokenRows):
+    """Rows read from a finished table, in memory or memory-mapped: no arithmetic at all."""
+
+    table: Tensor
+    """`[V, L, D]`: one token's rows for all layers lie side by side, so that a mapped file is read once per token."""
+    mapped: bool = False
+    """Whether the table is a memory-mapped file, whose pages the system may drop at any time."""
+
+    def rows(self, ids: Tensor, training: bool = False) -> Tensor:
+        return self.table.index_select(0, ids)
+
+    def rows_into(self, ids: Tensor, out: Tensor) -> None:
+        """Write the rows of `ids [N]` into `out [N, L, D]`, both on the table's device and of its dtype."""
+        torch.index_select(self.table, 0, ids, out=out)
+
+
+def build_table(source: TokenRows, vocab_size: int, dtype: torch.dtype, chunk: int = 4096) -> Tensor:
+    """The table `[V, L, D]` of a source, evaluated `chunk` ids at a time so that the peak stays small."""
+    with torch.no_grad():
+        device = next(iter(source.tensors().values())).device
+        ids = torch.arange(vocab_size, device=device)
+        first = source.rows(ids[:1])
+        table = torch.empty(vocab_size, *first.shape[1:], dtype=dtype)
+        for part in ids.split(chunk):
+            table[part[0] : part[-1] + 1] = source.rows(part).to(dtype)
+    return table

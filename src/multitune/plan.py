@@ -1,0 +1,321 @@
+"""Plans: which rows of one batch use which deltas, and the tensors packed for them.
+
+A plan is made from one `DeltaSet` (or `None`, the bare backbone) per row. Rows are ordered so that the rows
+of one slot, and the slots of one kind and shape, lie side by side; the order is undone at the end. Deltas of
+one kind and shape are packed into one stacked tensor, so that the work at a site is one batched product per
+kind of delta, however many tasks there are.
+
+Legend: B rows, G slots in a group, K rows per slot, T tokens, S shared shape ("signature").
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multitune.deltas import ORDER, Delta, Prompt, TableRows, TokenBias
+from multitune.deltas.base import stack_view
+from multitune.workspace import Workspace
+
+#: A group whose rows per slot differ is packed once per row while that copy stays below this many bytes, and is
+#: split by rows per slot above it. Both forms give the same result; the limit only trades memory for time.
+PER_ROW_BYTES = 256 * 2**20
+
+#: Stands for a kind, its settings and the shapes at every site; interned, because comparing the long tuple for
+#: each row of each batch would cost more than the plan.
+Signature = int
+_SIGNATURES: dict[tuple[Any, ...], Signature] = {}
+_SIGNATURES_LOCK = threading.Lock()
+
+
+def _intern(key: tuple[Any, ...]) -> Signature:
+    with _SIGNATURES_LOCK:
+        return _SIGNATURES.setdefault(key, len(_SIGNATURES))
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """All tensors of one adapter that share a kind and settings, flattened into one vector."""
+
+    signature: Signature
+    layout: tuple[tuple[str, Delta, tuple[tuple[str, torch.Size], ...]], ...]
+    """Per site: its name, an example delta, and the names and shapes of its tensors in the order they are packed."""
+    flat: Tensor
+    """`[n]`"""
+
+
+class DeltaSet:
+    """The deltas of one adapter, by site. Immutable; identity is what tells two slots apart."""
+
+    def __init__(self, by_site: Mapping[str, Sequence[Delta]]) -> None:
+        self.by_site: dict[str, tuple[Delta, ...]] = {
+            site: tuple(sorted(deltas, key=lambda d: ORDER.index(type(d)))) for site, deltas in by_site.items()
+        }
+
+    def of(self, kind: type[Delta]) -> list[tuple[str, Delta]]:
+        """Every (site, delta) of one kind, in site order."""
+        return [(site, d) for site, deltas in self.by_site.items() for d in deltas if type(d) is kind]
+
+    @property
+    def prompt_length(self) -> int:
+        """How many vectors this adapter inserts into a row."""
+        return sum(d.vectors.shape[0] for _, d in self.of(Prompt) if isinstance(d, Prompt))
+
+    @cached_property
+    def packs(self) -> dict[Signature, Pack]:
+        """The packable deltas in canonical form; prompts and tables are handled by the call itself."""
+        grouped: dict[Any, list[tuple[str, Delta]]] = defaultdict(list)
+        for site, deltas in self.by_site.items():
+            for delta in deltas:
+                if isinstance(delta, Prompt) or _is_table(delta):
+                    continue
+                c = delta.canonical()
+                grouped[(type(c).__name__, c.settings())].append((site, c))
+        packs = (_pack(key, members) for key, members in grouped.items())
+        return {p.signature: p for p in packs}
+
+    def fused(self, dtype: torch.dtype, device: torch.device) -> DeltaSet:
+        """A copy for serving: canonical, detached, in `dtype` on `device`, its packs already made."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.detach().to(device=device, dtype=dtype)
+
+        with torch.no_grad():
+            served = DeltaSet(
+                {
+                    site: [d if _is_table(d) else d.canonical().map(move) for d in deltas]
+                    for site, deltas in self.by_site.items()
+                }
+            )
+            for pack in served.packs.values():
+                assert not pack.flat.requires_grad
+            return served._views_of_packs()
+
+    def _views_of_packs(self) -> DeltaSet:
+        """The same set with its tensors replaced by views of the packs, so that nothing is held twice."""
+        views: dict[str, list[Delta]] = defaultdict(list)
+        for site, deltas in self.by_site.items():
+            views[site] = [d for d in deltas if isinstance(d, Prompt) or _is_table(d)]
+        for pack in self.packs.values():
+            parts = iter(pack.flat.split([shape.numel() for _, _, shapes in pack.layout for _, shape in shapes]))
+            for site, example, shapes in pack.layout:
+                views[site].append(_with_tensors(example, {name: next(parts).view(shape) for name, shape in shapes}))
+        kept = DeltaSet(views)
+        kept.packs = self.packs
+        return kept
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors this set holds in memory (a memory-mapped table counts as none)."""
+        total = sum(p.flat.numel() * p.flat.element_size() for p in self.packs.values())
+        for deltas in self.by_site.values():
+            for d in deltas:
+                if isinstance(d, Prompt):
+                    total += d.vectors.numel() * d.vectors.element_size()
+                elif isinstance(d, TokenBias) and isinstance(d.source, TableRows) and not d.source.mapped:
+                    total += d.source.table.numel() * d.source.table.element_size()
+        return total
+
+
+def _is_table(delta: Delta) -> bool:
+    return isinstance(delta, TokenBias) and isinstance(delta.source, TableRows)
+
+
+def _with_tensors(delta: Delta, tensors: Mapping[str, Tensor]) -> Delta:
+    names = iter(delta.tensors())
+    return delta.map(lambda _: tensors[next(names)])
+
+
+def _pack(key: tuple[str, Any], members: list[tuple[str, Delta]]) -> Pack:
+    layout = tuple((site, d, tuple((n, t.shape) for n, t in d.tensors().items())) for site, d in members)
+    signature = _intern((*key, tuple((site, shapes) for site, _, shapes in layout)))
+    flat = torch.cat([t.reshape(-1) for _, d, _ in layout for t in d.tensors().values()])
+    return Pack(signature=signature, layout=layout, flat=flat)
+
+
+def unpack(layout: tuple[tuple[str, Delta, Any], ...], stacked: Tensor) -> list[tuple[str, Delta]]:
+    """Per site the delta whose tensors are views of `stacked [G, n]`."""
+    sizes = [shape.numel() for _, _, shapes in layout for _, shape in shapes]
+    parts = iter(stacked.split(sizes, dim=1))
+    out = []
+    for site, example, shapes in layout:
+        tensors = {name: stack_view(next(parts), shape) for name, shape in shapes}
+        out.append((site, _with_tensors(example, tensors)))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows of the ordered batch that share one stacked delta: G slots with K rows each."""
+
+    rows: slice | Tensor | None
+    """Which rows: all (`None`), a range, or indices `[G*K]`."""
+    num_slots: int
+    rows_per_slot: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """`x [B, T, F]` to `[G, K*T, F]`: a view unless the rows are scattered."""
+        if self.rows is None:
+            return x
+        picked = x.index_select(0, self.rows) if isinstance(self.rows, Tensor) else x[self.rows]
+        return picked.reshape(self.num_slots, self.rows_per_slot * x.shape[1], *x.shape[2:])
+
+    def put(self, y: Tensor, new: Tensor) -> Tensor:
+        """`y [B, T, F]` with this group's rows replaced by `new [G, K*T, F]`; in place when gradients are off."""
+        if self.rows is None:
+            return new
+        new = new.reshape(-1, *y.shape[1:]).to(y.dtype)
+        if isinstance(self.rows, Tensor):
+            return y.index_copy(0, self.rows, new) if torch.is_grad_enabled() else y.index_copy_(0, self.rows, new)
+        if torch.is_grad_enabled():
+            return y.slice_scatter(new, 0, self.rows.start, self.rows.stop)
+        target = y[self.rows]
+        if target.data_ptr() != new.data_ptr():  # in place already when the delta reused y's memory
+            target.copy_(new)
+        return y
+
+    def spread(self, t: Tensor) -> Tensor:
+        """`t [G, ...]` repeated to one entry per row, `[G*K, ...]`."""
+        return t if self.rows_per_slot == 1 else t.repeat_interleave(self.rows_per_slot, dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One delta to apply at a site to one group of rows."""
+
+    group: Group
+    delta: Delta
+
+    def __call__(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
+        """`y [B, T, O]` with the delta applied to this step's rows."""
+        if self.group.rows is None:
+            return self.delta.apply(x, y, module)
+        return self.group.put(y, self.delta.apply(self.group.take(x), self.group.take(y), module))
+
+
+class Plan:
+    """Which rows use which deltas, ready to run any number of batches with that assignment.
+
+    Thread-safe: immutable once made. Holds its packed tensors until it is dropped.
+    """
+
+    def __init__(self, rows: Sequence[DeltaSet | None], workspace: Workspace | None = None) -> None:
+        """
+        Args:
+            rows: per row of the batch, its deltas, or `None` for the bare backbone.
+            workspace: where packed tensors may be kept between plans; used only when gradients are off.
+        """
+        self.num_rows = len(rows)
+        self.steps: dict[str, list[Step]] = defaultdict(list)
+        """By site: what to apply to its output."""
+        self.input_steps: dict[str, list[Step]] = defaultdict(list)
+        """By site: what to apply to its input."""
+        self.tables: list[tuple[slice, TableRows]] = []
+        """Row ranges whose token rows come from a table."""
+        self._workspace = workspace if not torch.is_grad_enabled() else None
+        slots = list(dict.fromkeys(r for r in rows if r is not None))
+        if len(slots) == 1 and all(r is slots[0] for r in rows):
+            self._plan_one(slots[0])
+        else:
+            self._plan_many(rows, slots)
+        self.steps, self.input_steps = dict(self.steps), dict(self.input_steps)
+
+    def _plan_one(self, only: DeltaSet) -> None:
+        """One slot for all rows: its own tensors, no gather, no copy, no order."""
+        self.order: Tensor | None = None
+        everyone = Group(rows=None, num_slots=1, rows_per_slot=self.num_rows)
+        for site, deltas in only.by_site.items():
+            for delta in deltas:
+                if isinstance(delta, TokenBias) and isinstance(delta.source, TableRows):
+                    self.tables.append((slice(0, self.num_rows), delta.source))
+                elif not isinstance(delta, Prompt):
+                    self._add_step(site, Step(everyone, delta))
+        self.ordered: list[DeltaSet | None] = [only] * self.num_rows
+
+    def _plan_many(self, rows: Sequence[DeltaSet | None], slots: list[DeltaSet]) -> None:
+        counts: dict[DeltaSet, int] = {s: 0 for s in slots}
+        for r in rows:
+            if r is not None:
+                counts[r] += 1
+        ids: dict[Signature, int] = {}
+        for s in slots:
+            for signature in s.packs:
+                ids.setdefault(signature, len(ids))
+        position = {s: p for p, s in enumerate(slots)}
+
+        def rank(b: int) -> tuple[Any, ...]:
+            r = rows[b]
+            if r is None:
+                return ((), 0, -1)
+            return (tuple(sorted(ids[g] for g in r.packs)), counts[r], position[r])
+
+        order = sorted(range(len(rows)), key=rank)
+        self.order = None if order == list(range(len(rows))) else torch.tensor(order)
+        self.ordered = [rows[b] for b in order]
+        for signature in ids:
+            self._plan_signature(signature, counts)
+        self._plan_tables()
+        for steps in self.steps.values():
+            steps.sort(key=lambda step: ORDER.index(type(step.delta)))
+
+    def _plan_signature(self, signature: Signature, counts: Mapping[DeltaSet, int]) -> None:
+        rows = [b for b, r in enumerate(self.ordered) if r is not None and signature in r.packs]
+        pack = self._pack_of(rows[0], signature)
+        used = {counts[r] for b in rows if (r := self.ordered[b]) is not None}
+        if len(used) == 1:
+            self._add_group(signature, rows, used.pop())
+        elif pack.flat.numel() * pack.flat.element_size() * len(rows) <= PER_ROW_BYTES:
+            self._add_group(signature, rows, 1)
+        else:
+            for count in sorted(used):
+                same = [b for b in rows if (r := self.ordered[b]) is not None and counts[r] == count]
+                self._add_group(signature, same, count)
+
+    def _pack_of(self, row: int, signature: Signature) -> Pack:
+        delta_set = self.ordered[row]
+        assert delta_set is not None
+        return delta_set.packs[signature]
+
+    def _add_group(self, signature: Signature, rows: list[int], rows_per_slot: int) -> None:
+        packs = [self._pack_of(b, signature) for b in rows[::rows_per_slot]]
+        contiguous = rows[-1] - rows[0] + 1 == len(rows)
+        group = Group(
+            rows=slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=packs[0].flat.device),
+            num_slots=len(packs),
+            rows_per_slot=rows_per_slot,
+        )
+        flats = [p.flat for p in packs]
+        if len(flats) == 1:
+            stacked = flats[0].unsqueeze(0)
+        elif self._workspace is not None:
+            stacked = self._workspace.stack(flats, owner=self)
+        else:
+            stacked = torch.stack(flats)
+        for site, delta in unpack(packs[0].layout, stacked):
+            self._add_step(site, Step(group, delta))
+
+    def _add_step(self, site: str, step: Step) -> None:
+        (self.input_steps if step.delta.changes_input else self.steps)[site].append(step)
+
+    def _plan_tables(self) -> None:
+        start = 0
+        for b in range(1, self.num_rows + 1):
+            if b < self.num_rows and self.ordered[b] is self.ordered[start]:
+                continue
+            slot = self.ordered[start]
+            for _, delta in slot.of(TokenBias) if slot is not None else ():
+                assert isinstance(delta, TokenBias)
+                if isinstance(delta.source, TableRows):
+                    self.tables.append((slice(start, b), delta.source))
+            start = b
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """Undoes `order`."""
+        return None if self.order is None else self.order.argsort()

@@ -1,0 +1,168 @@
+"""Sites: the places in a frozen backbone where deltas apply. Finding them changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from multitune.architectures import Architecture
+from multitune.errors import BackboneError, ConfigError, suggest
+
+SiteKind = Literal["linear", "norm", "sublayer", "attention", "layers", "embedding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place where a delta can apply, by an architecture-neutral name such as `layer.3.query`."""
+
+    name: str
+    kind: SiteKind
+    role: str
+    """query, key, value, attention_output, ffn_in, ffn_out; attention_norm, ffn_norm, embedding_norm; attention, ffn; layers; embedding."""
+    layer: int | None
+    """Layer index, `None` for sites outside the layers."""
+    module: str
+    """Path of the module in the model (for `layers`: the list of layers)."""
+    in_features: int
+    """Width of what goes in, I."""
+    out_features: int
+    """Width of what comes out, O."""
+    bias: bool = True
+    """Whether the frozen module has a bias."""
+    enters: str | None = None
+    """Sub-layers only: path of the module whose first argument is the sub-layer's input."""
+    owns_input: bool = False
+    """Whether nothing else reads this linear's input, so that it may be changed in place when serving."""
+
+
+def _get(model: nn.Module, path: str, architecture: Architecture) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise BackboneError(
+            f"{type(model).__name__} has no module '{path}', which the table row for "
+            f"{'/'.join(architecture.model_types)} names; correct that row in multitune/architectures.py"
+        ) from error
+
+
+def _norm_site(model: nn.Module, a: Architecture, role: str, layer: int | None, path: str) -> Site:
+    norm = _get(model, path, a)
+    weight = norm.weight
+    assert isinstance(weight, nn.Parameter)
+    prefix = "" if layer is None else f"layer.{layer}."
+    width = weight.shape[0]
+    return Site(
+        name=prefix + role, kind="norm", role=role, layer=layer, module=path, in_features=width, out_features=width
+    )
+
+
+def _linear_site(model: nn.Module, a: Architecture, role: str, layer: int, path: str) -> Site:
+    linear = _get(model, path, a)
+    if not isinstance(linear, nn.Linear):
+        raise BackboneError(f"'{path}' is a {type(linear).__name__}, but the table calls it a linear '{role}'")
+    return Site(
+        name=f"layer.{layer}.{role}",
+        kind="linear",
+        role=role,
+        layer=layer,
+        module=path,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        bias=linear.bias is not None,
+        owns_input=role == "ffn_out",  # its input is the fresh output of the activation
+    )
+
+
+def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]:
+    """Every site of `model`, in the order its forward pass meets them. Changes nothing.
+
+    Raises:
+        BackboneError: the table names a module that the model lacks, or one of another type.
+    """
+    a = architecture
+    embedding = _get(model, a.embedding, a)
+    assert isinstance(embedding, nn.Embedding)
+    width = embedding.embedding_dim
+    layers = _get(model, a.layers, a)
+    assert isinstance(layers, nn.ModuleList)
+    hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    sites = [
+        Site(
+            name="embedding", kind="embedding", role="embedding", layer=None, module=a.embedding,
+            in_features=width, out_features=width, bias=False,
+        )
+    ]  # fmt: skip
+    sites += [_norm_site(model, a, role, None, path) for role, path in a.embedding_norms.items()]
+    sites.append(
+        Site(
+            name="layers", kind="layers", role="layers", layer=None, module=a.layers,
+            in_features=hidden, out_features=hidden, bias=False,
+        )
+    )  # fmt: skip
+    for i in range(len(layers)):
+        sites += _layer_sites(model, a, i, hidden)
+    return tuple(sites)
+
+
+def _layer_sites(model: nn.Module, a: Architecture, i: int, hidden: int) -> list[Site]:
+    def at(path: str) -> str:
+        return f"{a.layers}.{i}.{path}"
+
+    sites = [_linear_site(model, a, role, i, at(path)) for role, path in a.linears.items()]
+    sites += [_norm_site(model, a, role, i, at(path)) for role, path in a.norms.items()]
+    for role, sub in a.sublayers.items():
+        _get(model, at(sub.enters), a)
+        _get(model, at(sub.leaves), a)
+        sites.append(
+            Site(
+                name=f"layer.{i}.{role}_sublayer", kind="sublayer", role=role, layer=i,
+                module=at(sub.leaves), enters=at(sub.enters), in_features=hidden, out_features=hidden,
+            )
+        )  # fmt: skip
+    _get(model, at(a.attention), a)
+    key, value = (next(s for s in sites if s.role == role) for role in ("key", "value"))
+    sites.append(
+        Site(
+            name=f"layer.{i}.attention", kind="attention", role="attention", layer=i,
+            module=at(a.attention), in_features=key.out_features, out_features=value.out_features,
+        )
+    )  # fmt: skip
+    return sites
+
+
+def select_sites(
+    sites: Iterable[Site],
+    *,
+    kind: SiteKind,
+    roles: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+) -> tuple[Site, ...]:
+    """The sites of one kind, narrowed to roles and layers.
+
+    Raises:
+        ConfigError: a role or a layer matches no site of this kind; nothing is dropped silently.
+    """
+    of_kind = [s for s in sites if s.kind == kind]
+    known_roles = tuple(dict.fromkeys(s.role for s in of_kind))
+    known_layers = tuple(dict.fromkeys(s.layer for s in of_kind if s.layer is not None))
+    if roles is not None:
+        roles = (roles,) if isinstance(roles, str) else tuple(roles)
+        for role in roles:
+            if role not in known_roles:
+                raise ConfigError(
+                    f"no {kind} site has the role '{role}'.{suggest(role, known_roles)} "
+                    f"This backbone has: {', '.join(known_roles)}"
+                )
+        of_kind = [s for s in of_kind if s.role in roles]
+    if layers is not None:
+        wanted = tuple(layers)
+        for layer in wanted:
+            if layer not in known_layers:
+                raise ConfigError(f"layer {layer} does not exist; this backbone has layers 0 to {max(known_layers)}")
+        of_kind = [s for s in of_kind if s.layer in wanted]
+    if not of_kind:
+        raise ConfigError(f"no {kind} site matches roles={roles} layers={layers}; this backbone has {known_roles}")
+    return tuple(of_kind)

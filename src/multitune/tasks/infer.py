@@ -1,0 +1,162 @@
+"""Guess a task from a user's own table, or say which flag settles what cannot be guessed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from multitune.errors import DataError, TaskError
+from multitune.tasks import columns
+from multitune.tasks.readers import Source, read_table
+from multitune.tasks.schema import Kind, Task, check_kind
+from multitune.tasks.targets import as_integer, shown, split_names
+from multitune.tasks.templates import Template
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_CLASSES = 100
+"""More different values than this in a label column call for a second look."""
+
+_SCORES = ("score", "similarity", "rating", "stars")  # whole numbers here may be classes or amounts
+
+
+def infer_task(
+    source: Source,
+    *,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    kind: str | None = None,
+    name: str = "task",
+) -> Task:
+    """The task that a table seems to hold. What is given is taken as it is; the rest is guessed.
+
+    source: a table, or anything else that `read_table` reads without a split.
+    text, text_pair: the column of the text, and of a second text; or a part of a template, "{title} {body}".
+    label: the column of the answer.
+    kind: floats are a regression; class labels, names, truth values and whole numbers a classification; lists
+        are tagging where the text is a list of words, else multilabel.
+
+    Label names come from the table's class labels, or are its values, sorted by name, numbers by size.
+    Raises DataError when columns or kind are ambiguous or the label column cannot be right.
+    """
+    table = read_table(source)
+    template = _template(text, text_pair)
+    for column in template.columns if template else ():
+        columns.require(table.column_names, column, "--text and --text-pair (text=…, text_pair=…)")
+    if label is None:
+        label = columns.guess_label(table.features, taken=template.columns if template else ())
+    columns.require(table.column_names, label, "--label (label=…)")
+    template = template or Template(columns.guess_texts(table.features, label))
+    if kind is None:
+        kind = _kind(table, template, label)
+    check_kind(kind)
+    if kind == "multiple_choice":
+        raise TaskError(
+            "the choices of a multiple choice are not guessed; write "
+            f'Task(name={name!r}, kind="multiple_choice", template=…, label={label!r}, choices=("a", "b"))'
+        )
+    labels = () if kind == "regression" else _labels(table, label, kind)
+    return Task(name=name, kind=cast(Kind, kind), template=template, label=label, labels=labels)
+
+
+def _template(text: str | None, text_pair: str | None) -> Template | None:
+    if text is None and text_pair is not None:
+        raise DataError(f"a second text {text_pair!r} needs a first one. Set --text (text=…) too")
+    return (
+        Template(tuple(part for part in (text, text_pair) if part is not None)) if text is not None else None
+    )
+
+
+def _kind(table: "Dataset", template: Template, label: str) -> str:
+    features = table.features
+    if columns.is_list(features, label):
+        words = len(template.columns) == 1 and columns.is_words(features, template.columns[0])
+        return "tagging" if words else "multilabel"
+    if columns.class_names(features, label):
+        return "classification"
+    if columns.is_float(features, label):
+        return "regression"
+    if columns.is_integer(features, label):
+        num_values = len(set(table[label]))
+        if label in _SCORES or num_values > MAX_CLASSES:
+            raise DataError(
+                f"column {label!r} holds {num_values} different whole numbers: classes, or an amount? Set "
+                "--kind (kind=…) to classification or regression"
+            )
+    return "classification"
+
+
+def _labels(table: "Dataset", label: str, kind: str) -> tuple[str, ...]:
+    """The label names of a column, in id order."""
+    names = columns.class_names(table.features, label)
+    if names:
+        return names
+    cells = list(table[label])
+    found: dict[str, None] = {}  # in order of appearance, which sorting then makes irrelevant
+    for row, value in enumerate(cells, start=1):
+        found.update(dict.fromkeys(_name(item, label, row) for item in _items(value, kind, label, row)))
+    if kind == "classification":
+        _check_classes(table, label, list(found), len(cells))
+    return _in_order(found)
+
+
+def _items(value: object, kind: str, label: str, row: int) -> Sequence[object]:
+    """The labels in one cell: one, or those of a list or of a text such as "a|b"."""
+    if kind == "classification":
+        return [value]
+    if kind == "multilabel" and isinstance(value, str):
+        return split_names(value)
+    if isinstance(value, list):
+        return value
+    raise DataError(f"row {row}: {kind} needs a list of labels in column {label!r}, not {value!r}")
+
+
+def _name(value: object, label: str, row: int) -> str:
+    """The name of one label: the text itself, or the whole number as it is written."""
+    if isinstance(value, bool):
+        return str(value)
+    number = as_integer(value) if not isinstance(value, str) else None
+    name = value.strip() if isinstance(value, str) else "" if number is None else str(number)
+    if name:
+        return name
+    if value is None or isinstance(value, str):
+        raise DataError(f"row {row}: the label in column {label!r} is empty. Fill it in or drop the row")
+    raise DataError(f"row {row}: a label is a name or a whole number, not {value!r}. Set --label or --kind")
+
+
+def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sorted: by size when all of them are numbers, else by name."""
+    try:
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def _check_classes(table: "Dataset", label: str, names: Sequence[str], num_rows: int) -> None:
+    if len(names) == 1:
+        raise DataError(
+            f"every row has the label {names[0]!r} in column {label!r}; two labels are needed to learn"
+        )
+    if len(names) > MAX_CLASSES and len(names) > num_rows / 2:
+        raise DataError(
+            f"column {label!r} holds {len(names)} different values in {num_rows} rows, such as "
+            f"{shown(names[:3])}; that is a text or an id, not a label. {_better(table, label)}"
+        )
+
+
+def _better(table: "Dataset", label: str) -> str:
+    """The end of that message: the column that is more likely the label."""
+    few: Mapping[str, int] = {
+        column: count for column in table.column_names if column != label and (count := _count(table, column))
+    }
+    likely = sorted(few, key=lambda column: (column not in columns.LABELS, few[column]))
+    if likely:
+        return f"Did you mean {likely[0]!r} ({few[likely[0]]} values)? Set --label {likely[0]} (label=…)"
+    return f"No other column looks like one: {columns.named(table.column_names)}. Set --label (label=…)"
+
+
+def _count(table: "Dataset", column: str) -> int:
+    """How many different values a column has that may hold labels; 0 for one that does not."""
+    cells: list[Any] = list(table[column]) if not columns.is_list(table.features, column) else []
+    count = len({cell for cell in cells if isinstance(cell, (str, int))})
+    return count if 2 <= count <= MAX_CLASSES and column not in columns.IDS else 0

@@ -1,0 +1,235 @@
+"""Metrics, on plain numpy, in one table. `compute` is the only way in.
+
+Degenerate inputs give a number, never NaN, so that runs can be ranked: a correlation with constant or
+non-finite predictions is 0, the error of non-finite predictions is infinite, and a class that is neither
+predicted nor present leaves the mean of macro F1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from multitune.errors import DataError, TaskError, suggest
+from multitune.tasks.spans import is_bio, spans
+
+Array = NDArray[Any]
+Scores = dict[str, float]
+"""Names to values; the first is the headline."""
+
+_ID_KINDS = ("classification", "multiple_choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One row of the table of metrics."""
+
+    compute: Callable[[Any, Any, Sequence[str]], Scores]
+    """(predictions, targets, labels) to named values, the headline first."""
+    kinds: tuple[str, ...]
+    """Kinds of task that it judges."""
+    higher_is_better: bool = True
+    """False for errors."""
+    binary: bool = False
+    """Whether it needs exactly two labels, of which id 1 is the positive one."""
+
+
+def compute(metric: str, predictions: ArrayLike, targets: ArrayLike, labels: Sequence[str] = ()) -> Scores:
+    """Judge predictions.
+
+    predictions, targets:
+        classification, multiple choice: [N] int, label or choice ids
+        regression: [N] float
+        multilabel: [N, L] of 0 and 1
+        tagging: N sequences of int tag ids, each as long as its words (padding taken off)
+    labels: names in id order; tag_f1 needs them, for classification and tagging they bound the ids.
+
+    Returns names to values; the first key is the name of `metric`, its value the headline, and the parts of a
+    composite metric follow. Raises TaskError for an unknown metric, DataError for empty, misshapen or
+    out-of-range input.
+    """
+    entry = lookup(metric)
+    check: Callable[..., tuple[Any, Any]] = _tag_sequences if "tagging" in entry.kinds else _arrays
+    scores = entry.compute(*check(predictions, targets, labels, entry), labels)
+    return {name: float(value) for name, value in scores.items()}
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a greater value of the metric is better. Raises TaskError for an unknown metric."""
+    return lookup(metric).higher_is_better
+
+
+def lookup(metric: str) -> Metric:
+    """The metric of that name; TaskError with the known names when there is none."""
+    if metric not in METRICS:
+        raise TaskError(f"no metric {metric!r}; there are {', '.join(METRICS)}.{suggest(metric, METRICS)}")
+    return METRICS[metric]
+
+
+def _arrays(
+    predictions: ArrayLike, targets: ArrayLike, labels: Sequence[str], entry: Metric
+) -> tuple[Array, Array]:
+    """Both inputs as arrays of one shape, checked: [N, L] for multilabel, else [N]."""
+    p, t = np.asarray(predictions), np.asarray(targets)
+    dims = 2 if "multilabel" in entry.kinds else 1
+    if p.shape != t.shape or p.ndim != dims or p.size == 0:
+        raise DataError(
+            f"predictions of shape {list(p.shape)} and targets of shape {list(t.shape)} cannot be "
+            f"compared; both need the shape {'[N, L]' if dims == 2 else '[N]'}, N at least 1"
+        )
+    if "regression" in entry.kinds:
+        p, t = p.astype(np.float64), t.astype(np.float64)
+        if not np.isfinite(t).all():
+            raise DataError(f"target {int(np.argmin(np.isfinite(t)))} is not a finite number")
+        return p, t
+    limit = 2 if dims == 2 or entry.binary else len(labels)
+    return _ids("prediction", p, limit), _ids("target", t, limit)
+
+
+def _ids(what: str, values: Array, limit: int) -> Array:
+    """Checked ids: integers from 0, and below `limit` unless that is 0."""
+    if values.dtype.kind not in "iub":
+        raise DataError(f"a {what} is an integer id, not {values.dtype}; take the argmax of scores first")
+    if values.size and (values.min() < 0 or (limit and values.max() >= limit)):
+        bad = values.min() if values.min() < 0 else values.max()
+        ids = f"0 to {limit - 1}" if limit else "0 up"
+        raise DataError(f"{what} {bad} is out of range; ids run from {ids}")
+    return values.astype(np.int64)
+
+
+def _tag_sequences(
+    predictions: Any, targets: Any, labels: Sequence[str], entry: Metric
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Both inputs as lists of equally long lists of ids."""
+    p, t = [list(row) for row in predictions], [list(row) for row in targets]
+    if [len(row) for row in p] != [len(row) for row in t] or not any(t):
+        raise DataError(
+            "predictions and targets must be as many sequences of tags, of the same lengths, not all empty"
+        )
+    for what, rows in (("prediction", p), ("target", t)):
+        _ids(what, np.asarray([tag for row in rows for tag in row]), len(labels))
+    return p, t
+
+
+def _accuracy(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    return {"accuracy": np.mean(p == t)}
+
+
+def _f1(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    from sklearn.metrics import f1_score
+
+    return {"f1": f1_score(t, p, pos_label=1, zero_division=0)}
+
+
+def _macro_f1(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    from sklearn.metrics import f1_score
+
+    return {"macro_f1": f1_score(t, p, average="macro", zero_division=0)}
+
+
+def _stance_f1(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    from sklearn.metrics import f1_score
+
+    rest = range(1, max(len(labels), int(t.max()) + 1, 2))
+    return {"stance_f1": f1_score(t, p, labels=list(rest), average="macro", zero_division=0)}
+
+
+def _micro_f1(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    # 2 TP / (2 TP + FP + FN) over all cells; sklearn would read an [N, 1] indicator as single labels
+    hits, stated = np.sum(p * t), np.sum(p) + np.sum(t)
+    return {"micro_f1": 2 * hits / stated if stated else 0.0}
+
+
+def _matthews(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    from sklearn.metrics import matthews_corrcoef
+
+    constant = np.ptp(p) == 0 or np.ptp(t) == 0
+    return {"matthews": 0.0 if constant else matthews_corrcoef(t, p)}
+
+
+def _correlation(p: Array, t: Array) -> float:
+    """Pearson's r; 0 where it is undefined."""
+    if not np.isfinite(p).all():
+        return 0.0
+    unit = []
+    for x in (p, t):
+        x = x / (
+            np.abs(x).max() or 1.0
+        )  # first: the squares of huge or tiny numbers leave the range of floats
+        x = x - x.mean()
+        unit.append(x / (np.linalg.norm(x) if np.ptp(x) else np.inf))
+    return float(np.clip(unit[0] @ unit[1], -1.0, 1.0))
+
+
+def _pearson(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    return {"pearson": _correlation(p, t)}
+
+
+def _spearman(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    from scipy.stats import rankdata
+
+    return {"spearman": _correlation(rankdata(p), rankdata(t)) if np.isfinite(p).all() else 0.0}
+
+
+def _mse(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    with np.errstate(over="ignore"):  # an infinite error is the right answer to a huge one
+        return {"mse": np.mean((p - t) ** 2) if np.isfinite(p).all() else np.inf}
+
+
+def _mae(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+    return {"mae": np.mean(np.abs(p - t)) if np.isfinite(p).all() else np.inf}
+
+
+def _token_accuracy(p: list[list[int]], t: list[list[int]], labels: Sequence[str]) -> Scores:
+    hits = [a == b for row in zip(p, t, strict=True) for a, b in zip(*row, strict=True)]
+    return {"token_accuracy": sum(hits) / len(hits)}
+
+
+def _tag_f1(p: list[list[int]], t: list[list[int]], labels: Sequence[str]) -> Scores:
+    if not is_bio(labels):
+        raise TaskError(
+            'tag_f1 needs BIO tags ("O", "B-x", "I-x"); for other tags set metric="token_accuracy"'
+        )
+    found = {(n, *span) for n, row in enumerate(p) for span in spans([labels[tag] for tag in row])}
+    gold = {(n, *span) for n, row in enumerate(t) for span in spans([labels[tag] for tag in row])}
+    hits = len(found & gold)
+    f1 = 2 * hits / (len(found) + len(gold)) if found or gold else 0.0
+    parts = {"precision": hits / len(found) if found else 0.0, "recall": hits / len(gold) if gold else 0.0}
+    return {"tag_f1": f1, **parts, **_token_accuracy(p, t, labels)}
+
+
+def _mean(name: str, *parts: Callable[[Array, Array, Sequence[str]], Scores]) -> Callable[..., Scores]:
+    """The metric that is the mean of several, and reports them too."""
+
+    def mean(p: Array, t: Array, labels: Sequence[str]) -> Scores:
+        scores = {key: value for part in parts for key, value in part(p, t, labels).items()}
+        return {name: sum(scores.values()) / len(scores), **scores}
+
+    return mean
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(compute=_accuracy, kinds=_ID_KINDS),
+    "f1": Metric(compute=_f1, kinds=("classification",), binary=True),
+    "macro_f1": Metric(compute=_macro_f1, kinds=("classification",)),
+    "stance_f1": Metric(compute=_stance_f1, kinds=("classification",)),
+    "matthews": Metric(compute=_matthews, kinds=("classification",)),
+    "accuracy_and_f1": Metric(
+        compute=_mean("accuracy_and_f1", _accuracy, _f1), kinds=("classification",), binary=True
+    ),
+    "accuracy_and_macro_f1": Metric(
+        compute=_mean("accuracy_and_macro_f1", _accuracy, _macro_f1), kinds=("classification",)
+    ),
+    "pearson": Metric(compute=_pearson, kinds=("regression",)),
+    "spearman": Metric(compute=_spearman, kinds=("regression",)),
+    "pearson_spearman": Metric(compute=_mean("pearson_spearman", _pearson, _spearman), kinds=("regression",)),
+    "mse": Metric(compute=_mse, kinds=("regression",), higher_is_better=False),
+    "mae": Metric(compute=_mae, kinds=("regression",), higher_is_better=False),
+    "micro_f1": Metric(compute=_micro_f1, kinds=("multilabel",)),
+    "tag_f1": Metric(compute=_tag_f1, kinds=("tagging",)),
+    "token_accuracy": Metric(compute=_token_accuracy, kinds=("tagging",)),
+}
+"""Every metric. macro_f1 is the mean over labels predicted or present; stance_f1 is macro F1 over all labels
+but the first (TweetEval stance leaves out "none")."""

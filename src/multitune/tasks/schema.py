@@ -1,0 +1,283 @@
+"""A task: which columns are read, what is predicted from them, and how it is judged."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from multitune.errors import DataError, TaskError, suggest
+from multitune.tasks import targets
+from multitune.tasks.columns import class_names, require
+from multitune.tasks.metrics import METRICS, lookup
+from multitune.tasks.spans import is_bio
+from multitune.tasks.templates import Row, Template, cell
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Kind = Literal["classification", "regression", "multilabel", "multiple_choice", "tagging"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Target = int | float | tuple[int, ...]
+
+_DEFAULT_METRIC = {
+    "classification": "accuracy",
+    "regression": "pearson_spearman",
+    "multilabel": "micro_f1",
+    "multiple_choice": "accuracy",
+}
+_LEAST_LABELS = {"classification": 2, "multilabel": 1, "tagging": 2}  # the other kinds have no label names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row, ready to be tokenized."""
+
+    texts: tuple[tuple[str, ...], ...]
+    """The sequences of the row: one, or one per choice. Each is a text, a pair of texts, or for tagging its
+    words."""
+    target: Target | None = None
+    """classification, multiple choice: an id. regression: a number. multilabel: a 0 or 1 per label. tagging:
+    an id per word. None when the row had no label column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to predict from a row of a table.
+
+    Raises TaskError when fields are malformed, or at odds with the kind of task.
+    """
+
+    name: str
+    """Name of the task, such as "glue/rte"; free, but not empty."""
+    kind: Kind
+    """"classification", "regression", "multilabel", "multiple_choice" or "tagging"."""
+    template: Template
+    """The text of a row: a Template, or its parts. For tagging, the column that holds the list of words."""
+    label: str = ""
+    """Column that holds the answer; "" for a task that only predicts."""
+    labels: tuple[str, ...] = ()
+    """Label names in the order of their ids; none for regression and multiple choice."""
+    choices: tuple[str, ...] = ()
+    """Multiple choice only: one part of a template per choice, the second text of its sequence."""
+    metric: str = ""
+    """Name of the headline metric; "" stands for the usual one of the kind."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise TaskError(f"a task needs a name, not {self.name!r}")
+        check_kind(self.kind)
+        template = self.template if isinstance(self.template, Template) else Template(self.template)
+        object.__setattr__(self, "template", template)
+        for name in ("labels", "choices"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        object.__setattr__(self, "metric", self.metric or self._usual_metric())
+        self._check_labels()
+        self._check_texts()
+        self._check_metric()
+
+    def encode(self, row: Row, *, number: int | None = None) -> Example:
+        """Texts and target of one row.
+
+        row: columns to values; or just the text or texts (see `Template.render`), for tagging just the list
+            of words. Without the label column the target is None. Ids are positions in `labels`; for rows of
+            a table with class labels of its own use `examples`, which goes by their names.
+        number: the row's number, for messages; the first row is 1.
+
+        Raises DataError when a column is missing, or a label is unknown, empty or of the wrong form.
+        """
+        try:
+            words_or_texts = self._texts(row)
+            return Example(texts=words_or_texts, target=self._target(row, len(words_or_texts[0])))
+        except DataError as error:
+            where = f"task {self.name!r}" + (f", row {number}" if number is not None else "")
+            raise DataError(f"{where}: {error}") from error
+
+    def examples(
+        self, table: "Dataset | Iterable[Mapping[str, Any]]", *, labelled: bool = True
+    ) -> list[Example]:
+        """Every row of a table, encoded.
+
+        Ids in a column of class labels mean that column's own names, whatever their order in this task.
+        labelled: False leaves the targets None and the label column unread.
+
+        Raises DataError when a column is missing, or a row cannot be encoded; the row is named.
+        """
+        from datasets import Dataset
+
+        names = None
+        if isinstance(table, Dataset):
+            table = table.select_columns(self._columns(table.column_names, labelled))
+            names = class_names(table.features, self.label) if labelled and self.labels else None
+        rows = (_named_label(row, self.label, names) if names else row for row in table)
+        encoded = []
+        for number, row in enumerate(rows, start=1):
+            if not labelled:
+                row = {column: value for column, value in row.items() if column != self.label}
+            encoded.append(self.encode(row, number=number))
+            if labelled and encoded[-1].target is None:
+                raise DataError(
+                    f"task {self.name!r}, row {number}: no label column {self.label!r}; the row has "
+                    f"{', '.join(row)}"
+                )
+        return encoded
+
+    def to_dict(self) -> dict[str, Any]:
+        """The task as JSON values; `from_dict` gives back an equal task."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        as_lists = {name: list(values[name]) for name in ("labels", "choices")}
+        return {**values, "template": list(self.template.parts), **as_lists}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Task":
+        """The task that `to_dict` wrote. Raises TaskError for unknown, missing and malformed fields."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise TaskError(
+                    f"a task has no field {key!r}; it has {', '.join(known)}.{suggest(str(key), known)}"
+                )
+        missing = [name for name in ("name", "kind", "template") if name not in values]
+        if missing:
+            raise TaskError(f"a task needs {', '.join(missing)}; got {', '.join(values) or 'nothing'}")
+        return cls(**{**values, "template": Template(_strings("template", values["template"]))})
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that hold the texts, each once; the label column is not among them."""
+        read = [*self.template.columns, *(column for choice in self._choices for column in choice.columns)]
+        return tuple(dict.fromkeys(read))
+
+    @cached_property
+    def _choices(self) -> tuple[Template, ...]:
+        return tuple(Template((choice,)) for choice in self.choices)
+
+    def _texts(self, row: Row) -> tuple[tuple[str, ...], ...]:
+        if self.kind == "tagging":
+            return (_words(cell(row, self.template.columns[0]) if isinstance(row, Mapping) else row),)
+        texts = self.template.render(row)
+        if self.kind != "multiple_choice":
+            return (texts,)
+        if not isinstance(row, Mapping):
+            raise DataError(f"a multiple choice is a mapping with the columns {', '.join(self.columns)}")
+        return tuple(texts + choice.render(row) for choice in self._choices)
+
+    def _target(self, row: Row, num_words: int) -> Target | None:
+        if not isinstance(row, Mapping) or not self.label or self.label not in row:
+            return None
+        value = row[self.label]
+        match self.kind:
+            case "classification":
+                return targets.label_id(value, self.labels)
+            case "regression":
+                return targets.number(value)
+            case "multilabel":
+                return targets.label_vector(value, self.labels)
+            case "multiple_choice":
+                return targets.choice_id(value, self.choices)
+            case "tagging":
+                return targets.tag_ids(value, self.labels, num_words)
+
+    def _columns(self, known: list[str], labelled: bool) -> list[str]:
+        """The columns of a table to read, all of them known."""
+        if labelled and not self.label:
+            raise DataError(
+                f"task {self.name!r} has no label column; set Task(label=…), or labelled=False to predict"
+            )
+        read = [*self.columns, self.label] if labelled else list(self.columns)
+        for column in read:
+            require(known, column, "the task's label" if column == self.label else "the task's template")
+        return list(dict.fromkeys(read))
+
+    def _usual_metric(self) -> str:
+        if self.kind == "tagging":
+            return "tag_f1" if is_bio(self.labels) else "token_accuracy"
+        return _DEFAULT_METRIC[self.kind]
+
+    def _check_labels(self) -> None:
+        least = _LEAST_LABELS.get(self.kind)
+        if least is None and self.labels:
+            raise TaskError(
+                f"{self.kind} has no label names, but labels={self.labels!r} were given; leave them out"
+            )
+        if least is not None and len(self.labels) < least:
+            raise TaskError(
+                f"{self.kind} needs at least {least} label name(s), got {self.labels!r}. Give them in the "
+                "order of "
+                'their ids: labels=("negative", "positive")'
+            )
+        twice = [label for label in self.labels if self.labels.count(label) > 1]
+        if twice or not all(self.labels):
+            raise TaskError(
+                f"label names are not empty and differ from one another, but {twice or ['']} do not"
+            )
+
+    def _check_texts(self) -> None:
+        if self.label in self.columns and self.label:
+            raise TaskError(
+                f"column {self.label!r} is both text and label; the answer would be read off the text"
+            )
+        if self.kind == "tagging" and not _is_bare(self.template):
+            raise TaskError(
+                f"the template of tagging is one column that holds words, not {self.template.parts!r}"
+            )
+        if self.kind != "multiple_choice" and self.choices:
+            raise TaskError(f"only multiple_choice has choices, not {self.kind}; leave them out")
+        if self.kind == "multiple_choice" and (len(self.choices) < 2 or len(self.template.parts) != 1):
+            raise TaskError(
+                "multiple_choice has a template of one part and at least two choices, such as "
+                'template=("{premise}",), choices=("choice1", "choice2")'
+            )
+        _ = self._choices  # a malformed choice is reported here, not at the first row
+
+    def _check_metric(self) -> None:
+        metric = lookup(self.metric)
+        if self.kind not in metric.kinds:
+            fit = ", ".join(name for name, other in METRICS.items() if self.kind in other.kinds)
+            raise TaskError(f"metric {self.metric!r} does not judge {self.kind}; set metric to one of {fit}")
+        if metric.binary and len(self.labels) != 2:
+            raise TaskError(
+                f"metric {self.metric!r} needs two labels, of which the second is the positive one; the "
+                "task has "
+                f'{len(self.labels)}. Set metric="macro_f1" or "accuracy"'
+            )
+        if self.metric == "tag_f1" and not is_bio(self.labels):
+            raise TaskError(
+                'tag_f1 needs BIO tags ("O", "B-x", "I-x"); for others set metric="token_accuracy"'
+            )
+
+
+def check_kind(kind: str) -> None:
+    """TaskError unless `kind` is one of `KINDS`."""
+    if kind not in KINDS:
+        raise TaskError(f"no kind of task {kind!r}; there are {', '.join(KINDS)}.{suggest(str(kind), KINDS)}")
+
+
+def _strings(name: str, values: object) -> tuple[str, ...]:
+    if isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values):
+        return tuple(values)
+    raise TaskError(f"{name} is a list of texts, not {values!r}")
+
+
+def _is_bare(template: Template) -> bool:
+    """Whether a template is nothing but one column."""
+    column = template.columns[0] if template.columns else ""
+    return template.parts in ((column,), (f"{{{column}}}",))
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(word, str) for word in value):
+        raise DataError(
+            f"tagging reads a list of words, not {str(value)[:60]!r}. Split the text into words first"
+        )
+    return tuple(value)
+
+
+def _named_label(row: Mapping[str, Any], label: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The row, with ids in its label column replaced by the names they have in its own table."""
+
+    def name(value: object) -> object:
+        position = targets.as_integer(value)
+        return names[position] if position is not None and 0 <= position < len(names) else value
+
+    value = row[label]
+    return {**row, label: [name(item) for item in value] if isinstance(value, list) else name(value)}
