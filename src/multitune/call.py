@@ -92,7 +92,11 @@ class Call:
         self.prompts: Prompts | None = None
         if any(r is not None and r.prompt_length for r in plan.ordered):
             self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types)
-            ids, mask, types = self.prompts.input_ids, self.prompts.attention_mask, self.prompts.token_type_ids
+            ids, mask, types = (
+                self.prompts.input_ids,
+                self.prompts.attention_mask,
+                self.prompts.token_type_ids,
+            )
         _check_length(plan, backbone, ids)
         self.inputs = {"input_ids": ids}
         if mask is not None:
@@ -182,9 +186,7 @@ def _check_length(plan: Plan, backbone: Backbone, ids: Tensor) -> None:
 class Prompts:
     """A batch lengthened by inserted vectors: per-row lengths and places, right masks and positions."""
 
-    def __init__(
-        self, plan: Plan, placeholder_id: int, ids: Tensor, mask: Tensor | None, types: Tensor | None
-    ) -> None:
+    def __init__(self, plan: Plan, placeholder_id: int, ids: Tensor, mask: Tensor | None, types: Tensor | None) -> None:
         device = ids.device
         num_rows, width = ids.shape
         mask = torch.ones_like(ids) if mask is None else mask.long()

@@ -55,7 +55,13 @@ def _norm_site(model: nn.Module, a: Architecture, role: str, layer: int | None, 
     prefix = "" if layer is None else f"layer.{layer}."
     width = weight.shape[0]
     return Site(
-        name=prefix + role, kind="norm", role=role, layer=layer, module=path, in_features=width, out_features=width
+        name=prefix + role,
+        kind="norm",
+        role=role,
+        layer=layer,
+        module=path,
+        in_features=width,
+        out_features=width,
     )
 
 

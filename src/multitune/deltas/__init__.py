@@ -12,7 +12,17 @@ from multitune.deltas.token_bias import TokenBias
 from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenRows, build_table
 
 #: Order in which deltas of different kinds apply at one site: `((x W + LowRank) * Scale) + Bias`.
-ORDER: tuple[type[Delta], ...] = (InputScale, LowRank, Scale, Bias, Affine, Bottleneck, Memory, Prompt, TokenBias)
+ORDER: tuple[type[Delta], ...] = (
+    InputScale,
+    LowRank,
+    Scale,
+    Bias,
+    Affine,
+    Bottleneck,
+    Memory,
+    Prompt,
+    TokenBias,
+)
 
 __all__ = [
     "ACTIVATIONS",

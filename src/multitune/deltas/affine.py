@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multitune.deltas.base import Delta
+from multitune.deltas.base import Delta, weight_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +38,6 @@ class Affine(Delta):
 
     def merge(self, module: nn.Module) -> None:
         if self.gain is not None:
-            module.weight += self.gain.to(module.weight.dtype)  # type: ignore[operator, union-attr, arg-type]
+            weight_of(module, "weight").add_(self.gain)
         if self.offset is not None:
-            module.bias += self.offset.to(module.bias.dtype)  # type: ignore[operator, union-attr, arg-type]
+            weight_of(module, "bias").add_(self.offset)

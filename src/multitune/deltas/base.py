@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from multitune.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
@@ -59,6 +61,14 @@ class Delta:
     def map(self, function: Any) -> Self:
         """A copy with `function` applied to every tensor field."""
         return replace(self, **{name: function(t) for name, t in self.tensors().items()})
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor:
+    """A frozen module's parameter, typed; `bias` may be missing."""
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(f"the frozen {type(module).__name__} has no {name} to merge into")
+    return tensor
 
 
 def stack_view(flat: Tensor, shape: torch.Size) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from multitune.deltas.base import Delta
+from multitune.deltas.base import Delta, weight_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +28,4 @@ class Bias(Delta):
         return y + self.b if torch.is_grad_enabled() else y.add_(self.b)
 
     def merge(self, module: nn.Module) -> None:
-        if module.bias is None:
-            raise ValueError("the frozen linear has no bias to merge into")
-        module.bias += self.b.to(module.bias.dtype)  # type: ignore[operator, union-attr, arg-type]
+        weight_of(module, "bias").add_(self.b)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multitune.deltas.base import Delta, round_up_power_of_two
+from multitune.deltas.base import Delta, round_up_power_of_two, weight_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,11 +41,15 @@ class LowRank(Delta):
         return y + (update if self.scale == 1.0 else update * self.scale)
 
     def merge(self, module: nn.Module) -> None:
-        module.weight += (self.scale * (self.A @ self.B)).T.to(module.weight.dtype)  # type: ignore[operator, union-attr]
+        weight_of(module, "weight").add_((self.scale * (self.A @ self.B)).T)
 
     def canonical(self) -> Self:
         rank = self.A.shape[1]
         pad = round_up_power_of_two(rank) - rank
         return replace(
-            self, A=F.pad(self.A, (0, pad)), B=F.pad(self.B * self.scale, (0, 0, 0, pad)), scale=1.0, dropout=0.0
+            self,
+            A=F.pad(self.A, (0, pad)),
+            B=F.pad(self.B * self.scale, (0, 0, 0, pad)),
+            scale=1.0,
+            dropout=0.0,
         )

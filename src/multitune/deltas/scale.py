@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from multitune.deltas.base import Delta
+from multitune.deltas.base import Delta, weight_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,10 +30,9 @@ class Scale(Delta):
         return torch.addcmul(y, y, self.s)
 
     def merge(self, module: nn.Module) -> None:
-        factor = 1 + self.s.to(module.weight.dtype)  # type: ignore[arg-type, union-attr]
-        module.weight *= factor[:, None]  # type: ignore[operator]
+        weight_of(module, "weight").mul_(1 + self.s[:, None])
         if module.bias is not None:
-            module.bias *= factor  # type: ignore[operator]
+            weight_of(module, "bias").mul_(1 + self.s)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +49,4 @@ class InputScale(Scale):
         return super().apply(x, y, module)
 
     def merge(self, module: nn.Module) -> None:
-        module.weight *= 1 + self.s.to(module.weight.dtype)  # type: ignore[operator, arg-type, union-attr]
-
-
+        weight_of(module, "weight").mul_(1 + self.s)

@@ -90,8 +90,7 @@ def require(columns: Iterable[str], column: str, flag: str) -> None:
     known = tuple(columns)
     if column not in known:
         raise DataError(
-            f"no column {column!r}; the table has {named(known)}.{suggest(column, known)} Set {flag} to "
-            "one of them"
+            f"no column {column!r}; the table has {named(known)}.{suggest(column, known)} Set {flag} to one of them"
         )
 
 
@@ -121,7 +120,7 @@ def guess_texts(features: "Features", label: str) -> tuple[str, ...]:
     pairs = [pair for pair in PAIRS if set(pair) <= set(texts)]
     paired = set(_flat(pairs))
     named_texts = [(column,) for column in texts if column in TEXTS and column not in paired]
-    others = [(column,) for column in texts if column not in IDS]
+    others: list[tuple[str, ...]] = [(column,) for column in texts if column not in IDS]
     found: list[tuple[str, ...]] = [*pairs, *named_texts] or others
     if len(found) == 1:
         return found[0]

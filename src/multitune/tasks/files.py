@@ -17,9 +17,7 @@ from multitune.errors import DataError, suggest
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-_INTEGER = re.compile(
-    r"-?(0|[1-9][0-9]{0,17})"
-)  # no leading zeros: "007" is a name; 18 digits fit in 64 bits
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")  # no leading zeros: "007" is a name; 18 digits fit in 64 bits
 _FLOAT = re.compile(r"[+-]?([0-9]{1,15}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # a longer number is an id
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _LONGEST_CELL = 2**31 - 1
@@ -59,9 +57,7 @@ def from_rows(rows: Sequence[Mapping[str, Any]], *, where: str = "the list") -> 
         raise DataError(f"{where} holds no rows")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise DataError(
-                f"{where}: row {number} is a {type(row).__name__}, not a mapping of columns to values"
-            )
+            raise DataError(f"{where}: row {number} is a {type(row).__name__}, not a mapping of columns to values")
     names = dict.fromkeys(str(name) for row in rows for name in row)
     if not names:
         raise DataError(f"{where} holds rows without columns")
@@ -89,9 +85,7 @@ def _read_json(path: Path) -> "Dataset":
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path.name} line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}"
-        ) from error
+        raise DataError(f"{path.name} line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from error
     return from_rows(rows, where=path.name)
 
 
@@ -160,9 +154,7 @@ def _header(names: list[str], path: Path, delimiter: str) -> list[str]:
     names = [name.strip() or f"column_{i}" for i, name in enumerate(names, start=1)]
     twice = [name for name in names if names.count(name) > 1]
     if not names or twice:
-        raise DataError(
-            f"{path.name} line 1: " + (f"two columns are named {twice[0]!r}" if twice else "no header")
-        )
+        raise DataError(f"{path.name} line 1: " + (f"two columns are named {twice[0]!r}" if twice else "no header"))
     if any(_FLOAT.fullmatch(name) for name in names):
         raise DataError(
             f"{path.name} line 1: the first line names the columns, but {', '.join(names)[:80]!r} looks "
@@ -200,9 +192,7 @@ def _typed(cells: list[str]) -> list[Any]:
     if stated and all(map(_INTEGER.fullmatch, stated)):
         return [int(cell) if cell else None for cell in cells]
     finite = [bool(_FLOAT.fullmatch(cell)) and not re.match(r"[+-]?0[0-9]", cell) for cell in stated]
-    if any(finite) and all(
-        ok or _NOT_FINITE.fullmatch(cell) for ok, cell in zip(finite, stated, strict=True)
-    ):
+    if any(finite) and all(ok or _NOT_FINITE.fullmatch(cell) for ok, cell in zip(finite, stated, strict=True)):
         return [float(cell) if cell else None for cell in cells]
     return list(cells)
 
@@ -211,13 +201,9 @@ def _json_row(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path.name} line {number}, column {error.colno}: no valid JSON: {error.msg}"
-        ) from error
+        raise DataError(f"{path.name} line {number}, column {error.colno}: no valid JSON: {error.msg}") from error
     if not isinstance(row, dict):
-        raise DataError(
-            f'{path.name} line {number}: each line is an object such as {{"text": "…"}}, not {line[:60]!r}'
-        )
+        raise DataError(f'{path.name} line {number}: each line is an object such as {{"text": "…"}}, not {line[:60]!r}')
     return row
 
 
@@ -227,9 +213,7 @@ def _table(columns: Mapping[str, list[Any]], where: str) -> "Dataset":
     try:
         return Dataset.from_dict(columns)
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are the first two
-        mixed = [
-            f"column {name!r} {mixture}" for name, cells in columns.items() if (mixture := _mixture(cells))
-        ]
+        mixed = [f"column {name!r} {mixture}" for name, cells in columns.items() if (mixture := _mixture(cells))]
         raise DataError(f"{where}: {mixed[0] if mixed else f'cannot be made a table: {error}'}") from error
 
 

@@ -62,9 +62,7 @@ def infer_task(
 def _template(text: str | None, text_pair: str | None) -> Template | None:
     if text is None and text_pair is not None:
         raise DataError(f"a second text {text_pair!r} needs a first one. Set --text (text=…) too")
-    return (
-        Template(tuple(part for part in (text, text_pair) if part is not None)) if text is not None else None
-    )
+    return Template(tuple(part for part in (text, text_pair) if part is not None)) if text is not None else None
 
 
 def _kind(table: "Dataset", template: Template, label: str) -> str:
@@ -134,9 +132,7 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def _check_classes(table: "Dataset", label: str, names: Sequence[str], num_rows: int) -> None:
     if len(names) == 1:
-        raise DataError(
-            f"every row has the label {names[0]!r} in column {label!r}; two labels are needed to learn"
-        )
+        raise DataError(f"every row has the label {names[0]!r} in column {label!r}; two labels are needed to learn")
     if len(names) > MAX_CLASSES and len(names) > num_rows / 2:
         raise DataError(
             f"column {label!r} holds {len(names)} different values in {num_rows} rows, such as "

@@ -68,9 +68,7 @@ def lookup(metric: str) -> Metric:
     return METRICS[metric]
 
 
-def _arrays(
-    predictions: ArrayLike, targets: ArrayLike, labels: Sequence[str], entry: Metric
-) -> tuple[Array, Array]:
+def _arrays(predictions: ArrayLike, targets: ArrayLike, labels: Sequence[str], entry: Metric) -> tuple[Array, Array]:
     """Both inputs as arrays of one shape, checked: [N, L] for multilabel, else [N]."""
     p, t = np.asarray(predictions), np.asarray(targets)
     dims = 2 if "multilabel" in entry.kinds else 1
@@ -105,9 +103,7 @@ def _tag_sequences(
     """Both inputs as lists of equally long lists of ids."""
     p, t = [list(row) for row in predictions], [list(row) for row in targets]
     if [len(row) for row in p] != [len(row) for row in t] or not any(t):
-        raise DataError(
-            "predictions and targets must be as many sequences of tags, of the same lengths, not all empty"
-        )
+        raise DataError("predictions and targets must be as many sequences of tags, of the same lengths, not all empty")
     for what, rows in (("prediction", p), ("target", t)):
         _ids(what, np.asarray([tag for row in rows for tag in row]), len(labels))
     return p, t
@@ -155,9 +151,7 @@ def _correlation(p: Array, t: Array) -> float:
         return 0.0
     unit = []
     for x in (p, t):
-        x = x / (
-            np.abs(x).max() or 1.0
-        )  # first: the squares of huge or tiny numbers leave the range of floats
+        x = x / (np.abs(x).max() or 1.0)  # first: the squares of huge or tiny numbers leave the range of floats
         x = x - x.mean()
         unit.append(x / (np.linalg.norm(x) if np.ptp(x) else np.inf))
     return float(np.clip(unit[0] @ unit[1], -1.0, 1.0))
@@ -189,9 +183,7 @@ def _token_accuracy(p: list[list[int]], t: list[list[int]], labels: Sequence[str
 
 def _tag_f1(p: list[list[int]], t: list[list[int]], labels: Sequence[str]) -> Scores:
     if not is_bio(labels):
-        raise TaskError(
-            'tag_f1 needs BIO tags ("O", "B-x", "I-x"); for other tags set metric="token_accuracy"'
-        )
+        raise TaskError('tag_f1 needs BIO tags ("O", "B-x", "I-x"); for other tags set metric="token_accuracy"')
     found = {(n, *span) for n, row in enumerate(p) for span in spans([labels[tag] for tag in row])}
     gold = {(n, *span) for n, row in enumerate(t) for span in spans([labels[tag] for tag in row])}
     hits = len(found & gold)
@@ -216,9 +208,7 @@ METRICS: dict[str, Metric] = {
     "macro_f1": Metric(compute=_macro_f1, kinds=("classification",)),
     "stance_f1": Metric(compute=_stance_f1, kinds=("classification",)),
     "matthews": Metric(compute=_matthews, kinds=("classification",)),
-    "accuracy_and_f1": Metric(
-        compute=_mean("accuracy_and_f1", _accuracy, _f1), kinds=("classification",), binary=True
-    ),
+    "accuracy_and_f1": Metric(compute=_mean("accuracy_and_f1", _accuracy, _f1), kinds=("classification",), binary=True),
     "accuracy_and_macro_f1": Metric(
         compute=_mean("accuracy_and_macro_f1", _accuracy, _macro_f1), kinds=("classification",)
     ),

@@ -38,9 +38,7 @@ def read_table(source: Source, *, split: str | None = None) -> "Dataset":
         return next(iter(splits.values()))()
     known = ", ".join(splits)
     if split is None:
-        raise DataError(
-            f"{_named(source)} holds several splits: {known}. Choose one: split={next(iter(splits))!r}"
-        )
+        raise DataError(f"{_named(source)} holds several splits: {known}. Choose one: split={next(iter(splits))!r}")
     if split not in splits:
         raise DataError(f"{_named(source)} has no split {split!r}; it has {known}.{suggest(split, splits)}")
     return splits[split]()
@@ -62,9 +60,7 @@ def _open(source: Source, split: str | None) -> dict[str, Callable[[], "Dataset"
     if isinstance(source, (list, tuple)):
         return {"train": partial(from_rows, source)}
     if not isinstance(source, (str, Path)):
-        raise DataError(
-            f"cannot read a table from a {type(source).__name__}; give a path, a Dataset or a list of rows"
-        )
+        raise DataError(f"cannot read a table from a {type(source).__name__}; give a path, a Dataset or a list of rows")
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -82,9 +78,7 @@ def _folder(folder: Path) -> dict[str, Callable[[], "Dataset"]]:
     found: dict[str, Path] = {}
     for file in files:
         if file.stem in found:
-            raise DataError(
-                f"folder {str(folder)!r} holds {found[file.stem].name} and {file.name}; keep one of them"
-            )
+            raise DataError(f"folder {str(folder)!r} holds {found[file.stem].name} and {file.name}; keep one of them")
         found[file.stem] = file
     if not found:
         others = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"

@@ -66,6 +66,9 @@ class Task:
         if not isinstance(self.name, str) or not self.name.strip():
             raise TaskError(f"a task needs a name, not {self.name!r}")
         check_kind(self.kind)
+        for name in ("label", "metric"):
+            if not isinstance(getattr(self, name), str):
+                raise TaskError(f"{name} is a text, not {getattr(self, name)!r}")
         template = self.template if isinstance(self.template, Template) else Template(self.template)
         object.__setattr__(self, "template", template)
         for name in ("labels", "choices"):
@@ -85,41 +88,24 @@ class Task:
 
         Raises DataError when a column is missing, or a label is unknown, empty or of the wrong form.
         """
-        try:
-            words_or_texts = self._texts(row)
-            return Example(texts=words_or_texts, target=self._target(row, len(words_or_texts[0])))
-        except DataError as error:
-            where = f"task {self.name!r}" + (f", row {number}" if number is not None else "")
-            raise DataError(f"{where}: {error}") from error
+        return self._example(row, number, labelled=None)
 
-    def examples(
-        self, table: "Dataset | Iterable[Mapping[str, Any]]", *, labelled: bool = True
-    ) -> list[Example]:
+    def examples(self, table: "Dataset | Iterable[Row]", *, labelled: bool = True) -> list[Example]:
         """Every row of a table, encoded.
 
         Ids in a column of class labels mean that column's own names, whatever their order in this task.
         labelled: False leaves the targets None and the label column unread.
 
-        Raises DataError when a column is missing, or a row cannot be encoded; the row is named.
+        Raises DataError when a column is missing, or a row has no label or a wrong one; the row is named.
         """
         from datasets import Dataset
 
-        names = None
+        rows: Iterable[Row] = table
         if isinstance(table, Dataset):
             table = table.select_columns(self._columns(table.column_names, labelled))
             names = class_names(table.features, self.label) if labelled and self.labels else None
-        rows = (_named_label(row, self.label, names) if names else row for row in table)
-        encoded = []
-        for number, row in enumerate(rows, start=1):
-            if not labelled:
-                row = {column: value for column, value in row.items() if column != self.label}
-            encoded.append(self.encode(row, number=number))
-            if labelled and encoded[-1].target is None:
-                raise DataError(
-                    f"task {self.name!r}, row {number}: no label column {self.label!r}; the row has "
-                    f"{', '.join(row)}"
-                )
-        return encoded
+            rows = (_named_label(row, self.label, names) for row in table) if names else table
+        return [self._example(row, number, labelled) for number, row in enumerate(rows, start=1)]
 
     def to_dict(self) -> dict[str, Any]:
         """The task as JSON values; `from_dict` gives back an equal task."""
@@ -133,9 +119,7 @@ class Task:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise TaskError(
-                    f"a task has no field {key!r}; it has {', '.join(known)}.{suggest(str(key), known)}"
-                )
+                raise TaskError(f"a task has no field {key!r}; it has {', '.join(known)}.{suggest(str(key), known)}")
         missing = [name for name in ("name", "kind", "template") if name not in values]
         if missing:
             raise TaskError(f"a task needs {', '.join(missing)}; got {', '.join(values) or 'nothing'}")
@@ -150,6 +134,18 @@ class Task:
     @cached_property
     def _choices(self) -> tuple[Template, ...]:
         return tuple(Template((choice,)) for choice in self.choices)
+
+    def _example(self, row: Row, number: int | None, labelled: bool | None) -> Example:
+        """One row encoded; `labelled` says whether it must have a label, None that it may."""
+        try:
+            texts = self._texts(row)
+            target = None if labelled is False else self._target(row, len(texts[0]))
+            if labelled and target is None:
+                raise DataError(f"no label column {self.label!r}; labelled=False encodes rows without one")
+        except DataError as error:
+            where = f"task {self.name!r}" + (f", row {number}" if number is not None else "")
+            raise DataError(f"{where}: {error}") from error
+        return Example(texts=texts, target=target)
 
     def _texts(self, row: Row) -> tuple[tuple[str, ...], ...]:
         if self.kind == "tagging":
@@ -180,9 +176,7 @@ class Task:
     def _columns(self, known: list[str], labelled: bool) -> list[str]:
         """The columns of a table to read, all of them known."""
         if labelled and not self.label:
-            raise DataError(
-                f"task {self.name!r} has no label column; set Task(label=…), or labelled=False to predict"
-            )
+            raise DataError(f"task {self.name!r} has no label column; set Task(label=…), or labelled=False to predict")
         read = [*self.columns, self.label] if labelled else list(self.columns)
         for column in read:
             require(known, column, "the task's label" if column == self.label else "the task's template")
@@ -196,9 +190,7 @@ class Task:
     def _check_labels(self) -> None:
         least = _LEAST_LABELS.get(self.kind)
         if least is None and self.labels:
-            raise TaskError(
-                f"{self.kind} has no label names, but labels={self.labels!r} were given; leave them out"
-            )
+            raise TaskError(f"{self.kind} has no label names, but labels={self.labels!r} were given; leave them out")
         if least is not None and len(self.labels) < least:
             raise TaskError(
                 f"{self.kind} needs at least {least} label name(s), got {self.labels!r}. Give them in the "
@@ -207,19 +199,13 @@ class Task:
             )
         twice = [label for label in self.labels if self.labels.count(label) > 1]
         if twice or not all(self.labels):
-            raise TaskError(
-                f"label names are not empty and differ from one another, but {twice or ['']} do not"
-            )
+            raise TaskError(f"label names are not empty and differ from one another, but {twice or ['']} do not")
 
     def _check_texts(self) -> None:
         if self.label in self.columns and self.label:
-            raise TaskError(
-                f"column {self.label!r} is both text and label; the answer would be read off the text"
-            )
+            raise TaskError(f"column {self.label!r} is both text and label; the answer would be read off the text")
         if self.kind == "tagging" and not _is_bare(self.template):
-            raise TaskError(
-                f"the template of tagging is one column that holds words, not {self.template.parts!r}"
-            )
+            raise TaskError(f"the template of tagging is one column that holds words, not {self.template.parts!r}")
         if self.kind != "multiple_choice" and self.choices:
             raise TaskError(f"only multiple_choice has choices, not {self.kind}; leave them out")
         if self.kind == "multiple_choice" and (len(self.choices) < 2 or len(self.template.parts) != 1):
@@ -241,9 +227,7 @@ class Task:
                 f'{len(self.labels)}. Set metric="macro_f1" or "accuracy"'
             )
         if self.metric == "tag_f1" and not is_bio(self.labels):
-            raise TaskError(
-                'tag_f1 needs BIO tags ("O", "B-x", "I-x"); for others set metric="token_accuracy"'
-            )
+            raise TaskError('tag_f1 needs BIO tags ("O", "B-x", "I-x"); for others set metric="token_accuracy"')
 
 
 def check_kind(kind: str) -> None:
@@ -266,9 +250,7 @@ def _is_bare(template: Template) -> bool:
 
 def _words(value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(word, str) for word in value):
-        raise DataError(
-            f"tagging reads a list of words, not {str(value)[:60]!r}. Split the text into words first"
-        )
+        raise DataError(f"tagging reads a list of words, not {str(value)[:60]!r}. Split the text into words first")
     return tuple(value)
 
 

@@ -35,11 +35,7 @@ def split_table(
     strata = _strata(table, label)
     num_held = min(max(round(fraction * len(table)), 1), len(table) - 1)
     rng = np.random.default_rng(seed)
-    held = {
-        row
-        for rows, count in _shares(strata, num_held, rng)
-        for row in rng.permutation(rows)[:count].tolist()
-    }
+    held = {row for rows, count in _shares(strata, num_held, rng) for row in rng.permutation(rows)[:count].tolist()}
     order = range(len(table))
     return table.select([i for i in order if i not in held]), table.select([i for i in order if i in held])
 

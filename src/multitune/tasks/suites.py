@@ -161,9 +161,7 @@ def list_tasks(data_dir: str | Path | None = None) -> tuple[str, ...]:
     root = _root(data_dir)
     if root is None:
         return tuple(shipped)
-    told = {
-        name for name, spec in SPECS.items() if not spec.shipped and _trains(root / (spec.folder or name))
-    }
+    told = {name for name, spec in SPECS.items() if not spec.shipped and _trains(root / (spec.folder or name))}
     files = root.glob("*/*/train.parquet")
     inferred = {"/".join(file.parts[-3:-1]) for file in files if _is_plain(parquet_features(file))}
     return (*shipped, *sorted(told | inferred))
@@ -215,9 +213,7 @@ def _root(data_dir: str | Path | None) -> Path | None:
     root = Path(given).expanduser()
     if not root.is_dir():
         asked = "data_dir" if data_dir else VARIABLE
-        raise DataError(
-            f"{asked} is {str(given)!r}, which is no folder. It holds <collection>/<task>/train.parquet"
-        )
+        raise DataError(f"{asked} is {str(given)!r}, which is no folder. It holds <collection>/<task>/train.parquet")
     return root
 
 
@@ -245,7 +241,15 @@ def _unknown(name: str, root: Path | None) -> TaskError | DataError:
             f"task {name!r} is read from the folder that {VARIABLE} names, and it is not set. Set it "
             f"(export {VARIABLE}=/path/to/data, which holds {name}/train.parquet), or pass data_dir"
         )
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    near = _near(name, known)
     likely = f"Near it: {', '.join(near)}" if near else f"Some that are: {', '.join(list(known)[:10])}"
     where = f"in {str(root)!r}" if root else f"among those known without {VARIABLE}, which is not set"
     return TaskError(f"no task {name!r} {where}. {likely}. A name is <collection>/<task>")
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    """Known names like this one, as a whole or in what follows the slash."""
+    tails = {full.rpartition("/")[2] for full in known}
+    close = difflib.get_close_matches(name.rpartition("/")[2], tails, n=5)
+    whole = difflib.get_close_matches(name, known, n=5, cutoff=0.7)
+    return list(dict.fromkeys([*whole, *(full for full in known if full.rpartition("/")[2] in close)]))[:5]

@@ -72,9 +72,7 @@ def number(value: object) -> float:
     if result is None:
         raise DataError(f"the target of a regression is a number, not {value!r}")
     if not math.isfinite(result):
-        raise DataError(
-            f"the target of a regression is a finite number, not {result}. Fill it in or drop the row"
-        )
+        raise DataError(f"the target of a regression is a finite number, not {result}. Fill it in or drop the row")
     return result
 
 

@@ -1,0 +1,297 @@
+"""Adapters as files: what a training run leaves, in one folder.
+
+`adapter.json` says what it is; `adapter.safetensors` holds the tensors; `table.safetensors`, if fused, the table
+of token rows. Nothing is ever unpickled. Loading builds the expected names and shapes from the configuration
+first and names every difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from multitune import tables
+from multitune.deltas import TokenBias, build_table
+from multitune.errors import AdapterError, BackboneError, MultituneError, suggest
+from multitune.files import replace_file, replace_folder, sha256
+from multitune.heads import Head
+from multitune.methods import Method, get_method
+from multitune.plan import DeltaSet
+from multitune.tasks import Task
+from multitune.version import __version__
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+FORMAT = 1
+CONFIG_FILE = "adapter.json"
+TENSOR_FILE = "adapter.safetensors"
+
+_KEYS = (
+    "format", "multitune", "name", "method", "head", "task", "max_length", "backbone", "metrics", "recipe", "seed",
+    "parameters", "tensors_sha256", "table",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One task's trained parameters, head and configuration."""
+
+    name: str
+    """What to call it."""
+    method: Method
+    """Method and hyper-parameters."""
+    params: Mapping[str, Tensor]
+    """The method's trained tensors, as `method.init` names and shapes them."""
+    head: Head
+    """Head configuration."""
+    head_params: Mapping[str, Tensor]
+    """`weight [C, D]` and `bias [C]`."""
+    task: Task
+    """Columns, template, labels and metric."""
+    backbone: Mapping[str, Any]
+    """What `Backbone.describe` said of the backbone it was trained on."""
+    max_length: int = 128
+    """Tokens a text was cut to in training."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What it reached on the validation rows."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Every training setting."""
+    seed: int = 0
+    """Seed of the run."""
+    version: str = __version__
+    """Library version that wrote it."""
+    path: Path | None = None
+    """Where it was loaded from or saved to."""
+    table: Mapping[str, Any] | None = None
+    """If fused: dtype and sha256 of the table of token rows."""
+
+    @property
+    def num_method_parameters(self) -> int:
+        """Trained parameters without the head."""
+        return sum(t.numel() for t in self.params.values())
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Trained parameters of the head."""
+        return sum(t.numel() for t in self.head_params.values())
+
+    # ---------------------------------------------------------------- use
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raise `BackboneError` unless this adapter was trained on exactly these weights."""
+        mine, theirs = self.backbone, backbone.describe()
+        if mine["fingerprint"] != theirs["fingerprint"]:
+            differing = [k for k in theirs if k != "fingerprint" and mine.get(k) != theirs[k]]
+            details = ", ".join(f"{k} {mine.get(k)!r} there and {theirs[k]!r} here" for k in differing)
+            raise BackboneError(
+                f"adapter '{self.name}' was trained on backbone '{mine['name']}', not on '{theirs['name']}'"
+                f" ({details or 'same shape, other weights'}). Load the backbone it names: "
+                f"Backbone.load({mine['name']!r})"
+            )
+
+    def delta_set(self, backbone: Backbone, *, aot_store: str = "factors") -> DeltaSet:
+        """The deltas for serving: fused, in the backbone's dtype, on its device.
+
+        Args:
+            aot_store: where token rows come from: "factors" (computed per batch), "ram" or "mmap" (a table).
+        """
+        self.check_backbone(backbone)
+        with torch.no_grad():
+            params = {k: t.to(backbone.device) for k, t in self.params.items()}
+            deltas = self.method.deltas(params, backbone)
+            if aot_store != "factors" and self.method.fuses_to_table:
+                rows = tables.map_table(self._table_path(backbone))
+                if aot_store == "ram":
+                    rows = replace(rows, table=rows.table.clone().to(backbone.device), mapped=False)
+                deltas = {"layers": [TokenBias(source=rows)]}
+            return DeltaSet(deltas).fused(backbone.dtype, backbone.device)
+
+    def _table_path(self, backbone: Backbone) -> Path:
+        if self.path is None or self.table is None:
+            place = self.path or "ADAPTER"
+            raise AdapterError(
+                f"adapter '{self.name}' has no table of token rows on disk; run `multitune fuse {place}` first, "
+                f"or use aot_store='factors'"
+            )
+        return self.path / tables.TABLE_FILE
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> Adapter:
+        """Write the adapter folder atomically and return the adapter with its path. A table is not carried over."""
+        folder = Path(path)
+
+        def write(temporary: Path) -> None:
+            tensors = {f"method.{k}": t.detach().cpu().contiguous() for k, t in self.params.items()}
+            tensors |= {f"head.{k}": t.detach().cpu().contiguous() for k, t in self.head_params.items()}
+            save_file(tensors, temporary / TENSOR_FILE)
+            config = self._config(sha256(temporary / TENSOR_FILE), table=None)
+            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+        replace_folder(folder, write)
+        return replace(self, path=folder, table=None)
+
+    def fuse(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> Adapter:
+        """Compute the table of token rows once and write it into the adapter's folder.
+
+        Raises:
+            AdapterError: the method has nothing to fuse, or the adapter is not on disk.
+        """
+        if not self.method.fuses_to_table:
+            raise AdapterError(
+                f"adapter '{self.name}' uses {self.method.title}, whose trained tensors are what is served: there is "
+                f"nothing to fuse. `multitune merge` folds it into a checkpoint of its own where that is possible"
+            )
+        if self.path is None:
+            raise AdapterError(f"adapter '{self.name}' is not on disk yet; save it first: adapter.save(FOLDER)")
+        self.check_backbone(backbone)
+        (delta,) = self.method.deltas({k: t.to(backbone.device) for k, t in self.params.items()}, backbone)["layers"]
+        assert isinstance(delta, TokenBias)
+        file = self.path / tables.TABLE_FILE
+        tables.write_table(file, build_table(delta.source.canonical(), backbone.vocab_size, dtype))
+        table = {"dtype": str(dtype).removeprefix("torch."), "sha256": sha256(file)}
+        config = self._config(sha256(self.path / TENSOR_FILE), table)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        replace_file(self.path / CONFIG_FILE, lambda temporary: temporary.write_text(text, "utf-8"))
+        return replace(self, table=table)
+
+    def _config(self, digest: str, table: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "multitune": self.version,
+            "name": self.name,
+            "method": {"name": self.method.name, "settings": self.method.settings()},
+            "head": self.head.settings(),
+            "task": self.task.to_dict(),
+            "max_length": self.max_length,
+            "backbone": dict(self.backbone),
+            "metrics": dict(self.metrics),
+            "recipe": dict(self.recipe),
+            "seed": self.seed,
+            "parameters": {"method": self.num_method_parameters, "head": self.num_head_parameters},
+            "tensors_sha256": digest,
+            "table": None if table is None else dict(table),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, backbone: Backbone | None = None) -> Adapter:
+        """Read an adapter folder, strictly.
+
+        Args:
+            path: the folder.
+            backbone: if given, the adapter must belong to it and its tensors must have exactly the expected
+                names and shapes.
+
+        Raises:
+            AdapterError: a file is missing, damaged, of another format, or its tensors are not as expected.
+            BackboneError: the adapter belongs to another backbone.
+        """
+        folder = Path(path)
+        config = _read_config(folder)
+        try:
+            adapter = cls(
+                name=config["name"],
+                method=get_method(config["method"]["name"]).from_settings(config["method"]["settings"]),
+                params={},
+                head=Head(**config["head"]),
+                head_params={},
+                task=Task.from_dict(config["task"]),
+                backbone=config["backbone"],
+                max_length=config["max_length"],
+                metrics=config["metrics"],
+                recipe=config["recipe"],
+                seed=config["seed"],
+                version=config["multitune"],
+                path=folder,
+                table=config["table"],
+            )
+        except (MultituneError, TypeError, KeyError) as error:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE} (written by multitune {config['multitune']}, this is {__version__}): {error}"
+            ) from error
+        if backbone is not None:
+            adapter.check_backbone(backbone)
+        tensors = _read_tensors(folder / TENSOR_FILE, config["tensors_sha256"])
+        params = {k.removeprefix("method."): t for k, t in tensors.items() if k.startswith("method.")}
+        head_params = {k.removeprefix("head."): t for k, t in tensors.items() if k.startswith("head.")}
+        adapter = replace(adapter, params=params, head_params=head_params)
+        adapter._check_tensors(folder / TENSOR_FILE, tensors, backbone)
+        return adapter
+
+    def _check_tensors(self, file: Path, tensors: Mapping[str, Tensor], backbone: Backbone | None) -> None:
+        problems = [f"'{k}' holds values that are not finite" for k, t in tensors.items() if not _finite(t)]
+        if backbone is not None:
+            problems += _differences(self._expected(backbone), tensors, all_of=not self.method.changes_weights)
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise AdapterError(f"{file} does not fit its configuration: {'; '.join(problems[:5])}{more}")
+
+    def _expected(self, backbone: Backbone) -> dict[str, torch.Size]:
+        shapes = {f"method.{k}": s for k, s in backbone.shapes_of(self.method).items()}
+        width = backbone.hidden_size
+        head = {"head.weight": (self.head.num_outputs, width), "head.bias": (self.head.num_outputs,)}
+        return shapes | {k: torch.Size(s) for k, s in head.items()}
+
+
+def _finite(t: Tensor) -> bool:
+    return not t.is_floating_point() or bool(torch.isfinite(t).all())
+
+
+def _differences(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], all_of: bool) -> list[str]:
+    problems = []
+    if all_of:
+        problems += [f"'{k}' {tuple(expected[k])} is missing" for k in expected if k not in found]
+    problems += [
+        f"'{k}' {tuple(found[k].shape)} is not expected{suggest(k, expected)}" for k in found if k not in expected
+    ]
+    problems += [
+        f"'{k}' has shape {tuple(found[k].shape)} where {tuple(expected[k])} is expected"
+        for k in expected
+        if k in found and found[k].shape != expected[k]
+    ]
+    return problems
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.exists():
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+        hint = f" It holds the adapters {', '.join(inside)}: name one of those." if inside else ""
+        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}.{hint}")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict) or "format" not in config:
+        raise AdapterError(f"{file} is not a multitune adapter: it has no 'format'")
+    if config["format"] != FORMAT:
+        raise AdapterError(
+            f"{file} has format {config['format']}, written by multitune {config.get('multitune')}; this is multitune "
+            f"{__version__}, which reads format {FORMAT}. Install the version that wrote it or a later one"
+        )
+    missing, extra = [k for k in _KEYS if k not in config], [k for k in config if k not in _KEYS]
+    if missing or extra:
+        raise AdapterError(f"{file}: missing keys {missing}, unknown keys {extra}")
+    return config
+
+
+def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
+    if not file.exists():
+        raise AdapterError(f"{file} is missing: the adapter's tensors are lost; copy the folder again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is damaged or truncated: {error}") from error
+    if sha256(file) != digest:
+        raise AdapterError(f"{file} is not the file that was saved (its checksum differs); copy the folder again")
+    return tensors

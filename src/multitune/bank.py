@@ -1,0 +1,397 @@
+"""The bank: many adapters on one backbone, and batches whose rows use any mix of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from multitune import heads
+from multitune.adapter import Adapter
+from multitune.backbone import Backbone
+from multitune.batching import Encoded, encode, pad
+from multitune.errors import AdapterError, ConfigError, MixError, MultituneError, PlanError, suggest
+from multitune.plan import DeltaSet, Plan
+from multitune.workspace import Workspace
+
+AotStore = Literal["factors", "ram", "mmap"]
+Row = tuple[str | None, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer to one row."""
+
+    adapter: str | None
+    """The adapter that answered, `None` for the bare backbone."""
+    label: str | float | tuple[str, ...] | None
+    """Label name; number; names of the labels that hold; tag per word. `None` for a bare row, and for logits
+    that are not finite."""
+    probabilities: dict[str, float]
+    """Per label name (multiple choice: "0", "1", ...); empty for regression, tagging and bare rows."""
+    logits: Tensor | None
+    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; `None` for a bare row."""
+    embedding: Tensor | None = None
+    """float32 `[D]`, mean over tokens; for a bare row only."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction as JSON values."""
+        out: dict[str, Any] = {"adapter": self.adapter}
+        if self.embedding is not None:
+            return out | {"embedding": self.embedding.tolist()}
+        label = list(self.label) if isinstance(self.label, tuple) else self.label
+        return out | {"label": label, "probabilities": self.probabilities}
+
+
+class _Entry:
+    """One adapter in the bank: on disk, and in memory while the budget allows."""
+
+    def __init__(self, name: str, adapter: Adapter, slot: int) -> None:
+        self.name = name
+        self.adapter = adapter
+        self.slot = slot
+        self.delta_set: DeltaSet | None = None
+        self.head_params: dict[str, Tensor] = {}
+        self.prompt_length = 0
+        self.last_used = 0
+
+
+class Bank:
+    """Adapters on one backbone, held under a byte budget, routed row by row.
+
+    Adding and removing takes the same time however many are loaded, and never touches the backbone. All methods
+    may be called from several threads at once: a batch that is running keeps the adapters it started with.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        aot_store: AotStore = "factors",
+        memory_budget: int | None = None,
+    ) -> None:
+        """
+        Args:
+            aot_store: where the token rows of AoT adapters come from: "factors" (computed for the tokens of each
+                batch; smallest), "ram" (a table per adapter in memory; fastest) or "mmap" (a table per adapter
+                on disk, of which only the rows in use are read; needs `multitune fuse`).
+            memory_budget: bytes of adapter tensors kept in memory; beyond it the adapter used longest ago is
+                dropped and read again from its folder when a row asks for it. `None` keeps all.
+
+        Raises:
+            ConfigError: an unknown store.
+        """
+        if aot_store not in ("factors", "ram", "mmap"):
+            raise ConfigError(f"aot_store '{aot_store}' is unknown; choose 'factors', 'ram' or 'mmap'")
+        self.backbone = backbone
+        self.aot_store = aot_store
+        self.memory_budget = memory_budget
+        self._entries: dict[str, _Entry] = {}
+        self._lock = threading.RLock()
+        self._workspace = Workspace()
+        self._next_slot = 1  # slot 0 is the identity: the bare backbone
+        self._clock = 0
+        self._resident_bytes = 0
+        self._standalone: dict[str, Bank] = {}
+
+    # ---------------------------------------------------------------- contents
+
+    def add(self, name: str, adapter: Adapter | str | Path) -> None:
+        """Put an adapter into the bank under a name.
+
+        Raises:
+            AdapterError: the name is taken, or the adapter's files are missing or damaged.
+            BackboneError: the adapter belongs to another backbone.
+        """
+        if not isinstance(adapter, Adapter):
+            adapter = Adapter.load(adapter, self.backbone)
+        adapter.check_backbone(self.backbone)
+        adapter.head.check(self.backbone)
+        with self._lock:
+            if name in self._entries:
+                raise AdapterError(f"the bank already has an adapter '{name}'; remove it first: bank.remove({name!r})")
+            entry = _Entry(name, adapter, self._next_slot)
+            self._next_slot += 1
+            self._fill(entry)
+            self._entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out and free its slot; batches that are running finish with it."""
+        with self._lock:
+            entry = self._find(name)
+            self._drop(entry)
+            del self._entries[name]
+            self._standalone.pop(name, None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters, in the order they were added."""
+        with self._lock:
+            return tuple(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter under a name (without its tensors if the budget has dropped them)."""
+        with self._lock:
+            return self._find(name).adapter
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of adapter tensors in memory now."""
+        with self._lock:
+            return self._resident_bytes
+
+    def _find(self, name: str, where: str = "") -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            known = tuple(self._entries)
+            shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            raise AdapterError(
+                f"{where}the bank has no adapter '{name}'.{suggest(name, known)} It has: {shown or 'none'}. "
+                f"Add it: bank.add({name!r}, FOLDER)"
+            )
+        return entry
+
+    def _fill(self, entry: _Entry) -> None:
+        """Bring an adapter into memory, from its folder if the budget had dropped it."""
+        self._clock += 1
+        entry.last_used = self._clock
+        if entry.delta_set is not None or entry.adapter.method.changes_weights:
+            return
+        adapter = entry.adapter
+        if not adapter.head_params and adapter.path is not None:
+            adapter = Adapter.load(adapter.path, self.backbone)
+        device, dtype = self.backbone.device, self.backbone.dtype
+        entry.delta_set = adapter.delta_set(self.backbone, aot_store=self.aot_store)
+        entry.head_params = {k: t.to(device=device, dtype=dtype) for k, t in adapter.head_params.items()}
+        entry.prompt_length = entry.delta_set.prompt_length
+        if adapter.path is not None:
+            # The served form is all that stays; the trained form can be read again.
+            entry.adapter = replace(adapter, params={}, head_params={})
+        self._resident_bytes += entry.delta_set.nbytes()
+        self._make_room(keep=entry)
+
+    def _make_room(self, keep: _Entry) -> None:
+        while self.memory_budget is not None and self._resident_bytes > self.memory_budget:
+            droppable = [
+                e
+                for e in self._entries.values()
+                if e is not keep and e.delta_set is not None and e.adapter.path is not None
+            ]
+            if not droppable:
+                return
+            self._drop(min(droppable, key=lambda e: e.last_used))
+
+    def _drop(self, entry: _Entry) -> None:
+        if entry.delta_set is not None:
+            self._resident_bytes -= entry.delta_set.nbytes()
+            entry.delta_set, entry.head_params = None, {}
+
+    # ---------------------------------------------------------------- plans
+
+    def plan(self, names: Sequence[str | None]) -> Plan:
+        """A plan for a batch whose row i uses adapter `names[i]` (`None`: the bare backbone); reusable.
+
+        Raises:
+            AdapterError: a name the bank does not have.
+            MixError: a row's method cannot be mixed; names the row.
+        """
+        with torch.no_grad():
+            return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self._workspace)
+
+    def _lookup(self, names: Sequence[str | None]) -> list[_Snapshot | None]:
+        """The adapters of a batch as they are now, so that later removals do not reach it."""
+        found: dict[str, _Snapshot] = {}
+        out: list[_Snapshot | None] = []
+        with self._lock:
+            for row, name in enumerate(names):
+                if name is None:
+                    out.append(None)
+                    continue
+                if name not in found:
+                    entry = self._find(name, f"row {row}: ")
+                    if entry.adapter.method.changes_weights:
+                        raise MixError(_cannot_mix(row, entry))
+                    self._fill(entry)
+                    assert entry.delta_set is not None
+                    found[name] = _Snapshot(
+                        name, entry.adapter, entry.delta_set, entry.head_params, entry.prompt_length
+                    )
+                out.append(found[name])
+        return out
+
+    # ---------------------------------------------------------------- prediction
+
+    def predict(self, rows: Sequence[Row], *, batch_size: int = 32) -> list[Prediction]:
+        """Answer rows of any mix of tasks and methods, in the order given.
+
+        Args:
+            rows: pairs of an adapter's name (or `None`) and the row: a text, a pair of texts, or a mapping with
+                the columns of the task's template. A bare row is a text or a pair of texts.
+            batch_size: most sequences in one forward pass; sequences of similar length go together.
+
+        Raises:
+            AdapterError, MixError, DataError, PlanError: before any forward pass, naming the row.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
+        alone = self._served_alone(rows)
+        if alone is not None:
+            return alone.predict(rows, batch_size=batch_size)
+        if self.backbone.model.training:
+            raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
+        found = self._lookup([name for name, _ in rows])
+        sequences = self._encode(rows, found)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].encoded), reverse=True)
+        for start in range(0, len(order), batch_size):
+            self._forward([sequences[i] for i in order[start : start + batch_size]])
+        per_row: list[list[_Sequence]] = [[] for _ in rows]
+        for s in sequences:
+            per_row[s.row].append(s)
+        return [_read(snapshot, parts) for snapshot, parts in zip(found, per_row, strict=True)]
+
+    def predict_stream(self, rows: Iterable[Row], *, batch_size: int = 32, window: int = 512) -> Iterator[Prediction]:
+        """`predict` for rows without end: answers come in order, `window` rows are read ahead to pack by length."""
+        rows = iter(rows)
+        while chunk := list(islice(rows, window)):
+            yield from self.predict(chunk, batch_size=batch_size)
+
+    def _encode(self, rows: Sequence[Row], found: Sequence[_Snapshot | None]) -> list[_Sequence]:
+        """Tokenize all rows, those of equal settings in one call."""
+        pending: dict[tuple[int, bool], list[tuple[int, _Snapshot | None, tuple[str, ...]]]] = {}
+        for i, ((_, row), snapshot) in enumerate(zip(rows, found, strict=True)):
+            try:
+                texts = _bare_texts(row) if snapshot is None else snapshot.texts(row)
+            except MultituneError as error:
+                raise type(error)(f"row {i}: {error}") from error
+            length, words = self.backbone.max_length, False
+            if snapshot is not None:
+                length = min(snapshot.adapter.max_length, length - snapshot.prompt_length)
+                words = snapshot.adapter.task.kind == "tagging"
+            pending.setdefault((length, words), []).extend((i, snapshot, t) for t in texts)
+        out = []
+        for (length, words), items in pending.items():
+            encoded = encode(self.backbone, [t for _, _, t in items], max_length=length, words=words)
+            out += [_Sequence(i, snapshot, e) for (i, snapshot, _), e in zip(items, encoded, strict=True)]
+        return out
+
+    def _forward(self, sequences: Sequence[_Sequence]) -> None:
+        """One forward pass; leaves each sequence its logits or embedding on the CPU."""
+        backbone = self.backbone
+        batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
+        with torch.no_grad():
+            plan = Plan([s.snapshot.delta_set if s.snapshot else None for s in sequences], self._workspace)
+            hidden = backbone.run(plan, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            own = [(s.snapshot.adapter.head, s.snapshot.head_params) if s.snapshot else None for s in sequences]
+            values = heads.mixed_logits(backbone, own, hidden, batch.attention_mask)
+            bare = [i for i, s in enumerate(sequences) if s.snapshot is None]
+            if bare:
+                mask = None if batch.attention_mask is None else batch.attention_mask[bare]
+                pooled = heads.pool(backbone, hidden[bare], mask, "mean")
+                for i, embedding in zip(bare, pooled, strict=True):
+                    values[i] = embedding
+        for s, v in zip(sequences, values, strict=True):
+            assert v is not None
+            s.values = v.float().cpu()
+
+    def _served_alone(self, rows: Sequence[Row]) -> Bank | None:
+        """The bank of a fully tuned backbone, if all rows ask for one and the same; `None` if none does.
+
+        Raises:
+            MixError: some rows do and some do not; names the first that cannot be mixed.
+        """
+        with self._lock:
+            names = {name for name, _ in rows}
+            full = {n for n in names if n is not None and n in self._entries and self._changes_weights(n)}
+            if not full:
+                return None
+            if len(names) > 1:
+                row = next(i for i, (name, _) in enumerate(rows) if name in full)
+                raise MixError(_cannot_mix(row, self._entries[str(rows[row][0])]))
+            (name,) = full
+            if name not in self._standalone:
+                self._standalone[name] = _bank_of_full(self.backbone, self._entries[name])
+            return self._standalone[name]
+
+    def _changes_weights(self, name: str) -> bool:
+        return self._entries[name].adapter.method.changes_weights
+
+
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    """One adapter as a running batch sees it."""
+
+    name: str
+    adapter: Adapter
+    delta_set: DeltaSet
+    head_params: dict[str, Tensor]
+    prompt_length: int
+
+    def texts(self, row: Any) -> tuple[tuple[str, ...], ...]:
+        """The sequences of a row; its label, if it has one, is not read."""
+        task = self.adapter.task
+        if isinstance(row, dict) and task.label in row:
+            row = {k: v for k, v in row.items() if k != task.label}
+        return task.encode(row).texts
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One sequence of one row on its way through a batch."""
+
+    row: int
+    snapshot: _Snapshot | None
+    encoded: Encoded
+    values: Tensor | None = None
+
+
+def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:
+    parts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, (tuple, list)) else ()
+    if not 1 <= len(parts) <= 2 or not all(isinstance(p, str) for p in parts):
+        raise MixError(f"a row without an adapter is a text or a pair of texts, not {type(row).__name__}")
+    return (parts,)
+
+
+def _read(snapshot: _Snapshot | None, parts: Sequence[_Sequence]) -> Prediction:
+    values = [p.values for p in parts if p.values is not None]
+    if snapshot is None:
+        return Prediction(adapter=None, label=None, probabilities={}, logits=None, embedding=values[0])
+    task = snapshot.adapter.task
+    starts = parts[0].encoded.word_starts
+    logits = torch.cat(values) if task.kind == "multiple_choice" else values[0]
+    read = heads.answer(task, logits, starts)
+    if task.kind == "tagging":
+        logits = logits[list(starts)]
+    return Prediction(adapter=snapshot.name, label=read.label, probabilities=read.probabilities, logits=logits)
+
+
+def _cannot_mix(row: int, entry: _Entry) -> str:
+    return (
+        f"row {row}: adapter '{entry.name}' uses {entry.adapter.method.title}, which changes the backbone's own weights, "
+        f"so it cannot share a batch with rows of other tasks. Send its rows in a batch of their own, or train the "
+        f"task with a method that can be mixed, such as LoRA"
+    )
+
+
+def _bank_of_full(backbone: Backbone, entry: _Entry) -> Bank:
+    """A bank with a backbone of its own, on which the fully tuned adapter is a head."""
+    from multitune.methods.head import HeadOnly
+
+    adapter = entry.adapter
+    if not adapter.head_params and adapter.path is not None:
+        adapter = Adapter.load(adapter.path, backbone)
+    tuned = backbone.with_weights(adapter.params)
+    bank = Bank(tuned)
+    bank.add(entry.name, replace(adapter, method=HeadOnly(), params={}, backbone=tuned.describe(), path=None))
+    return bank

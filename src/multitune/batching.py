@@ -1,0 +1,127 @@
+"""From texts to padded tensors.   Legend: B sequences, T tokens of the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multitune.errors import BackboneError
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One tokenized sequence."""
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+    word_starts: tuple[int, ...] = ()
+    """Tagging: the position of each word's first token; words cut off by truncation are missing at the end."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Padded sequences."""
+
+    input_ids: Tensor
+    """int64 `[B, T]`"""
+    attention_mask: Tensor | None
+    """int64 `[B, T]`, 1 for real tokens; `None` when nothing is padded."""
+    token_type_ids: Tensor | None
+    """int64 `[B, T]` or `None`."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        mask, types = (None if t is None else t.to(device) for t in (self.attention_mask, self.token_type_ids))
+        return Batch(input_ids=self.input_ids.to(device), attention_mask=mask, token_type_ids=types)
+
+
+def encode(
+    backbone: Backbone, sequences: Sequence[tuple[str, ...]], *, max_length: int, words: bool = False
+) -> list[Encoded]:
+    """Tokenize sequences, each a text, a pair of texts, or (with `words`) a list of words.
+
+    Args:
+        max_length: tokens, special tokens included; longer sequences are cut, the longer text of a pair first.
+
+    Raises:
+        BackboneError: the backbone has no tokenizer, or one that cannot align words.
+    """
+    tokenizer = backbone.tokenizer
+    if tokenizer is None:
+        raise BackboneError(
+            f"backbone '{backbone.name}' has no tokenizer, so it takes token ids only; "
+            f"give one: Backbone(model, tokenizer)"
+        )
+    if not sequences:
+        return []
+    if words:
+        texts: list[Any] = [list(s) for s in sequences]
+        return _call(backbone, texts, None, max_length, words=True)
+    out: list[Encoded | None] = [None] * len(sequences)
+    for parts in sorted({len(s) for s in sequences}):  # the tokenizer takes pairs and single texts apart
+        where = [i for i, s in enumerate(sequences) if len(s) == parts]
+        first = [sequences[i][0] for i in where]
+        second = [sequences[i][1] for i in where] if parts > 1 else None
+        for i, encoded in zip(where, _call(backbone, first, second, max_length, words=False), strict=True):
+            out[i] = encoded
+    return [e for e in out if e is not None]
+
+
+def _call(
+    backbone: Backbone, first: list[Any], second: list[Any] | None, max_length: int, words: bool
+) -> list[Encoded]:
+    tokenizer = backbone.tokenizer
+    assert tokenizer is not None
+    if words and not tokenizer.is_fast:
+        raise BackboneError(f"token tagging needs a fast tokenizer, which backbone '{backbone.name}' lacks")
+    with backbone.tokenizer_lock:  # truncation is state of a fast tokenizer, which two threads must not set at once
+        result = tokenizer(
+            first,
+            second,
+            truncation=True,
+            max_length=max_length,
+            is_split_into_words=words,
+            return_attention_mask=False,
+        )
+    types = result.get("token_type_ids") if backbone.takes_token_types else None
+    return [
+        Encoded(
+            input_ids=ids,
+            token_type_ids=None if types is None else types[i],
+            word_starts=_word_starts(result.word_ids(i)) if words else (),
+        )
+        for i, ids in enumerate(result["input_ids"])
+    ]
+
+
+def _word_starts(word_ids: list[int | None]) -> tuple[int, ...]:
+    starts: dict[int, int] = {}
+    for position, word in enumerate(word_ids):
+        if word is not None:
+            starts.setdefault(word, position)
+    return tuple(starts[word] for word in sorted(starts))
+
+
+def pad(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """Pad sequences on the right to the longest of them."""
+    width = max(len(e) for e in encoded)
+    lengths = [len(e) for e in encoded]
+    ids = torch.tensor([e.input_ids + [pad_id] * (width - n) for e, n in zip(encoded, lengths, strict=True)])
+    mask = None
+    if min(lengths) < width:
+        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    types = None
+    if any(e.token_type_ids is not None for e in encoded):
+        filled = [(e.token_type_ids or [0] * len(e)) for e in encoded]
+        types = torch.tensor([t + [0] * (width - len(t)) for t in filled])
+    return Batch(input_ids=ids, attention_mask=mask, token_type_ids=types)

@@ -1,0 +1,193 @@
+"""Heads: from hidden states to logits, losses and answers.
+
+Legend: B sequences, T tokens, D width, C outputs of one head, R rows (a multiple-choice row has several sequences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from multitune.errors import ConfigError, suggest
+from multitune.tasks import Task
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+Pooling = Literal["cls", "mean", "pooler"]
+
+#: Target that no loss or metric counts (words cut off by truncation).
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear head `[C, D]` over a pooled vector, or over each word for tagging."""
+
+    kind: str
+    """Kind of task: classification, regression, multilabel, multiple_choice, tagging."""
+    num_outputs: int
+    """Number of outputs C."""
+    pooling: Pooling = "cls"
+    """First token, mean over real tokens, or the backbone's pretrained pooler; tagging reads every word."""
+    dropout: float = 0.1
+    """Probability of dropping an entry of the pooled vector, in training."""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            known = get_args(Pooling)
+            raise ConfigError(
+                f"pooling '{self.pooling}' is unknown.{suggest(self.pooling, known)} Choose {', '.join(known)}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"head dropout {self.dropout} is not a probability below 1")
+
+    @classmethod
+    def for_task(cls, task: Task, pooling: Pooling = "cls", dropout: float = 0.1) -> Head:
+        """The head that fits a task."""
+        outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)
+        return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh tensors `weight [C, D]` (normal, std 0.02) and `bias [C]` (zero), float32."""
+        self.check(backbone)
+        weight = torch.randn(self.num_outputs, backbone.hidden_size, generator=generator) * 0.02
+        return {"weight": weight, "bias": torch.zeros(self.num_outputs)}
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `ConfigError` if the backbone cannot pool this way."""
+        if self.pooling == "pooler" and backbone.pooler is None:
+            raise ConfigError(
+                f"backbone '{backbone.name}' ({backbone.model.config.model_type}) has no pretrained pooler; "
+                f"use pooling='cls' or pooling='mean'"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The head as JSON values."""
+        return asdict(self)
+
+
+def pool(backbone: Backbone, hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """`hidden [B, T, D]` to `[B, D]`."""
+    if pooling == "pooler":
+        assert backbone.pooler is not None
+        pooled: Tensor = backbone.pooler(hidden)
+        return pooled
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    # where, not a product: padding may hold anything, and 0 times NaN is NaN.
+    kept = hidden.masked_fill(weights == 0, 0)
+    return kept.sum(1) / weights.sum(1).clamp(min=1)
+
+
+def logits(
+    backbone: Backbone,
+    head: Head,
+    tensors: Mapping[str, Tensor],
+    hidden: Tensor,
+    mask: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """One head for all sequences: `[B, C]`, or `[B, T, C]` for tagging."""
+    features = hidden if head.kind == "tagging" else pool(backbone, hidden, mask, head.pooling)
+    features = F.dropout(features, head.dropout, training=training)
+    return F.linear(features, tensors["weight"].to(features.dtype), tensors["bias"].to(features.dtype))
+
+
+def mixed_logits(
+    backbone: Backbone,
+    heads: Sequence[tuple[Head, Mapping[str, Tensor]] | None],
+    hidden: Tensor,
+    mask: Tensor | None,
+) -> list[Tensor | None]:
+    """Another head for every sequence, of any size, in one product per way of pooling.
+
+    Returns, per sequence, its own `[C]` (tagging: `[T, C]`), or `None` where it has no head.
+    """
+    out: list[Tensor | None] = [None] * len(heads)
+    ways = {"words" if h[0].kind == "tagging" else h[0].pooling for h in heads if h is not None}
+    for way in sorted(ways):
+        rows = [
+            i
+            for i, h in enumerate(heads)
+            if h is not None and way == ("words" if h[0].kind == "tagging" else h[0].pooling)
+        ]
+        chosen = [h for i in rows if (h := heads[i]) is not None]
+        picked = hidden[rows]
+        picked_mask = None if mask is None else mask[rows]
+        features = picked if way == "words" else pool(backbone, picked, picked_mask, way).unsqueeze(1)
+        weight = pad_sequence([t["weight"] for _, t in chosen], batch_first=True)  # [R, C_max, D]
+        bias = pad_sequence([t["bias"] for _, t in chosen], batch_first=True).unsqueeze(1)
+        values = torch.baddbmm(bias, features, weight.transpose(1, 2))  # [R, T or 1, C_max]
+        for k, i in enumerate(rows):
+            own = values[k, :, : chosen[k][0].num_outputs]
+            out[i] = own if way == "words" else own[0]
+    return out
+
+
+def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of a batch.
+
+    Args:
+        values: logits `[R, C]`; regression `[R, 1]`; multiple choice `[R, choices]`; tagging `[R, T, C]`.
+        targets: int64 `[R]`; regression float `[R]`; multilabel float `[R, C]`; tagging int64 `[R, T]`
+            with `IGNORED` everywhere but at the first token of each word.
+    """
+    values = values.float()
+    if head.kind == "regression":
+        return F.mse_loss(values.squeeze(-1), targets.float())
+    if head.kind == "multilabel":
+        return F.binary_cross_entropy_with_logits(values, targets.float())
+    if head.kind == "tagging":
+        return F.cross_entropy(values.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(values, targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a head's logits say about one row."""
+
+    label: str | float | tuple[str, ...] | None
+    """Label name; number; names of the labels that hold; tag per word; `None` if the logits are not finite."""
+    probabilities: dict[str, float]
+    """Per label name or choice; empty for regression and tagging."""
+
+
+def answer(task: Task, values: Tensor, word_starts: Sequence[int] = ()) -> Answer:
+    """Read one row's logits: `[C]`, multiple choice `[choices]`, tagging `[T, C]`."""
+    values = values.detach().float().cpu()
+    if task.kind == "tagging":
+        values = values[list(word_starts)]
+    if not bool(torch.isfinite(values).all()):
+        return Answer(label=None, probabilities={})
+    if task.kind == "regression":
+        return Answer(label=float(values[0]), probabilities={})
+    if task.kind == "tagging":
+        return Answer(label=tuple(task.labels[i] for i in values.argmax(-1).tolist()), probabilities={})
+    if task.kind == "multilabel":
+        probabilities = dict(zip(task.labels, values.sigmoid().tolist(), strict=True))
+        return Answer(label=tuple(n for n, p in probabilities.items() if p >= 0.5), probabilities=probabilities)
+    names = task.labels if task.kind == "classification" else tuple(str(i) for i in range(len(task.choices)))
+    probabilities = dict(zip(names, values.softmax(-1).tolist(), strict=True))
+    return Answer(label=names[int(values.argmax())], probabilities=probabilities)
+
+
+def prediction(task: Task, values: Tensor, word_starts: Sequence[int] = ()) -> Any:
+    """One row's prediction in the form that `multitune.tasks.compute` takes: id, number, or tuple of ids."""
+    values = values.detach().float().cpu()
+    if task.kind == "regression":
+        return float(values[0])
+    if task.kind == "tagging":
+        return tuple(values[list(word_starts)].argmax(-1).tolist())
+    if task.kind == "multilabel":
+        return tuple(int(v >= 0) for v in values.tolist())
+    return int(values.argmax())

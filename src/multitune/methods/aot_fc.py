@@ -1,0 +1,56 @@
+"""AoT P-Tuning, FC form (arXiv 2305.10835, eq. 1 and 3):  h + P[token],  P = f(E W₁ + b₁) W₂ + b₂ per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from multitune.deltas import Delta, FCRows, TokenBias
+from multitune.methods.base import Method, Recipe, check_positive, check_probability
+from multitune.methods.registry import register
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AoTFC(Method):
+    """A bias per layer and token id, made from the frozen word embeddings; `W₂` and `b₂` are zero at first."""
+
+    name: ClassVar[str] = "aot_fc"
+    title: ClassVar[str] = "AoT P-Tuning (FC)"
+    paper: ClassVar[str] = "Gavrilov & Balagansky 2023, arXiv 2305.10835, eq. 1 and 3"
+    fuses_to_table: ClassVar[bool] = True
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3, source="sweep on demo tasks, benchmarks/sweep.py")
+
+    r: int = 64
+    """Inner width R."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """The function f (GELU is not confirmed by the paper's readable part)."""
+    dropout: float = 0.0
+    """Probability of dropping an entry of P, in training."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "r")
+        check_probability(self, "dropout")
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        width, layers, d = backbone.word_embeddings.shape[1], backbone.num_layers, backbone.hidden_size
+        w1 = torch.empty(layers * self.r, width)
+        nn.init.kaiming_uniform_(w1, a=math.sqrt(5), generator=generator)
+        return {
+            "w1": w1.T.contiguous().view(width, layers, self.r),
+            "b1": torch.zeros(layers, self.r),
+            "w2": torch.zeros(layers, self.r, d),
+            "b2": torch.zeros(layers, d),
+        }
+
+    def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
+        rows = FCRows(embedding=backbone.word_embeddings, **params, activation=self.activation, dropout=self.dropout)
+        return {"layers": [TokenBias(source=rows)]}

@@ -1,0 +1,190 @@
+"""What a tuning method is: hyper-parameters, the tensors it trains, and the deltas they yield."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from multitune.deltas import Delta
+from multitune.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+    from multitune.sites import Site
+
+Roles = tuple[str, ...]
+Layers = tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Training settings that work for a method when the user gives none."""
+
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the method's tensors and the head."""
+    warmup_ratio: float = 0.06
+    """Share of the steps over which the learning rate rises."""
+    source: str
+    """Where the numbers come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A tuning method. Subclass it in one file, decorate it with `@register`, and it trains, saves and mixes.
+
+    A subclass gives `init` and `deltas`, or derives from `SiteMethod` and gives their one-site forms.
+    """
+
+    name: ClassVar[str]
+    """Short name, as typed on the command line."""
+    title: ClassVar[str]
+    """Name as the paper writes it."""
+    paper: ClassVar[str]
+    """Authors, year, arXiv number, equation."""
+    recipe: ClassVar[Recipe]
+    """Training settings used when none are given."""
+    changes_weights: ClassVar[bool] = False
+    """Whether it trains the backbone's own weights, and so needs a backbone of its own."""
+    identity_at_init: ClassVar[bool] = True
+    """Whether a fresh adapter leaves the backbone's output unchanged."""
+    fuses_to_table: ClassVar[bool] = False
+    """Whether fusing writes a table by token id."""
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        """The trainable tensors of a fresh adapter, float32 on the CPU, by name.
+
+        Raises:
+            ConfigError: the hyper-parameters do not fit this backbone.
+        """
+        raise NotImplementedError
+
+    def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
+        """The deltas that `params` yield, by site name; differentiable. Fusing is calling it once without gradients."""
+        raise NotImplementedError
+
+    def num_parameters(self, backbone: Backbone) -> int:
+        """Trainable parameters on a backbone, the head excluded."""
+        return sum(t.numel() for t in self.init(backbone, torch.Generator().manual_seed(0)).values())
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters as JSON values."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The method with these hyper-parameters; strings are read as the field's type.
+
+        Raises:
+            ConfigError: an unknown name, or a value the field cannot hold.
+        """
+        known = {f.name for f in fields(cls)}
+        hints = get_type_hints(cls)
+        for key in settings:
+            if key not in known:
+                raise ConfigError(
+                    f"method '{cls.name}' has no hyper-parameter '{key}'.{suggest(key, known)} "
+                    f"It has: {', '.join(sorted(known)) or 'none'}"
+                )
+        return cls(**{key: _parse(cls.name, key, value, hints[key]) for key, value in settings.items()})
+
+
+class SiteMethod(Method):
+    """A method that trains the same kind of tensors at each of a set of sites, independently."""
+
+    def sites(self, backbone: Backbone) -> Iterable[Site]:
+        """The sites it trains."""
+        raise NotImplementedError
+
+    def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh trainable tensors for one site."""
+        raise NotImplementedError
+
+    def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
+        """The delta of one site from that site's tensors."""
+        raise NotImplementedError
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            f"{site.name}.{key}": tensor
+            for site in self.sites(backbone)
+            for key, tensor in self.init_site(site, backbone, generator).items()
+        }
+
+    def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
+        by_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in params.items():
+            site_name, key = name.rsplit(".", 1)
+            by_site[site_name][key] = tensor
+        return {site.name: [self.delta(by_site[site.name], site, backbone)] for site in self.sites(backbone)}
+
+
+def check(condition: bool, method: Method, problem: str, fix: str) -> None:
+    """Raise `ConfigError` about a hyper-parameter unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"method '{method.name}': {problem}; {fix}")
+
+
+def check_positive(method: Method, *names: str) -> None:
+    """Raise `ConfigError` unless every named hyper-parameter is at least 1."""
+    for name in names:
+        value = getattr(method, name)
+        check(value >= 1, method, f"{name}={value} is not possible", f"give {name} of at least 1")
+
+
+def check_probability(method: Method, name: str) -> None:
+    """Raise `ConfigError` unless the named hyper-parameter is in [0, 1)."""
+    value = getattr(method, name)
+    check(0 <= value < 1, method, f"{name}={value} is not a probability below 1", f"give 0 <= {name} < 1")
+
+
+def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of a field: JSON lists become tuples, command-line strings become numbers."""
+    try:
+        return _convert(value, hint)
+    except (TypeError, ValueError) as error:
+        wanted = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"method '{method}': {key}={value!r} is not of type {wanted} ({error})") from error
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    options = get_args(hint)
+    if type(None) in options:
+        if value is None or value == "none":
+            return None
+        return _convert(value, next(o for o in options if o is not type(None)))
+    if get_origin(hint) is tuple:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(_convert(part.strip() if isinstance(part, str) else part, options[0]) for part in parts)
+    if options:  # Literal
+        if value not in options:
+            raise ValueError(f"choose one of {', '.join(map(str, options))}")
+        return value
+    if hint is bool:
+        return _as_bool(value)
+    if hint is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError("not a whole number")
+        return int(value)
+    if hint is float and isinstance(value, bool):
+        raise ValueError("not a number")
+    if hint is str and not isinstance(value, str):
+        raise ValueError("not a text")
+    return hint(value)
+
+
+def _as_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError("not true or false")

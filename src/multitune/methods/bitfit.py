@@ -1,0 +1,65 @@
+"""BitFit (Ben-Zaken et al. 2021): every bias of the backbone is trained, y = x W + (b + δ)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from multitune.deltas import Affine, Bias, Delta
+from multitune.methods.base import Layers, Recipe, Roles, SiteMethod, check
+from multitune.methods.registry import register
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+    from multitune.sites import Site
+
+LINEARS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
+NORMS = ("attention_norm", "ffn_norm", "embedding_norm")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class BitFit(SiteMethod):
+    """Bias-only tuning. The trained tensor is δ, zero at first, so that weight decay does not pull towards -b."""
+
+    name: ClassVar[str] = "bitfit"
+    title: ClassVar[str] = "BitFit"
+    paper: ClassVar[str] = "Ben-Zaken et al. 2021, arXiv 2106.10199, section 3"
+    recipe: ClassVar[Recipe] = Recipe(
+        learning_rate=5e-3, source="sweep on demo tasks, benchmarks/sweep.py; the released code uses 1e-3"
+    )
+
+    subset: Roles = LINEARS + NORMS
+    """Roles of the linears and norms whose bias is trained."""
+    layers: Layers = None
+    """Layers to adapt; none stands for all and the embedding norm."""
+
+    def sites(self, backbone: Backbone) -> Iterable[Site]:
+        known = {s.role for s in backbone.sites if s.kind in ("linear", "norm")}
+        unknown = [role for role in self.subset if role not in known]
+        check(
+            not unknown,
+            self,
+            f"no linear or norm has the role {unknown}",
+            f"choose from {', '.join(sorted(known))}",
+        )
+        chosen = [
+            s
+            for s in backbone.sites
+            if s.kind in ("linear", "norm")
+            and s.role in self.subset
+            and s.bias
+            and (self.layers is None or s.layer in self.layers)
+        ]
+        check(bool(chosen), self, "this backbone has no bias there", "choose other roles or layers")
+        return chosen
+
+    def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"b": torch.zeros(site.out_features)}
+
+    def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
+        return Bias(b=params["b"]) if site.kind == "linear" else Affine(offset=params["b"])

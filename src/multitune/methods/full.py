@@ -1,0 +1,43 @@
+"""Full fine-tuning: every weight of the backbone is trained, W → W + ΔW; the baseline that shares nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from multitune.deltas import Delta
+from multitune.methods.base import Method, Recipe
+from multitune.methods.registry import register
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FullFineTuning(Method):
+    """Trains a copy of the backbone. Saved as the tensors that changed; served as a backbone of its own."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full fine-tuning"
+    paper: ClassVar[str] = "Devlin et al. 2018, arXiv 1810.04805, section 3.2"
+    changes_weights: ClassVar[bool] = True
+    recipe: ClassVar[Recipe] = Recipe(
+        learning_rate=5e-5, weight_decay=0.01, source="Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5"
+    )
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        """A copy of every weight that the last hidden state depends on (the pooler is a head's choice)."""
+        pooler = backbone.architecture.pooler
+        return {
+            name: parameter.detach().float().cpu().clone()
+            for name, parameter in backbone.model.named_parameters()
+            if pooler is None or not name.startswith(f"{pooler}.")
+        }
+
+    def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
+        return {}

@@ -1,0 +1,37 @@
+"""Head only: the backbone is frozen and only the task head is trained; the baseline every method must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from multitune.deltas import Delta
+from multitune.methods.base import Method, Recipe
+from multitune.methods.registry import register
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """Lightweight fine-tuning: no deltas at all."""
+
+    name: ClassVar[str] = "head"
+    title: ClassVar[str] = "Head only"
+    paper: ClassVar[str] = "baseline; the 'frozen' setting of Ben-Zaken et al. 2021, arXiv 2106.10199"
+    recipe: ClassVar[Recipe] = Recipe(
+        learning_rate=1e-2,
+        source="sweep 1e-3..3e-2 on demo tasks, benchmarks/sweep.py; BitFit's code uses 1e-3",
+    )
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
+        return {}

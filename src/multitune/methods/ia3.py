@@ -1,0 +1,47 @@
+"""(IA)³ (Liu et al. 2022, section 3.3): keys, values and feed-forward activations rescaled by learned vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from multitune.deltas import Delta, InputScale, Scale
+from multitune.methods.base import Layers, Recipe, Roles, SiteMethod
+from multitune.methods.registry import register
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+    from multitune.sites import Site
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class IA3(SiteMethod):
+    """`l_k ⊙ K`, `l_v ⊙ V` and `(l_ff ⊙ γ(W₁ x)) W₂`; stored as the difference from one, zero at first."""
+
+    name: ClassVar[str] = "ia3"
+    title: ClassVar[str] = "(IA)³"
+    paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638, section 3.3"
+    recipe: ClassVar[Recipe] = Recipe(
+        learning_rate=1e-2, source="sweep on demo tasks, benchmarks/sweep.py; T-Few uses 3e-3"
+    )
+
+    outputs: Roles = ("key", "value")
+    """Roles of the linear sites whose output is rescaled."""
+    inputs: Roles = ("ffn_out",)
+    """Roles of the linear sites whose input is rescaled."""
+    layers: Layers = None
+    """Layers to adapt; none stands for all."""
+
+    def sites(self, backbone: Backbone) -> Iterable[Site]:
+        return backbone.find_sites("linear", self.outputs + self.inputs, self.layers)
+
+    def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"s": torch.zeros(site.in_features if site.role in self.inputs else site.out_features)}
+
+    def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
+        return InputScale(s=params["s"]) if site.role in self.inputs else Scale(s=params["s"])

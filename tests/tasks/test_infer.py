@@ -1,0 +1,187 @@
+import datasets
+import pytest
+from datasets import ClassLabel, Features, List, Value
+
+from multitune.errors import DataError, TaskError
+from multitune.tasks import infer_task
+
+
+def table(columns, **features):
+    made = datasets.Dataset.from_dict(columns)
+    return made.cast(Features({**made.features, **features})) if features else made
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts", "label"),
+    [
+        ({"text": ["x", "y"], "label": ["b", "a"]}, ("text",), "label"),
+        ({"sentence": ["x", "y"], "idx": [0, 1], "target": ["b", "a"]}, ("sentence",), "target"),
+        (
+            {"sentence1": ["x", "y"], "sentence2": ["p", "q"], "label": ["b", "a"]},
+            ("sentence1", "sentence2"),
+            "label",
+        ),
+        (
+            {"premise": ["x", "y"], "hypothesis": ["p", "q"], "label": ["b", "a"]},
+            ("premise", "hypothesis"),
+            "label",
+        ),
+        ({"note": ["x", "y"], "label": ["b", "a"]}, ("note",), "label"),
+        ({"text": ["x", "y"], "mood": ["b", "a"]}, ("text",), "mood"),
+        ({"column_1": [0, 1], "text": ["x", "y"], "mood": ["b", "a"]}, ("text",), "mood"),
+        ({"text": ["x", "y"], "author": ["p", "q"], "label": ["b", "a"]}, ("text",), "label"),
+    ],
+)
+def test_columns_by_convention(columns, parts, label):
+    task = infer_task(table(columns))
+    assert task.template.parts == parts
+    assert task.label == label
+    assert task.labels == ("a", "b")
+    assert (task.name, task.kind, task.metric) == ("task", "classification", "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["b", "a", "b"], ("a", "b")),
+        ([" b", "a", "b"], ("a", "b")),
+        ([10, 9, 1], ("1", "9", "10")),
+        (["10", "9", "1"], ("1", "9", "10")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        ([True, False, True], ("False", "True")),
+    ],
+)
+def test_label_names_in_order(values, labels):
+    data = table({"text": ["x", "y", "z"], "label": values})
+    task = infer_task(data)
+    assert task.labels == labels
+    assert [example.target for example in task.examples(data)] == [
+        labels.index(str(value).strip()) for value in values
+    ]
+
+
+def test_class_labels_keep_their_names_and_order():
+    data = table(
+        {"text": ["x", "y"], "verdict": [0, 1]}, verdict=ClassLabel(names=["yes", "no", "never seen"])
+    )
+    task = infer_task(data, name="mine")
+    assert (task.name, task.label, task.labels) == ("mine", "verdict", ("yes", "no", "never seen"))
+
+
+def test_kind_by_the_type_of_the_label():
+    words = [["a", "b"], ["c"]]
+    assert infer_task(table({"text": ["x", "y"], "score": [0.5, 1.0]})).kind == "regression"
+    tagging = infer_task(table({"tokens": words, "ner_tags": [["O", "B-x"], ["O"]]}))
+    assert (tagging.kind, tagging.labels, tagging.metric) == ("tagging", ("B-x", "O"), "tag_f1")
+    multilabel = infer_task(table({"text": ["x", "y"], "labels": [["b", "a"], []]}))
+    assert (multilabel.kind, multilabel.labels) == ("multilabel", ("a", "b"))
+    tags = List(ClassLabel(names=["O", "B-x"]))
+    assert infer_task(table({"tokens": words, "tags": [[0, 1], [0]]}, tags=tags)).labels == ("O", "B-x")
+
+
+def test_a_given_kind_is_taken():
+    data = table({"text": ["x", "y"], "label": ["a|b", "b"], "score": [1, 2], "grade": [1.0, 2.0]})
+    multilabel = infer_task(data, label="label", kind="multilabel")
+    assert (multilabel.kind, multilabel.labels) == ("multilabel", ("a", "b"))
+    assert infer_task(data, label="score", kind="regression").kind == "regression"
+    assert infer_task(data, label="score", kind="classification").labels == ("1", "2")
+    assert infer_task(data, label="grade", kind="classification").labels == ("1", "2")
+
+
+def test_given_columns_and_templates_are_taken():
+    data = table({"title": ["x", "y"], "body": ["p", "q"], "label": ["a", "b"]})
+    assert infer_task(data, text="body").template.parts == ("body",)
+    assert infer_task(data, text="title", text_pair="body").template.parts == ("title", "body")
+    assert infer_task(data, text="{title}: {body}").template.columns == ("title", "body")
+
+
+def test_a_text_that_is_given_is_not_the_label():
+    data = table({"sentiment": ["x", "y"], "label": ["a", "b"]})
+    assert infer_task(data, text="sentiment").label == "label"
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "message"),
+    [
+        (
+            {"text": ["x"], "sentence": ["y"], "label": ["a"]},
+            {},
+            r"'text', 'sentence' all may hold it\. Set --text",
+        ),
+        (
+            {"first": ["x"], "second": ["y"], "label": ["a"]},
+            {},
+            r"which column is the text.*Set --text.*--text-pair",
+        ),
+        ({"n": [1], "label": ["a"]}, {}, "none of them is sure to hold it"),
+        (
+            {"text": ["x"], "label": ["a"], "score": [1.0]},
+            {},
+            r"'label', 'score' all may hold it\. Set --label",
+        ),
+        ({"text": ["x"], "id": [1]}, {}, r"which column is the label.*Set --label"),
+        ({"text": ["x"], "label": ["a"]}, {"text": "txet"}, r"no column 'txet'.*Did you mean 'text'.*--text"),
+        (
+            {"text": ["x"], "label": ["a"]},
+            {"label": "lable"},
+            r"no column 'lable'.*Did you mean 'label'.*--label",
+        ),
+        ({"text": ["x"], "label": ["a"]}, {"text_pair": "text"}, "Set --text"),
+        ({"text": ["x", "y"], "label": ["a", "a"]}, {}, "every row has the label 'a'"),
+        ({"text": ["x", "y"], "label": ["a", None]}, {}, "row 2: the label in column 'label' is empty"),
+        ({"text": ["x", "y"], "label": ["", "a"]}, {}, "row 1: the label in column 'label' is empty"),
+        ({"text": ["x", "y"], "score": [1, 2]}, {}, r"2 different whole numbers.*Set --kind"),
+        ({"text": ["x"] * 101, "label": list(range(101))}, {}, r"101 different whole numbers.*Set --kind"),
+        (
+            {"text": ["x", "y"], "label": [0.5, 1.5]},
+            {"kind": "classification"},
+            "row 1: a label is a name or a whole",
+        ),
+        ({"text": ["x", "y"], "label": ["a", "b"]}, {"kind": "tagging"}, "row 1: tagging needs a list"),
+    ],
+)
+def test_what_cannot_be_told(columns, given, message):
+    with pytest.raises(DataError, match=message):
+        infer_task(table(columns), **given)
+
+
+def test_a_text_taken_for_the_label():
+    columns = {
+        "text": [f"text {i}" for i in range(150)],
+        "label": [f"note {i}" for i in range(150)],
+        "mood": ["good", "bad", "fair"] * 50,
+        "id": list(range(150)),
+    }
+    with pytest.raises(
+        DataError,
+        match=r"150 different values in 150 rows.*Did you mean 'mood' \(3 values\)\? Set --label mood",
+    ):
+        infer_task(table(columns))
+    columns.pop("mood")
+    with pytest.raises(DataError, match="No other column looks like one"):
+        infer_task(table(columns), label="label")
+
+
+def test_many_labels_that_recur_are_labels():
+    columns = {"text": ["x"] * 450, "label": [f"intent {i % 150}" for i in range(450)]}
+    assert len(infer_task(table(columns)).labels) == 150
+
+
+def test_kinds_that_cannot_be_guessed():
+    data = table({"text": ["x", "y"], "label": ["a", "b"]})
+    with pytest.raises(TaskError, match=r"no kind of task 'regresion'.*Did you mean 'regression'"):
+        infer_task(data, kind="regresion")
+    with pytest.raises(TaskError, match="choices of a multiple choice are not guessed"):
+        infer_task(data, kind="multiple_choice")
+
+
+def test_from_rows_and_files(tmp_path):
+    rows = [{"text": "x", "label": "b"}, {"text": "y", "label": "a"}]
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\nx,b\ny,a\n")
+    assert infer_task(rows) == infer_task(path) == infer_task(str(path))
+
+
+def test_large_strings_are_texts():
+    data = table({"text": ["x", "y"], "label": ["a", "b"]}, text=Value("large_string"))
+    assert infer_task(data).template.parts == ("text",)

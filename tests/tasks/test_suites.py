@@ -1,0 +1,220 @@
+from collections import Counter
+from importlib import resources
+
+import datasets
+import pytest
+
+from multitune.errors import DataError, TaskError
+from multitune.tasks import Task, list_tasks, load_task
+from multitune.tasks.suites import SPECS
+
+DEMOS = {
+    "demo/sentiment": ("classification", ("text",), ("negative", "positive"), "accuracy"),
+    "demo/topic": ("classification", ("text",), None, "accuracy"),
+    "demo/acceptability": ("classification", ("text",), ("unacceptable", "acceptable"), "matthews"),
+    "demo/intent": ("classification", ("text",), None, "accuracy"),
+    "demo/paraphrase": (
+        "classification",
+        ("sentence1", "sentence2"),
+        ("different", "paraphrase"),
+        "accuracy",
+    ),
+    "demo/urgency": ("regression", ("text",), (), "pearson_spearman"),
+}
+
+
+# ---- the tasks that ship
+
+
+def test_the_demo_tasks_are_listed(monkeypatch):
+    monkeypatch.delenv("MULTITUNE_DATA", raising=False)
+    assert list_tasks() == tuple(DEMOS)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_demo_tasks(name):
+    if not (resources.files("multitune.tasks") / f"{name}.jsonl").is_file():
+        with pytest.raises(DataError, match=f"file of task {name!r} is missing"):
+            load_task(name)
+        return
+    kind, parts, labels, metric = DEMOS[name]
+    data = load_task(name)
+    assert (data.task.name, data.task.kind, data.task.template.parts) == (name, kind, parts)
+    assert labels in (None, data.task.labels)
+    assert data.task.metric == metric
+    assert data.test is None
+    train, validation = data.task.examples(data.train), data.task.examples(data.validation)
+    assert not {e.texts for e in train} & {e.texts for e in validation}
+    assert 0.15 < len(validation) / (len(train) + len(validation)) <= 0.25
+    if kind == "classification":
+        for part in (train, validation):
+            assert {e.target for e in part} == set(range(len(data.task.labels)))
+    else:
+        assert all(0 <= e.target <= 1 for e in train + validation)
+
+
+def test_demo_intent_has_eight_labels():
+    if (resources.files("multitune.tasks") / "demo/intent.jsonl").is_file():
+        assert len(load_task("demo/intent").task.labels) == 8
+
+
+def test_demo_splits_are_the_same_each_time():
+    if (resources.files("multitune.tasks") / "demo/topic.jsonl").is_file():
+        assert load_task("demo/topic").validation.to_list() == load_task("demo/topic").validation.to_list()
+
+
+# ---- the public suites, on files made here
+
+
+def save(folder, columns, names=None):
+    for split, values in columns.items():
+        table = datasets.Dataset.from_dict(values)
+        for column, label_names in (names or {}).items():
+            table = table.cast_column(column, datasets.ClassLabel(names=label_names))
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.fixture
+def suites(tmp_path):
+    """A folder of suites: one in the table of specs, two to infer, and some that must not be guessed."""
+    rows = {"text": [f"t{i}" for i in range(40)], "label": [0, 1] * 20}
+    pair = {"premise": ["p", "q"], "hypothesis": ["h", "i"], "label": [0, 2]}
+    entailment = ["entailment", "neutral", "contradiction"]
+    save(tmp_path / "glue/mnli", {"train": pair, "validation_matched": pair}, {"label": entailment})
+    save(
+        tmp_path / "mine/mood", {"train": rows, "validation": rows, "test": rows}, {"label": ["sad", "glad"]}
+    )
+    save(tmp_path / "mine/no_validation", {"train": rows}, {"label": ["sad", "glad"]})
+    save(tmp_path / "mine/no_classes", {"train": rows})
+    save(tmp_path / "mine/unread", {"train": {**rows, "note": ["n"] * 40}}, {"label": ["sad", "glad"]})
+    save(tmp_path / "mine/test_only", {"test": rows}, {"label": ["sad", "glad"]})
+    return tmp_path
+
+
+def test_what_is_found_is_listed(suites, monkeypatch):
+    found = (*DEMOS, "glue/mnli", "mine/mood", "mine/no_validation")
+    assert list_tasks(suites) == found
+    monkeypatch.setenv("MULTITUNE_DATA", str(suites))
+    assert list_tasks() == found
+
+
+def test_a_task_of_the_table(suites):
+    data = load_task("glue/mnli", suites)
+    assert data.task.template.parts == ("premise", "hypothesis")
+    assert [example.target for example in data.task.examples(data.validation)] == [0, 2]
+    assert data.test is None
+
+
+def test_a_task_that_is_inferred(suites):
+    data = load_task("mine/mood", suites)
+    assert data.task == Task(
+        name="mine/mood", kind="classification", template=("text",), label="label", labels=("sad", "glad")
+    )
+    assert len(data.train) == len(data.validation) == len(data.test) == 40
+
+
+def test_validation_is_held_out_where_there_is_none(suites):
+    data = load_task("mine/no_validation", suites)
+    assert (len(data.train), len(data.validation)) == (36, 4)
+    assert Counter(data.validation["label"]) == {0: 2, 1: 2}
+    assert data.validation.to_list() == load_task("mine/no_validation", suites).validation.to_list()
+
+
+@pytest.mark.parametrize("name", ["mine/no_classes", "mine/unread"])
+def test_a_task_that_columns_do_not_tell(suites, name):
+    with pytest.raises(TaskError, match=r"cannot be told from its columns \('text', 'label'.*write its Task"):
+        load_task(name, suites)
+
+
+def test_a_task_without_training_rows(suites):
+    with pytest.raises(DataError, match="nothing to train on; .* holds test"):
+        load_task("mine/test_only", suites)
+
+
+@pytest.mark.parametrize("name", ["mine/modd", "modd", "mine/../mine/mood", "/mine/mood"])
+def test_unknown_names_list_the_near_ones(suites, name):
+    with pytest.raises(TaskError, match=r"no task .* in .*Near it: .*mine/mood"):
+        load_task(name, suites)
+
+
+def test_a_folder_that_is_not_set(monkeypatch):
+    monkeypatch.delenv("MULTITUNE_DATA", raising=False)
+    with pytest.raises(DataError, match=r"MULTITUNE_DATA names, and it is not set. Set it \(export"):
+        load_task("glue/rte")
+    with pytest.raises(TaskError, match=r"known without MULTITUNE_DATA, which is not set. Near it: glue/rte"):
+        load_task("glue/rtee")
+    with pytest.raises(TaskError, match="Some that are: demo/sentiment"):
+        load_task("zzzzzzzzzz")
+
+
+def test_a_folder_that_does_not_exist(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"data_dir is '.*nowhere', which is no folder"):
+        load_task("glue/rte", tmp_path / "nowhere")
+    monkeypatch.setenv("MULTITUNE_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="MULTITUNE_DATA is"):
+        list_tasks()
+
+
+# ---- the public suites, as published
+
+
+SUITES = {
+    "glue/cola": (8551, 1043, "matthews"),
+    "glue/sst2": (67349, 872, "accuracy"),
+    "glue/mrpc": (3668, 408, "accuracy_and_f1"),
+    "glue/stsb": (5749, 1500, "pearson_spearman"),
+    "glue/qqp": (20000, 5000, "accuracy_and_f1"),
+    "glue/mnli": (12925, 7468, "accuracy"),
+    "glue/qnli": (9999, 5463, "accuracy"),
+    "glue/rte": (2490, 277, "accuracy"),
+    "glue/wnli": (635, 71, "accuracy"),
+    "super_glue/boolq": (2045, 3270, "accuracy"),
+    "super_glue/cb": (250, 56, "accuracy_and_macro_f1"),
+    "super_glue/copa": (400, 100, "accuracy"),
+    "super_glue/rte": (2490, 277, "accuracy"),
+    "super_glue/wic": (5428, 638, "accuracy"),
+    "super_glue/wsc": (554, 104, "accuracy"),
+    "super_glue/multirc": (2287, 4848, "f1"),
+    "tweet_eval/stance_climate": (355, 40, "stance_f1"),
+    "text_classification/trec": (4907, 545, "accuracy"),
+    "text_classification/trec_fine": (4907, 545, "accuracy"),
+    "text_classification/dbpedia_14": (5600, 1000, "accuracy"),
+    "intent/clinc150": (15100, 3100, "accuracy"),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", SUITES)
+def test_published_suites(data_dir, name):
+    num_train, num_validation, metric = SUITES[name]
+    data = load_task(name)
+    assert (len(data.train), len(data.validation), data.task.metric) == (num_train, num_validation, metric)
+    examples = data.task.examples(data.validation)
+    assert len({example.target for example in examples}) > 1
+    assert len(data.task.examples(data.train.select(range(50)))) == 50
+    assert Task.from_dict(data.task.to_dict()) == data.task
+
+
+@pytest.mark.data
+def test_published_texts(data_dir):
+    copa = load_task("super_glue/copa", data_dir)
+    premise = "My body cast a shadow over the grass. What was the cause?"
+    assert copa.task.encode(copa.train[0]).texts == (
+        (premise, "The sun was rising."),
+        (premise, "The grass was cut."),
+    )
+    wic = load_task("super_glue/wic", data_dir)
+    assert wic.task.encode(wic.train[0]).texts == (
+        ("carry: You must carry your camping gear.", "Sound carries well over water."),
+    )
+    assert load_task("super_glue/cb").task.labels == ("entailment", "contradiction", "neutral")
+
+
+@pytest.mark.data
+def test_all_that_is_listed_loads(data_dir):
+    names = list_tasks()
+    assert set(SPECS) <= set(names)
+    for name in set(names) - set(SPECS) - set(SUITES):
+        data = load_task(name)
+        assert data.task.examples(data.validation.select(range(min(5, len(data.validation)))))
