@@ -14,6 +14,7 @@ from multitune.errors import (
     TaskError,
 )
 from multitune.heads import Head
+from multitune.merge import MergeReport, merge
 from multitune.methods import Method, Recipe, SiteMethod, get_method, method_names, register
 from multitune.methods.adapters import Houlsby, Pfeiffer
 from multitune.methods.aot_fc import AoTFC
@@ -49,6 +50,7 @@ __all__ = [
     "Houlsby",
     "LayerNormTuning",
     "LoRA",
+    "MergeReport",
     "Method",
     "MixError",
     "MultituneError",
@@ -66,6 +68,7 @@ __all__ = [
     "get_method",
     "infer_task",
     "load_task",
+    "merge",
     "method_names",
     "read_table",
     "register",

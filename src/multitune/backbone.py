@@ -232,7 +232,7 @@ class Backbone:
 
     def detach(self) -> None:
         """Take the hooks off: the model is bit for bit what it was before `attach`."""
-        for undo in self._undo:
+        for undo in reversed(self._undo):
             undo()
         self._undo = []
 
@@ -243,8 +243,8 @@ class Backbone:
             for module, name in self.attention_names.items():
                 prefix = name.rsplit(".", 1)[0]
                 self.disentangled_sites[module] = (f"{prefix}.query", f"{prefix}.key", name)
-                module.forward = partial(attention.disentangled_attention, module, module.forward)
-                self._undo.append(partial(module.__dict__.pop, "forward"))
+                own = partial(partial, attention.disentangled_attention, module)
+                self._undo.append(hooks.wrap_forward(module, own))
             return
         attention.register_attention()
         before = self.model.config._attn_implementation

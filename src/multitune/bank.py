@@ -378,9 +378,9 @@ def _read(snapshot: _Snapshot | None, parts: Sequence[_Sequence]) -> Prediction:
 
 def _cannot_mix(row: int, entry: _Entry) -> str:
     return (
-        f"row {row}: adapter '{entry.name}' uses {entry.adapter.method.title}, which changes the backbone's own weights, "
-        f"so it cannot share a batch with rows of other tasks. Send its rows in a batch of their own, or train the "
-        f"task with a method that can be mixed, such as LoRA"
+        f"row {row}: adapter '{entry.name}' uses {entry.adapter.method.title}, which changes the backbone's own "
+        f"weights, so it cannot share a batch with rows of other tasks. Send its rows in a batch of their own, or "
+        f"train the task with a method that can be mixed, such as LoRA"
     )
 
 

@@ -58,15 +58,16 @@ class DeltaSet:
         self.by_site: dict[str, tuple[Delta, ...]] = {
             site: tuple(sorted(deltas, key=lambda d: ORDER.index(type(d)))) for site, deltas in by_site.items()
         }
+        self.prompt_length = sum(d.vectors.shape[0] for _, d in self.of(Prompt) if isinstance(d, Prompt))
+        """How many vectors this adapter inserts into a row."""
+        self.tables: tuple[TableRows, ...] = tuple(
+            d.source for _, d in self.of(TokenBias) if isinstance(d, TokenBias) and isinstance(d.source, TableRows)
+        )
+        """Tables its token rows are read from."""
 
     def of(self, kind: type[Delta]) -> list[tuple[str, Delta]]:
         """Every (site, delta) of one kind, in site order."""
         return [(site, d) for site, deltas in self.by_site.items() for d in deltas if type(d) is kind]
-
-    @property
-    def prompt_length(self) -> int:
-        """How many vectors this adapter inserts into a row."""
-        return sum(d.vectors.shape[0] for _, d in self.of(Prompt) if isinstance(d, Prompt))
 
     @cached_property
     def packs(self) -> dict[Signature, Pack]:
@@ -106,7 +107,7 @@ class DeltaSet:
         for pack in self.packs.values():
             parts = iter(pack.flat.split([shape.numel() for _, _, shapes in pack.layout for _, shape in shapes]))
             for site, example, shapes in pack.layout:
-                views[site].append(_with_tensors(example, {name: next(parts).view(shape) for name, shape in shapes}))
+                views[site].append(example.with_tensors({name: next(parts).view(shape) for name, shape in shapes}))
         kept = DeltaSet(views)
         kept.packs = self.packs
         return kept
@@ -127,11 +128,6 @@ def _is_table(delta: Delta) -> bool:
     return isinstance(delta, TokenBias) and isinstance(delta.source, TableRows)
 
 
-def _with_tensors(delta: Delta, tensors: Mapping[str, Tensor]) -> Delta:
-    names = iter(delta.tensors())
-    return delta.map(lambda _: tensors[next(names)])
-
-
 def _pack(key: tuple[str, Any], members: list[tuple[str, Delta]]) -> Pack:
     layout = tuple((site, d, tuple((n, t.shape) for n, t in d.tensors().items())) for site, d in members)
     signature = _intern((*key, tuple((site, shapes) for site, _, shapes in layout)))
@@ -146,7 +142,7 @@ def unpack(layout: tuple[tuple[str, Delta, Any], ...], stacked: Tensor) -> list[
     out = []
     for site, example, shapes in layout:
         tensors = {name: stack_view(next(parts), shape) for name, shape in shapes}
-        out.append((site, _with_tensors(example, tensors)))
+        out.append((site, example.with_tensors(tensors)))
     return out
 
 
@@ -158,10 +154,12 @@ class Group:
     """Which rows: all (`None`), a range, or indices `[G*K]`."""
     num_slots: int
     rows_per_slot: int
+    covers_batch: bool = False
+    """Whether a range is the whole batch, so that nothing needs cutting out or putting back."""
 
     def take(self, x: Tensor) -> Tensor:
         """`x [B, T, F]` to `[G, K*T, F]`: a view unless the rows are scattered."""
-        if self.rows is None:
+        if self.rows is None or (self.covers_batch and self.rows_per_slot == 1):
             return x
         picked = x.index_select(0, self.rows) if isinstance(self.rows, Tensor) else x[self.rows]
         return picked.reshape(self.num_slots, self.rows_per_slot * x.shape[1], *x.shape[2:])
@@ -196,6 +194,8 @@ class Step:
         """`y [B, T, O]` with the delta applied to this step's rows."""
         if self.group.rows is None:
             return self.delta.apply(x, y, module)
+        if self.group.covers_batch:
+            return self.delta.apply(self.group.take(x), self.group.take(y), module).view(y.shape)
         return self.group.put(y, self.delta.apply(self.group.take(x), self.group.take(y), module))
 
 
@@ -289,6 +289,7 @@ class Plan:
             rows=slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=packs[0].flat.device),
             num_slots=len(packs),
             rows_per_slot=rows_per_slot,
+            covers_batch=contiguous and len(rows) == self.num_rows,
         )
         flats = [p.flat for p in packs]
         if len(flats) == 1:
@@ -309,10 +310,7 @@ class Plan:
             if b < self.num_rows and self.ordered[b] is self.ordered[start]:
                 continue
             slot = self.ordered[start]
-            for _, delta in slot.of(TokenBias) if slot is not None else ():
-                assert isinstance(delta, TokenBias)
-                if isinstance(delta.source, TableRows):
-                    self.tables.append((slice(start, b), delta.source))
+            self.tables += [(slice(start, b), table) for table in (slot.tables if slot is not None else ())]
             start = b
 
     @cached_property

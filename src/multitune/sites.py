@@ -21,7 +21,7 @@ class Site:
     name: str
     kind: SiteKind
     role: str
-    """query, key, value, attention_output, ffn_in, ffn_out; attention_norm, ffn_norm, embedding_norm; attention, ffn; layers; embedding."""
+    """What it does in the model: a key of the architecture's `linears`, `norms` or `sublayers`, or its kind."""
     layer: int | None
     """Layer index, `None` for sites outside the layers."""
     module: str

@@ -11,6 +11,7 @@ Three forms of the same arithmetic, one formula:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -57,6 +58,12 @@ class Delta:
         """Everything else that makes two deltas able to share one batched product; hashable."""
         found = ((f.name, getattr(self, f.name)) for f in fields(self))
         return tuple((name, None if isinstance(v, Tensor) else v) for name, v in found)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """A copy with these tensor fields; skips the checks of a fresh instance, since plans make many of them."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, **tensors)
+        return copied
 
     def map(self, function: Any) -> Self:
         """A copy with `function` applied to every tensor field."""

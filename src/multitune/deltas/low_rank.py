@@ -34,10 +34,9 @@ class LowRank(Delta):
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         if self.dropout and module.training:
             x = F.dropout(x, self.dropout)
-        h = x @ self.A
         if self.A.ndim == 3 and not torch.is_grad_enabled():
-            return y.baddbmm_(h, self.B, alpha=self.scale)
-        update = h @ self.B
+            return y.baddbmm_(torch.bmm(x, self.A), self.B, alpha=self.scale)
+        update = x @ self.A @ self.B
         return y + (update if self.scale == 1.0 else update * self.scale)
 
     def merge(self, module: nn.Module) -> None:

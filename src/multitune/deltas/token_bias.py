@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -30,6 +31,9 @@ class TokenBias(Delta):
 
     def settings(self) -> tuple[Any, ...]:
         return self.source.settings()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        return replace(self, source=replace(self.source, **tensors))
 
     def map(self, function: Any) -> Self:
         return replace(self, source=self.source.map(function))

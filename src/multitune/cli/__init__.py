@@ -1,0 +1,10 @@
+"""The command line: every command parses its options, calls the library and prints.
+
+Data goes to stdout; progress, hints and errors to stderr. An expected error (`MultituneError`, or a file that
+cannot be read or written) is one line and exit code 1.
+"""
+
+from multitune.cli import adapters, catalogue, demo, predict, train
+from multitune.cli.app import app, main
+
+__all__ = ["adapters", "app", "catalogue", "demo", "main", "predict", "train"]

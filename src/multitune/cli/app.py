@@ -1,0 +1,163 @@
+"""The application that the commands register with, and what they share: options, backbones, output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from multitune.adapter import Adapter
+from multitune.backbone import Backbone
+from multitune.errors import ConfigError, MultituneError
+from multitune.version import __version__
+
+#: Width of a table in a pipe: no line of it is ever broken, so that `grep` finds whole rows.
+PIPE_WIDTH = 1000
+
+
+class Group(TyperGroup):
+    """The commands, in the order they are registered; an expected error becomes one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MultituneError as error:
+            problem = str(error)
+        except OSError as error:
+            if error.filename is None:  # no file's fault: our own, or a pipe whose reader has gone
+                raise
+            problem = f"{error.strerror}: {error.filename}"
+        note(f"error: {problem}")
+        raise typer.Exit(1)
+
+
+app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="multitune")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"multitune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """One frozen backbone, every parameter-efficient tuning method, any mix of tasks in one batch."""
+
+
+# -------------------------------------------------------------------- options
+
+BackboneName = Annotated[
+    str, typer.Option("--backbone", help="Backbone: minilm (ships with multitune), a folder, or a hub id.")
+]
+OptionalBackboneName = Annotated[
+    str | None, typer.Option("--backbone", help="Backbone; by default the one that the adapter names.")
+]
+Device = Annotated[str, typer.Option(help="Where the backbone runs, as torch names devices: cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="Number type of the backbone: float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.", show_default=False)]
+
+
+def load_backbone(name: str, device: str = "cpu", dtype: str = "float32") -> Backbone:
+    """`Backbone.load`, with transformers kept quiet and an unusable device as an expected error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        return Backbone.load(name, device=device, dtype=dtype)
+    except MultituneError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # how torch refuses a device that it does not have
+        raise ConfigError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
+
+
+def backbone_of(adapter: Adapter, name: str | None, device: str = "cpu", dtype: str = "float32") -> Backbone:
+    """The backbone asked for, or the one an adapter was trained on."""
+    return load_backbone(name or adapter.backbone["name"], device, dtype)
+
+
+# -------------------------------------------------------------------- output
+
+
+def note(message: str) -> None:
+    """One line on stderr."""
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """A value on stdout, indented."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show(*things: RenderableType) -> None:
+    """Tables and texts on stdout: as wide as the terminal, or as wide as they need to be in a pipe."""
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
+def table(rows: Iterable[Sequence[Any]], columns: Sequence[str], *, right: Iterable[str] = ()) -> Table:
+    """A table of cells; the columns named in `right` hold numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    numeric = set(right)
+    for column in columns:
+        justify = "right" if column in numeric else "left"
+        made.add_column(column, justify=justify, no_wrap=column in numeric, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    return made
+
+
+def pairs(values: Iterable[tuple[str, Any]]) -> Table:
+    """Names and values, one pair a line."""
+    made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    made.add_column(no_wrap=True, style="bold")
+    made.add_column(overflow="fold")
+    for name, value in values:
+        made.add_row(name, escape(str(value)))
+    return made
+
+
+def count(number: int) -> str:
+    """A whole number with separators."""
+    return f"{number:,}"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the largest unit that leaves a number of at least one."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def score(value: float) -> str:
+    """A metric's value to three places."""
+    return f"{value:.3f}"

@@ -1,0 +1,118 @@
+"""Merging: fold an adapter's deltas into a copy of the backbone and write an ordinary transformers checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from multitune.adapter import Adapter
+from multitune.backbone import Backbone
+from multitune.errors import AdapterError
+from multitune.files import replace_folder
+from multitune.plan import DeltaSet, Plan
+
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge did."""
+
+    path: Path
+    """Folder of the checkpoint."""
+    num_deltas: int
+    """Deltas folded into weights."""
+    max_difference: float
+    """Largest absolute difference of the last hidden states, merged against attached, on probe inputs."""
+    max_magnitude: float
+    """Largest absolute value of those hidden states, to judge the difference by."""
+
+
+def why_not_mergeable(deltas: DeltaSet) -> str | None:
+    """The reason why some delta cannot be folded into weights, or `None` if all can."""
+    for site, of_site in deltas.by_site.items():
+        for delta in of_site:
+            if delta.cannot_merge is not None:
+                return f"its {delta.kind} at {site} cannot be folded into weights: {delta.cannot_merge}"
+    return None
+
+
+def merge_deltas(backbone: Backbone, deltas: DeltaSet) -> Backbone:
+    """A copy of the backbone with the deltas folded in; the backbone itself is not touched.
+
+    Raises:
+        AdapterError: a delta that cannot be merged; names the site and the reason.
+    """
+    reason = why_not_mergeable(deltas)
+    if reason is not None:
+        raise AdapterError(reason)
+    merged = backbone.clone()
+    modules = {site.name: site.module for site in merged.sites}
+    with torch.no_grad():
+        for site, of_site in deltas.by_site.items():
+            module: nn.Module = merged.model.get_submodule(modules[site])
+            for delta in of_site:  # in the order they apply: a scale comes after the low-rank update it scales
+                delta.merge(module)
+    return merged
+
+
+def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> MergeReport:
+    """Write the merged model as a plain transformers checkpoint, with tokenizer and head beside it.
+
+    The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with
+    `weight [C, D]` and `bias [C]` of the adapter's head, which a base model has no place for.
+
+    Args:
+        adapter: a trained adapter of this backbone.
+        output_dir: the folder to write; replaced atomically if it exists.
+
+    Raises:
+        AdapterError: the adapter's method does not merge; says why.
+        BackboneError: the adapter belongs to another backbone.
+    """
+    adapter.check_backbone(backbone)
+    if adapter.method.changes_weights:
+        merged, num_deltas = backbone.with_weights(adapter.params), len(adapter.params)
+        attached: Backbone | None = None
+        deltas = DeltaSet({})
+    else:
+        params = {k: t.to(backbone.device) for k, t in adapter.params.items()}
+        deltas = DeltaSet(adapter.method.deltas(params, backbone))
+        try:
+            merged = merge_deltas(backbone, deltas)
+        except AdapterError as error:
+            raise AdapterError(
+                f"adapter '{adapter.name}' ({adapter.method.title}) cannot be merged: {error}. Serve it unmerged with "
+                f"Bank.predict, which mixes it with any other"
+            ) from error
+        num_deltas = sum(len(d) for d in deltas.by_site.values())
+        attached = backbone
+    difference, magnitude = _compare(attached or merged, deltas, merged)
+    folder = Path(output_dir)
+    merged.detach()  # a checkpoint must not record the instrumented attention
+
+    def write(temporary: Path) -> None:
+        merged.model.save_pretrained(temporary)
+        if backbone.tokenizer is not None:
+            backbone.tokenizer.save_pretrained(temporary)
+        save_file({k: t.cpu().contiguous() for k, t in adapter.head_params.items()}, temporary / HEAD_FILE)
+
+    replace_folder(folder, write)
+    return MergeReport(path=folder, num_deltas=num_deltas, max_difference=difference, max_magnitude=magnitude)
+
+
+def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone) -> tuple[float, float]:
+    """Largest difference of hidden states between attached and merged on eight rows of random ids."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, attached.max_length)
+    ids = torch.randint(attached.vocab_size, (8, length), generator=generator)
+    ids[ids == attached.pad_id] = attached.placeholder_id  # some models derive positions from padding ids
+    ids = ids.to(attached.device)
+    with torch.no_grad():
+        expected: Tensor = attached.run(Plan([deltas] * len(ids)), ids)
+        found = merged.run(Plan([None] * len(ids)), ids)
+    return float((expected - found).abs().max()), float(expected.abs().max())

@@ -1,0 +1,307 @@
+"""Train one adapter, judge one adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multitune import heads
+from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
+from multitune.backbone import Backbone
+from multitune.bank import Bank
+from multitune.errors import ConfigError, DataError
+from multitune.files import replace_file
+from multitune.heads import Head
+from multitune.methods import Method, get_method
+from multitune.plan import DeltaSet
+from multitune.tables import TABLE_FILE
+from multitune.tasks import TaskData, compute
+from multitune.training.checkpoints import FOLDER, Checkpoints
+from multitune.training.config import COSMETIC, TrainConfig
+from multitune.training.curve import write_curve
+from multitune.training.data import TaskRows
+from multitune.training.model import TuningModel
+from multitune.training.trainer import TuningTrainer, run
+
+HISTORY_FILE = "history.json"
+CURVE_FILE = "curve.png"
+
+_OURS = (CONFIG_FILE, TENSOR_FILE, TABLE_FILE, HISTORY_FILE, CURVE_FILE, FOLDER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run leaves."""
+
+    adapter: Adapter
+    """The best adapter by the validation metric; on disk if `output_dir` was given."""
+    history: list[dict[str, float]]
+    """Per logged step: step, epoch, loss, learning_rate, grad_norm, and after an evaluation eval_loss and eval_*."""
+    seconds: float
+    """Wall time of this call; of a resumed run, the time since it was resumed."""
+    best_metric: float
+    """Best value of the task's headline metric on the validation rows."""
+    best_step: int
+    """Step that reached it."""
+    num_steps: int
+    """Optimizer steps taken."""
+    num_method_parameters: int
+    """Trained parameters without the head."""
+    num_head_parameters: int
+    """Trained parameters of the head."""
+    peak_memory_bytes: int
+    """Most memory in use: the device's on a GPU, the process's own on a CPU."""
+
+
+def train(
+    backbone: Backbone,
+    data: TaskData,
+    method: Method | str,
+    output_dir: str | Path | None = None,
+    *,
+    config: TrainConfig | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> TrainResult:
+    """Train an adapter for one task. The same seed gives the same tensors, bit for bit.
+
+    Args:
+        data: the task with its tables of training and validation rows.
+        method: a method, or the name of one with its usual hyper-parameters.
+        output_dir: where the adapter and, while it runs, its checkpoints go. A run that was killed is resumed
+            by the same call. `None` saves nothing.
+        config: training settings; `overrides` are fields of it.
+        name: what to call the adapter; by default the task's name.
+        overwrite: replace a finished adapter, or an unfinished run of other settings, in `output_dir`.
+
+    Raises:
+        ConfigError: an unknown or impossible setting; a folder that holds something else; a run that diverged.
+        DataError: a row that does not fit the task.
+    """
+    start = time.perf_counter()
+    chosen = get_method(method)() if isinstance(method, str) else method
+    config = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides}).resolve(chosen)
+    output = None if output_dir is None else Path(output_dir)
+    if output is not None:
+        _check_folder(output, overwrite)
+    _check_backbone(backbone)
+    if backbone.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(backbone.device)
+
+    model = _model(backbone, data, chosen, config)
+    max_length = _room(model, config)
+    rows = {
+        split: TaskRows(backbone, data.task, table, max_length=max_length, split=split)
+        for split, table in (("train", data.train), ("validation", data.validation))
+    }
+    facts = {"num_train": len(rows["train"]), "num_validation": len(rows["validation"])}
+    checkpoints = None
+    if output is not None:
+        checkpoints = Checkpoints(output)
+        settings = _settings(backbone, data, chosen, config, rows) | facts
+        checkpoints.open(settings, restart=overwrite)
+    if config.gradient_checkpointing:
+        model.backbone.enable_gradient_checkpointing()
+    try:
+        trainer = run(model, config, rows["train"], rows["validation"], checkpoints)
+    finally:
+        if config.gradient_checkpointing:
+            model.backbone.model.gradient_checkpointing_disable()
+    adapter = _adapter(backbone, model, trainer, name or data.task.name, max_length, facts)
+    history = _history(trainer)
+    if output is not None and checkpoints is not None:
+        adapter = _publish(adapter, history, output, checkpoints, data.task.metric)
+    return TrainResult(
+        adapter=adapter,
+        history=history,
+        seconds=time.perf_counter() - start,
+        best_metric=adapter.metrics[data.task.metric],
+        best_step=int(trainer.state.best_global_step or 0),
+        num_steps=trainer.state.global_step,
+        num_method_parameters=adapter.num_method_parameters,
+        num_head_parameters=adapter.num_head_parameters,
+        peak_memory_bytes=_peak_memory(backbone.device),
+    )
+
+
+def evaluate(
+    backbone: Backbone,
+    adapter: Adapter | str | Path,
+    data: TaskData | Any,
+    split: str = "validation",
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Metrics of an adapter, by the path that serves it.
+
+    Args:
+        data: a task's data, of which `split` is read; or a table of labelled rows.
+        split: "train", "validation" or "test".
+
+    Raises:
+        DataError: no such split, no rows, or a row that does not fit the adapter's task.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter.load(adapter, backbone)
+    task = adapter.task
+    table = _split(data, split) if isinstance(data, TaskData) else data
+    table = table if hasattr(table, "column_names") else list(table)
+    targets: list[Any] = [e.target for e in task.examples(table)]
+    bank = Bank(backbone)
+    bank.add(adapter.name, adapter)
+    predictions = []
+    for answer in bank.predict([(adapter.name, dict(row)) for row in table], batch_size=batch_size):
+        assert answer.logits is not None
+        words = range(len(answer.logits)) if task.kind == "tagging" else ()
+        predictions.append(heads.prediction(task, answer.logits, words))
+    if task.kind == "tagging":  # words that were cut off are not judged
+        targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
+    return compute(task.metric, predictions, targets, task.labels)
+
+
+def _split(data: TaskData, split: str) -> Any:
+    tables = {"train": data.train, "validation": data.validation, "test": data.test}
+    if split not in tables:
+        raise DataError(f"no split '{split}'; there are {', '.join(tables)}")
+    if tables[split] is None:
+        raise DataError(f"task '{data.task.name}' has no labelled {split} split; choose train or validation")
+    return tables[split]
+
+
+def _check_backbone(backbone: Backbone) -> None:
+    if backbone.model.training:
+        raise ConfigError("the backbone is in training mode (another training run is using it); wait for it to end")
+    if backbone.dtype == torch.float16:
+        raise ConfigError(
+            "gradients underflow on a float16 backbone; load it with dtype='bfloat16' or 'float32', and give "
+            "precision='bf16' for mixed precision"
+        )
+
+
+def _check_folder(output: Path, overwrite: bool) -> None:
+    """Raise `ConfigError` if training into this folder would destroy something."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir {output} is a file; give a folder")
+    foreign = sorted(p.name for p in output.iterdir() if p.name not in _OURS) if output.exists() else []
+    foreign = [n for n in foreign if not any(n.startswith(f".{ours}.") for ours in _OURS)]  # left by a kill
+    if foreign:
+        raise ConfigError(f"output_dir {output} holds files of another kind ({', '.join(foreign[:3])}); give a new folder")
+    if (output / CONFIG_FILE).exists() and not overwrite:
+        raise ConfigError(
+            f"output_dir {output} holds a finished adapter; give another folder, or overwrite=True to replace it"
+        )
+
+
+def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConfig) -> TuningModel:
+    """Fresh tensors around the backbone; for full fine-tuning around a copy of it."""
+    head = Head.for_task(data.task, pooling=config.pooling, dropout=config.head_dropout)
+    head_params = head.init(backbone, torch.Generator().manual_seed(config.seed + 2**32))
+    params: dict[str, Tensor] = method.init(backbone, torch.Generator().manual_seed(config.seed))
+    if method.changes_weights:
+        backbone = backbone.clone()
+        backbone.model.float()
+        own = dict(backbone.model.named_parameters())
+        params = {name: own[name].requires_grad_(True) for name in params}
+    return TuningModel(
+        backbone,
+        method,
+        params,
+        head,
+        head_params,
+        num_choices=len(data.task.choices) or 1,
+        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+    )
+
+
+def _room(model: TuningModel, config: TrainConfig) -> int:
+    """Tokens a text may have beside the prompt."""
+    params = {n: p.detach() for n, p in zip(model.names, model.params, strict=True)}
+    prompt = DeltaSet(model.method.deltas(params, model.backbone)).prompt_length
+    return min(config.max_length, model.backbone.max_length - prompt)
+
+
+def _settings(
+    backbone: Backbone, data: TaskData, method: Method, config: TrainConfig, rows: dict[str, TaskRows]
+) -> dict[str, Any]:
+    """What a resumed run must share with the run it resumes, flat, so that a difference can be named."""
+    values = {k: v for k, v in config.to_dict().items() if k not in COSMETIC}
+    values |= {"method": method.name} | {f"method.{k}": v for k, v in method.settings().items()}
+    values |= {f"task.{k}": v for k, v in data.task.to_dict().items()}
+    values |= {"backbone": backbone.fingerprint, "backbone_dtype": str(backbone.dtype)}
+    return values | {f"{split}_rows": r.digest for split, r in rows.items()}
+
+
+def _adapter(
+    backbone: Backbone,
+    model: TuningModel,
+    trainer: TuningTrainer,
+    name: str,
+    max_length: int,
+    facts: dict[str, int],
+) -> Adapter:
+    assert trainer.best is not None
+    params = {k.removeprefix("method."): t for k, t in trainer.best.items() if k.startswith("method.")}
+    if model.method.changes_weights:
+        before = dict(backbone.model.named_parameters())
+        params = {k: t for k, t in params.items() if not torch.equal(t, before[k].detach().float().cpu())}
+    recipe = {k: v for k, v in trainer.config.to_dict().items() if k not in COSMETIC} | facts
+    recipe |= {"steps": trainer.state.global_step, "best_step": trainer.state.best_global_step}
+    return Adapter(
+        name=name,
+        method=model.method,
+        params=params,
+        head=model.head,
+        head_params={k.removeprefix("head."): t for k, t in trainer.best.items() if k.startswith("head.")},
+        task=trainer.train_rows.task,
+        backbone=backbone.describe(),
+        max_length=max_length,
+        metrics=dict(trainer.best_metrics),
+        recipe=recipe,
+        seed=trainer.config.seed,
+    )
+
+
+def _history(trainer: TuningTrainer) -> list[dict[str, float]]:
+    """The trainer's log, one entry per step."""
+    wanted = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    by_step: dict[int, dict[str, float]] = {}
+    for entry in trainer.state.log_history:
+        kept = {k: v for k, v in entry.items() if k in wanted or k.startswith("eval_")}
+        if "loss" in kept or "eval_loss" in kept:
+            by_step.setdefault(int(entry["step"]), {}).update(kept)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _publish(
+    adapter: Adapter, history: list[dict[str, float]], output: Path, checkpoints: Checkpoints, metric: str
+) -> Adapter:
+    """Put the finished adapter into the output folder; its `adapter.json` comes last and makes it one."""
+    final = checkpoints.folder / "final"
+    adapter.save(final)
+    for old in (CONFIG_FILE, TABLE_FILE):  # of the adapter that is replaced
+        (output / old).unlink(missing_ok=True)
+    text = json.dumps(history, indent=1) + "\n"
+    replace_file(output / HISTORY_FILE, lambda temporary: temporary.write_text(text, "utf-8"))
+    replace_file(output / CURVE_FILE, lambda temporary: write_curve(temporary, history, metric, adapter.name))
+    for file in (TENSOR_FILE, CONFIG_FILE):
+        os.replace(final / file, output / file)
+    shutil.rmtree(final)
+    checkpoints.finish(keep=bool(adapter.recipe.get("keep_checkpoints")))
+    return replace(adapter, path=output)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

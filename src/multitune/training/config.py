@@ -1,0 +1,148 @@
+"""Training settings: one frozen dataclass; the text under a field is also its help on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from multitune.errors import ConfigError, suggest
+from multitune.heads import Pooling
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+    from multitune.methods import Method
+
+_AT_LEAST = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "gradient_accumulation": 1,
+    "max_steps": 1,
+    "max_length": 4,
+    "early_stopping": 1,
+    "evaluations_per_epoch": 1,
+    "seed": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
+_BELOW_ONE = ("warmup_ratio", "head_dropout")
+_POSITIVE = ("learning_rate", "epochs")
+
+#: What neither changes the tensors nor the metrics of a run, so that a resumed run may change it.
+COSMETIC = ("progress", "keep_checkpoints")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. What is `None` here and has a value in `method.recipe` is taken from there."""
+
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; by default the method's own."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of the method's tensors and the head's weight; by default the method's own."""
+    warmup_ratio: float | None = None
+    """Share of the steps over which the learning rate rises; by default the method's own."""
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps to take instead of whole epochs."""
+    batch_size: int = 16
+    """Rows per forward pass in training."""
+    eval_batch_size: int = 32
+    """Rows per forward pass in evaluation."""
+    gradient_accumulation: int = 1
+    """Batches whose gradients are added up before one optimizer step."""
+    max_length: int = 128
+    """Tokens a text is cut to, special tokens included."""
+    seed: int = 0
+    """Seed of the initial tensors, the order of the rows and dropout."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; bf16 is mixed precision, the trained tensors stay float32."""
+    length_grouped: bool = True
+    """Put rows of similar length into one batch, which saves padding."""
+    early_stopping: int | None = None
+    """Stop after this many evaluations in a row without a better validation metric."""
+    evaluations_per_epoch: int = 1
+    """Evaluations, and checkpoints, per epoch; the last step is always evaluated."""
+    pooling: Pooling = "cls"
+    """What the head reads: the first token, the mean over real tokens, or the backbone's pretrained pooler."""
+    head_dropout: float = 0.1
+    """Probability of dropping an entry of the head's input, in training."""
+    gradient_checkpointing: bool = False
+    """Recompute the layers in the backward pass: less memory, more time, equal gradients."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after warm-up."""
+    keep_checkpoints: bool = False
+    """Keep the folder of checkpoints when the run has finished."""
+    progress: bool = True
+    """Show a progress bar when standard error is a terminal."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), strict=True))
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            _require(value is None or value >= least, name, value, f"give at least {least}")
+        for name in _BELOW_ONE:
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, name, value, "give a number from 0 to below 1")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "give a number above 0")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The settings that `to_dict` wrote, or a part of them; strings are read as the field's type.
+
+        Raises:
+            ConfigError: an unknown name, or a value the field cannot hold.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"no training setting '{key}'.{suggest(str(key), known)} There are {', '.join(known)}"
+                )
+        return cls(**{key: _checked(key, value, strict=False) for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dataclasses.asdict(self)
+
+    def resolve(self, method: Method) -> TrainConfig:
+        """The settings with the method's own where none are given."""
+        recipe = method.recipe
+        own = {name: getattr(recipe, name) for name in ("learning_rate", "weight_decay", "warmup_ratio")}
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+@cache
+def _types() -> dict[str, TypeAdapter[Any]]:
+    from pydantic import TypeAdapter
+
+    return {name: TypeAdapter(hint) for name, hint in get_type_hints(TrainConfig).items()}
+
+
+def _checked(name: str, value: Any, *, strict: bool) -> Any:
+    from pydantic import ValidationError
+
+    if not strict and isinstance(value, str) and value.strip().lower() == "none":
+        value = None
+    try:
+        value = _types()[name].validate_python(value, strict=strict)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise ConfigError(f"training setting {name}={value!r} is not possible: {problem}") from error
+    _require(not isinstance(value, float) or math.isfinite(value), name, value, "give a finite number")
+    return value
+
+
+def _require(condition: bool, name: str, value: Any, fix: str) -> None:
+    if not condition:
+        raise ConfigError(f"training setting {name}={value!r} is not possible; {fix}")

@@ -1,0 +1,154 @@
+"""Rows of a task as tensors: tokenized once, ordered by seed and epoch alone, padded per batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from multitune.backbone import Backbone
+from multitune.batching import Encoded, encode, pad
+from multitune.errors import DataError
+from multitune.heads import IGNORED
+from multitune.tasks import Task
+
+#: Batches of one length-sorted pool; larger pools pad less, smaller ones mix more.
+_POOL = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One row: its sequences (one, or one per choice) and its target."""
+
+    sequences: tuple[Encoded, ...]
+    target: Any
+
+    def __len__(self) -> int:
+        return max(len(s) for s in self.sequences)
+
+
+class TaskRows(Dataset[Item]):
+    """The labelled rows of one split, tokenized."""
+
+    def __init__(self, backbone: Backbone, task: Task, table: Any, *, max_length: int, split: str) -> None:
+        """
+        Raises:
+            DataError: no rows, or a row that does not fit the task; names the split.
+        """
+        try:
+            examples = task.examples(table)
+        except DataError as error:
+            raise DataError(f"{split} rows of {error}") from error
+        if not examples:
+            raise DataError(f"task '{task.name}' has no {split} rows; give a table with at least one")
+        texts = [t for e in examples for t in e.texts]
+        encoded = iter(encode(backbone, texts, max_length=max_length, words=task.kind == "tagging"))
+        self.task = task
+        self.items = [Item(sequences=tuple(next(encoded) for _ in e.texts), target=e.target) for e in examples]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    @property
+    def digest(self) -> str:
+        """Hash of every token id and target; tells whether two runs see the same rows."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(repr(([s.input_ids for s in item.sequences], item.target)).encode())
+        return digest.hexdigest()[:32]
+
+
+class Collator:
+    """Rows to one padded batch, the arguments of `TuningModel.forward`."""
+
+    def __init__(self, kind: str, pad_id: int) -> None:
+        self.kind = kind
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        batch = pad([s for item in items for s in item.sequences], self.pad_id)
+        found = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "token_type_ids": batch.token_type_ids,
+            "targets": self._targets(items, batch.input_ids.shape[1]),
+        }
+        return {name: t for name, t in found.items() if t is not None}
+
+    def _targets(self, items: Sequence[Item], width: int) -> Tensor:
+        if self.kind == "tagging":
+            out = torch.full((len(items), width), IGNORED)
+            for row, item in zip(out, items, strict=True):
+                starts = item.sequences[0].word_starts
+                row[list(starts)] = torch.tensor(item.target[: len(starts)], dtype=torch.long)
+            return out
+        dtype = torch.float32 if self.kind in ("regression", "multilabel") else torch.long
+        return torch.tensor([item.target for item in items], dtype=dtype)
+
+
+class BatchOrder(Sampler[list[int]]):
+    """Batches of row numbers: a function of seed, epoch and lengths, and of nothing else."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, accumulation: int, seed: int, grouped: bool) -> None:
+        """
+        Args:
+            accumulation: batches per optimizer step; rows are grouped per step, so that 2 x 8 sees the rows of 1 x 16.
+            grouped: rows of similar length together.
+        """
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.seed = seed
+        self.grouped = grouped
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        step = self.batch_size * self.accumulation
+        if self.grouped:
+            order = self._group(order, step, generator)
+        return iter([order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)])
+
+    def _group(self, order: list[int], step: int, generator: torch.Generator) -> list[int]:
+        # The rows that fill no whole step stay as they are drawn: they must come last, and be no length in particular.
+        whole = len(order) - len(order) % step
+        pool = min(_POOL, max(1, whole // step // 4)) * step
+        steps: list[list[int]] = []
+        for start in range(0, whole, pool):
+            part = sorted(order[start : min(start + pool, whole)], key=lambda i: self.lengths[i], reverse=True)
+            steps += [part[i : i + step] for i in range(0, len(part), step)]
+        shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+        return [i for rows in shuffled for i in rows] + order[whole:]
+
+
+class RowLoader(DataLoader[Item]):
+    """A loader whose order follows the epoch and which draws nothing from the global random state."""
+
+    def __init__(self, rows: TaskRows, order: BatchOrder, collator: Collator) -> None:
+        super().__init__(rows, batch_sampler=order, collate_fn=collator, generator=torch.Generator())
+        self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.order.set_epoch(epoch)
+
+
+def num_targets(kind: str, targets: Tensor) -> int:
+    """How many terms the mean loss of a batch has, up to a factor that all batches share."""
+    return int((targets != IGNORED).sum()) if kind == "tagging" else len(targets)

@@ -1,0 +1,389 @@
+"""The loop: transformers' Trainer with our own order of rows, evaluation, and checkpoints that hold no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from multitune import heads
+from multitune.errors import ConfigError
+from multitune.tasks import compute, higher_is_better
+from multitune.training.checkpoints import Checkpoints, random_state, set_random_state
+from multitune.training.config import TrainConfig
+from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
+from multitune.training.model import TuningModel
+
+#: Points of the training curve; a longer run averages its loss over several steps.
+_POINTS = 200
+
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class TuningTrainer(Trainer):
+    """Trains one `TuningModel`; `train_to_end` leaves the best tensors in `best`."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: TuningModel,
+        config: TrainConfig,
+        train: TaskRows,
+        validation: TaskRows,
+        checkpoints: Checkpoints | None,
+        scratch: Path,
+    ) -> None:
+        """
+        Args:
+            config: resolved, see `TrainConfig.resolve`.
+            checkpoints: where to save, `None` to save nothing.
+            scratch: an empty folder that transformers may think of as its output.
+        """
+        assert config.learning_rate is not None
+        self.config = config
+        self.train_rows = train
+        self.validation_rows = validation
+        self.checkpoints = checkpoints
+        self.metric = train.task.metric
+        self.best: dict[str, Tensor] | None = None
+        self.best_metrics: dict[str, float] = {}
+        self.collator = Collator(train.task.kind, model.backbone.pad_id)
+        order = BatchOrder(
+            [len(item) for item in train.items],
+            config.batch_size,
+            accumulation=config.gradient_accumulation,
+            seed=config.seed,
+            grouped=config.length_grouped,
+        )
+        self.loader = RowLoader(train, order, self.collator)
+        steps_per_epoch = max(1, math.ceil(len(order) / config.gradient_accumulation))
+        self.max_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
+        args = TrainingArguments(
+            output_dir=str(scratch),
+            learning_rate=config.learning_rate,
+            max_steps=self.max_steps,
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.eval_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=model.backbone.device.type == "cpu",
+        )
+        _ = args.device  # sets the number of GPUs, which must then be one: the backbone sits on one device
+        args._n_gpu = min(args._n_gpu, 1)
+        rhythm = _Rhythm(steps_per_epoch, self.max_steps, config.evaluations_per_epoch)
+        callbacks: list[TrainerCallback] = [rhythm]
+        if config.progress:
+            callbacks.append(_Bar(self.metric))
+        super().__init__(model=model, args=args, train_dataset=train, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    @property
+    def tuned(self) -> TuningModel:
+        """The model, typed."""
+        assert isinstance(self.model, TuningModel)
+        return self.model
+
+    def train_to_end(self) -> None:
+        """Train from the last checkpoint, or from the start, to the last step or an early stop."""
+        steps = self.checkpoints.steps if self.checkpoints is not None else []
+        if self.checkpoints is None or not steps:
+            self.train()
+            return
+        last = self.checkpoints.path(steps[-1])
+        tensors, state = self.checkpoints.load(last)
+        best_tensors, _ = self.checkpoints.load(self.checkpoints.path(state["best_step"]))
+        self.best = {k: best_tensors[f"tensors.{k}"] for k in self.tuned.tensors()}
+        self.best_metrics = state["best_metrics"]
+        self._resumed = (tensors, state)
+        if not state["done"]:
+            self.train(resume_from_checkpoint=str(last))
+            return
+        from transformers import TrainerState
+
+        self.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+
+    # ---------------------------------------------------------------- data, optimizer, step
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.device_placement = False  # the tensors are where the backbone is
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing: the tensors are where the backbone is."""
+
+    def get_train_dataloader(self) -> RowLoader:
+        return self.loader
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW. Deltas decay towards none, which is the backbone; of its own weights only matrices decay."""
+        if self.optimizer is None:
+            tuned, config = self.tuned, self.config
+            decayed, kept = [], []
+            for name, p in zip(tuned.names, tuned.params, strict=True):
+                absolute = tuned.method.changes_weights and (p.ndim < 2 or name.endswith(".bias"))
+                (kept if absolute else decayed).append(p)
+            for name, p in zip(tuned.head_names, tuned.head_params, strict=True):
+                (decayed if name == "weight" else kept).append(p)
+            groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate or 0.0)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = get_scheduler(
+                _SCHEDULERS[self.config.scheduler],
+                optimizer=self.optimizer if optimizer is None else optimizer,
+                num_warmup_steps=math.ceil((self.config.warmup_ratio or 0.0) * num_training_steps),
+                num_training_steps=num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # the model moves them to the backbone's device
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        return sum(num_targets(self.tuned.head.kind, batch["targets"]) for batch in batch_samples)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The batch's share of the mean over all rows of one optimizer step, so that 2 x 8 equals 1 x 16."""
+        outputs = model(**inputs)
+        items = num_targets(self.tuned.head.kind, inputs["targets"])
+        share = items / num_items_in_batch if num_items_in_batch else 1.0
+        # Where every word was cut off there is nothing to learn, and the mean of nothing is not a number.
+        loss = outputs["loss"] * share if items else outputs["logits"].sum() * 0.0
+        if not bool(torch.isfinite(loss)):
+            raise ConfigError(self._diverged(f"the loss is {float(loss)}"))
+        loss = loss.to(self.args.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"training diverged at step {self.state.global_step + 1}: {what}. Nothing was saved of that step; "
+            f"lower learning_rate={self.config.learning_rate:g}, for example to {self.config.learning_rate / 10:g}"
+            if self.config.learning_rate
+            else what
+        )
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics on the validation rows.
+
+        Raises:
+            ConfigError: a trained tensor is not finite.
+        """
+        bad = [name for name, t in self.tuned.tensors().items() if not bool(torch.isfinite(t).all())]
+        if bad:
+            raise ConfigError(self._diverged(f"tensor '{bad[0]}' is not finite"))
+        found = {f"{metric_key_prefix}_{k}": v for k, v in self._scores().items()}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _scores(self) -> dict[str, float]:
+        rows, tuned = self.validation_rows, self.tuned
+        task = rows.task
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        predictions: list[Any] = [None] * len(rows)
+        loss = count = 0.0
+        tuned.eval()
+        for start in range(0, len(order), self.config.eval_batch_size):
+            picked = order[start : start + self.config.eval_batch_size]
+            batch = self.collator([rows[i] for i in picked])
+            with torch.no_grad():
+                outputs = tuned(**batch)
+            items = num_targets(task.kind, batch["targets"])
+            if items:
+                loss, count = loss + float(outputs["loss"]) * items, count + items
+            for i, values in zip(picked, outputs["logits"], strict=True):
+                predictions[i] = heads.prediction(task, values, rows[i].sequences[0].word_starts)
+        targets = [item.target for item in rows.items]
+        if task.kind == "tagging":  # words that were cut off are not judged
+            targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
+        return {"loss": loss / max(count, 1), **compute(task.metric, predictions, targets, task.labels)}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Keep the tensors if they are the best so far, and stop when they have not been for long enough."""
+        value, best = metrics[f"eval_{self.metric}"], self.state.best_metric
+        better = best is None or (value > best if higher_is_better(self.metric) else value < best)
+        if better:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.best = self.tuned.snapshot()
+            self.best_metrics = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+        patience = self.config.early_stopping
+        if patience is not None and self._evaluations_since_best() >= patience:
+            self.control.should_training_stop = True
+        return better
+
+    def _evaluations_since_best(self) -> int:
+        steps = {e["step"] for e in self.state.log_history if f"eval_{self.metric}" in e}
+        return sum(step > (self.state.best_global_step or 0) for step in steps)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.checkpoints is None:
+            return
+        device = self.tuned.backbone.device
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"tensors.{k}": t for k, t in self.tuned.snapshot().items()}
+        for index, state in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": t.cpu() for k, t in state.items()}
+        rng_tensors, rng_values = random_state(device)
+        state = {
+            "done": self.control.should_training_stop,
+            "best_step": self.state.best_global_step,
+            "best_metrics": self.best_metrics,
+            "learning_rates": [group["lr"] for group in optimizer["param_groups"]],
+            "scheduler": self.lr_scheduler.state_dict(),
+            "random": rng_values,
+        }
+        self.checkpoints.save(
+            self.state.global_step, self.state.best_global_step, tensors | rng_tensors, state, self.state
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        tensors, _ = self._resumed
+        self.tuned.load_tensors({k: tensors[f"tensors.{k}"] for k in self.tuned.tensors()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        tensors, state = self._resumed
+        optimizer = self.optimizer.state_dict()
+        for group, rate in zip(optimizer["param_groups"], state["learning_rates"], strict=True):
+            group["lr"] = rate
+        for name, t in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                optimizer["state"].setdefault(int(index), {})[key] = t
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, state = self._resumed
+            set_random_state(self.tuned.backbone.device, tensors, state["random"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: there is no gradient scaler."""
+
+
+class _Rhythm(TrainerCallback):
+    """Says after which steps to log, to evaluate and to save."""
+
+    def __init__(self, steps_per_epoch: int, max_steps: int, evaluations_per_epoch: int) -> None:
+        parts = range(1, evaluations_per_epoch + 1)
+        self.in_epoch = {round(steps_per_epoch * k / evaluations_per_epoch) for k in parts} - {0}
+        self.steps_per_epoch = steps_per_epoch
+        self.max_steps = max_steps
+        self.log_every = math.ceil(max_steps / _POINTS)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        in_epoch = (step - 1) % self.steps_per_epoch + 1
+        evaluate = in_epoch in self.in_epoch or step >= self.max_steps
+        control.should_log = evaluate or step % self.log_every == 0
+        control.should_evaluate = control.should_save = evaluate
+
+
+class _Bar(TrainerCallback):
+    """A progress bar on standard error, if that is a terminal."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for key in ("loss", f"eval_{self.metric}"):
+            if logs and key in logs:
+                self.shown[key.removeprefix("eval_")] = f"{logs[key]:.4g}"
+        self.bar.set_postfix(self.shown)
+
+    def close(self) -> None:
+        """Leave the terminal in order, also after an error."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def run(
+    model: TuningModel, config: TrainConfig, train: TaskRows, validation: TaskRows, checkpoints: Checkpoints | None
+) -> TuningTrainer:
+    """Train to the end and return the trainer; global state and the backbone's mode are left as they were.
+
+    Raises:
+        ConfigError: the loss or a tensor is not finite.
+    """
+    with tempfile.TemporaryDirectory() as scratch, _globals_kept(model.backbone.device):
+        trainer = TuningTrainer(model, config, train, validation, checkpoints, Path(scratch))
+        try:
+            trainer.train_to_end()
+        finally:
+            model.eval()
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, _Bar):
+                    callback.close()
+    return trainer
+
+
+@contextlib.contextmanager
+def _globals_kept(device: torch.device) -> Iterator[None]:
+    """Undo what transformers and accelerate change for the whole process."""
+    verbosity = transformers_logging.get_verbosity()
+    python, numpy = random.getstate(), np.random.get_state()
+    shared = [(cls, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState, PartialState)]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        transformers_logging.set_verbosity(verbosity)
+        for cls, before in shared:
+            cls._shared_state.clear()
+            cls._shared_state.update(before)
+        logging.captureWarnings(False)
