@@ -16,19 +16,21 @@ from multitune.errors import (
 from multitune.heads import Head
 from multitune.merge import MergeReport, merge
 from multitune.methods import Method, Recipe, SiteMethod, get_method, method_names, register
-from multitune.methods.adapters import Houlsby, Pfeiffer
 from multitune.methods.aot_fc import AoTFC
 from multitune.methods.aot_kronecker import AoTKronecker
 from multitune.methods.bitfit import BitFit
 from multitune.methods.full import FullFineTuning
 from multitune.methods.head import HeadOnly
+from multitune.methods.houlsby import Houlsby
 from multitune.methods.ia3 import IA3
 from multitune.methods.layernorm import LayerNormTuning
 from multitune.methods.lora import LoRA
+from multitune.methods.pfeiffer import Pfeiffer
 from multitune.methods.prompt_tuning import PromptTuning
 from multitune.methods.ptuning_v2 import PTuningV2
 from multitune.plan import DeltaSet, Plan
 from multitune.tasks import Task, infer_task, load_task, read_table
+from multitune.training import TrainConfig, TrainResult, evaluate, train
 from multitune.version import __version__
 
 __all__ = [
@@ -64,7 +66,10 @@ __all__ = [
     "SiteMethod",
     "Task",
     "TaskError",
+    "TrainConfig",
+    "TrainResult",
     "__version__",
+    "evaluate",
     "get_method",
     "infer_task",
     "load_task",
@@ -72,4 +77,5 @@ __all__ = [
     "method_names",
     "read_table",
     "register",
+    "train",
 ]

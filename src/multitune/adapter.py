@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multitune import tables
-from multitune.deltas import TokenBias, build_table
+from multitune.deltas import TableRows, TokenBias, build_table
 from multitune.errors import AdapterError, BackboneError, MultituneError, suggest
 from multitune.files import replace_file, replace_folder, sha256
 from multitune.heads import Head
@@ -109,20 +109,30 @@ class Adapter:
             params = {k: t.to(backbone.device) for k, t in self.params.items()}
             deltas = self.method.deltas(params, backbone)
             if aot_store != "factors" and self.method.fuses_to_table:
-                rows = tables.map_table(self._table_path(backbone))
+                rows = self._table(backbone, verify=aot_store == "ram")
                 if aot_store == "ram":
                     rows = replace(rows, table=rows.table.clone().to(backbone.device), mapped=False)
                 deltas = {"layers": [TokenBias(source=rows)]}
             return DeltaSet(deltas).fused(backbone.dtype, backbone.device)
 
-    def _table_path(self, backbone: Backbone) -> Path:
+    def _table(self, backbone: Backbone, verify: bool) -> TableRows:
+        """The mapped table; `verify` reads all of it to compare the checksum, which a map is there to avoid."""
         if self.path is None or self.table is None:
             place = self.path or "ADAPTER"
             raise AdapterError(
                 f"adapter '{self.name}' has no table of token rows on disk; run `multitune fuse {place}` first, "
                 f"or use aot_store='factors'"
             )
-        return self.path / tables.TABLE_FILE
+        file = self.path / tables.TABLE_FILE
+        rows = tables.map_table(file)
+        expected = (backbone.vocab_size, backbone.num_layers, backbone.hidden_size)
+        if tuple(rows.table.shape) != expected:
+            problem = f"has shape {tuple(rows.table.shape)} where {expected} is expected"
+        elif verify and sha256(file) != self.table["sha256"]:
+            problem = "is not the file that was fused (its checksum differs)"
+        else:
+            return rows
+        raise AdapterError(f"{file} {problem}. Run `multitune fuse {self.path}` again")
 
     # ---------------------------------------------------------------- files
 
@@ -157,7 +167,7 @@ class Adapter:
         (delta,) = self.method.deltas({k: t.to(backbone.device) for k, t in self.params.items()}, backbone)["layers"]
         assert isinstance(delta, TokenBias)
         file = self.path / tables.TABLE_FILE
-        tables.write_table(file, build_table(delta.source.canonical(), backbone.vocab_size, dtype))
+        tables.write_table(file, build_table(delta.source.served(), backbone.vocab_size, dtype))
         table = {"dtype": str(dtype).removeprefix("torch."), "sha256": sha256(file)}
         config = self._config(sha256(self.path / TENSOR_FILE), table)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -198,6 +208,9 @@ class Adapter:
         folder = Path(path)
         config = _read_config(folder)
         try:
+            unknown = [key for key in ("name", "fingerprint") if key not in config["backbone"]]
+            if unknown:
+                raise AdapterError(f"'backbone' does not say {unknown}")
             adapter = cls(
                 name=config["name"],
                 method=get_method(config["method"]["name"]).from_settings(config["method"]["settings"]),
@@ -230,7 +243,7 @@ class Adapter:
     def _check_tensors(self, file: Path, tensors: Mapping[str, Tensor], backbone: Backbone | None) -> None:
         problems = [f"'{k}' holds values that are not finite" for k, t in tensors.items() if not _finite(t)]
         if backbone is not None:
-            problems += _differences(self._expected(backbone), tensors, all_of=not self.method.changes_weights)
+            problems += self._differences(backbone, tensors)
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise AdapterError(f"{file} does not fit its configuration: {'; '.join(problems[:5])}{more}")
@@ -241,24 +254,24 @@ class Adapter:
         head = {"head.weight": (self.head.num_outputs, width), "head.bias": (self.head.num_outputs,)}
         return shapes | {k: torch.Size(s) for k, s in head.items()}
 
+    def _differences(self, backbone: Backbone, found: Mapping[str, Tensor]) -> list[str]:
+        expected = self._expected(backbone)
+        # Full fine-tuning saves the weights that changed; a head is whole in any case.
+        needed = [k for k in expected if k.startswith("head.") or not self.method.changes_weights]
+        problems = [f"'{k}' {tuple(expected[k])} is missing" for k in needed if k not in found]
+        problems += [
+            f"'{k}' {tuple(found[k].shape)} is not expected{suggest(k, expected)}" for k in found if k not in expected
+        ]
+        problems += [
+            f"'{k}' has shape {tuple(found[k].shape)} where {tuple(expected[k])} is expected"
+            for k in expected
+            if k in found and found[k].shape != expected[k]
+        ]
+        return problems
+
 
 def _finite(t: Tensor) -> bool:
     return not t.is_floating_point() or bool(torch.isfinite(t).all())
-
-
-def _differences(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], all_of: bool) -> list[str]:
-    problems = []
-    if all_of:
-        problems += [f"'{k}' {tuple(expected[k])} is missing" for k in expected if k not in found]
-    problems += [
-        f"'{k}' {tuple(found[k].shape)} is not expected{suggest(k, expected)}" for k in found if k not in expected
-    ]
-    problems += [
-        f"'{k}' has shape {tuple(found[k].shape)} where {tuple(expected[k])} is expected"
-        for k in expected
-        if k in found and found[k].shape != expected[k]
-    ]
-    return problems
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Legend: B rows, H heads, Q queries, S keys, M memory entries, K head width.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +59,7 @@ def _attend(
         q, k, v = (t if rows is None else t[rows] for t in (query, key, value))
         mask = _rows_of_mask(attention_mask, rows)
         if memory is not None:
-            k, v, mask = _lengthen(q, k, v, mask, memory, causal)
+            k, v, mask = _lengthen(q, k, v, mask, memory, causal, additive=name == "eager")
         out: Tensor = base(module, q, k, v, mask, **kwargs)[0]
         return out
 
@@ -116,9 +115,9 @@ def _rows_of_mask(mask: Tensor | None, rows: slice | Tensor | None) -> Tensor | 
 
 
 def _lengthen(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, memory: Memories, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, memory: Memories, causal: bool, additive: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask with the memory in front."""
+    """Keys, values and mask with the memory in front; `additive`: the implementation adds its mask to the scores."""
     keys, values, is_open = memory
     key_out = torch.cat([keys.to(key.dtype), key], dim=2)
     value_out = torch.cat([values.to(value.dtype), value], dim=2)
@@ -130,6 +129,9 @@ def _lengthen(
         # No mask with causal semantics means "below the diagonal": once there is a memory it must be written out.
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_queries)[None, None] if causal else mask[None, None]
+        if additive:
+            closed = torch.finfo(query.dtype).min
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, closed)
     front = is_open[:, None, None, :].expand(-1, -1, num_queries, -1)
     if mask.dtype != torch.bool:
         closed = torch.finfo(mask.dtype).min
@@ -156,7 +158,7 @@ def disentangled_attention(
     """
     call = current_call()
     sites = call.backbone.disentangled_sites[module]
-    if not any(call.steps(site) for site in sites):
+    if not any(call.steps(site) or call.plan.input_steps.get(site) for site in sites):
         return original(
             hidden_states,
             attention_mask,
@@ -171,11 +173,13 @@ def disentangled_attention(
     key = _split_heads(module.key_proj(hidden_states), heads)
     value = _split_heads(module.value_proj(hidden_states), heads)
     kinds = module.pos_att_type if module.relative_attention else ()
-    scale = math.sqrt(query.shape[-1] * (1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)))
-    scores = query @ key.transpose(-1, -2) / scale
+    num_terms = 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
+    # Rounded and applied as the model does, so that a row is the same to the bit whichever form serves its batch.
+    scale = torch.tensor(float(query.shape[-1] * num_terms)).sqrt().to(query)
+    scores = query @ (key.transpose(-1, -2) / scale)
     if module.relative_attention:
         assert relative_pos is not None and rel_embeddings is not None
-        scores = scores + _relative_scores(module, query, key, relative_pos, rel_embeddings, kinds) / scale
+        scores = scores + _relative_scores(module, query, key, relative_pos, rel_embeddings, kinds, scale)
     mask = attention_mask.bool()
     steps = call.steps(call.backbone.attention_names[module]) or []
 
@@ -183,7 +187,7 @@ def disentangled_attention(
         q, s, v, m = (t if rows is None else t[rows] for t in (query, scores, value, mask))
         if memory is not None:
             keys, values, is_open = memory
-            s = torch.cat([q @ keys.to(q.dtype).transpose(-1, -2) / scale, s], dim=-1)
+            s = torch.cat([q @ (keys.to(q.dtype).transpose(-1, -2) / scale), s], dim=-1)
             v = torch.cat([values.to(v.dtype), v], dim=2)
             front = (is_open > 0)[:, None, None, :].expand(-1, m.shape[1], m.shape[2], -1)
             m = torch.cat([front, m], dim=-1)
@@ -201,9 +205,9 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _relative_scores(
-    module: Any, query: Tensor, key: Tensor, relative_pos: Tensor, rel_embeddings: Tensor, kinds: Any
+    module: Any, query: Tensor, key: Tensor, relative_pos: Tensor, rel_embeddings: Tensor, kinds: Any, scale: Tensor
 ) -> Tensor:
-    """Content-to-position plus position-to-content terms, unscaled, `[B, H, Q, S]`.
+    """Content-to-position plus position-to-content terms, `[B, H, Q, S]`.
 
     The relative embeddings pass through the sites' projections, once per row where the rows differ there.
     """
@@ -216,11 +220,11 @@ def _relative_scores(
         projection = module.key_proj if module.share_att_key else module.pos_key_proj
         pos_key = _split_heads(projection(shared), heads)
         index = (positions + span).clamp(0, 2 * span - 1).expand(*query.shape[:2], -1, -1)
-        total = total + (query @ pos_key.transpose(-1, -2)).gather(-1, index)
+        total = total + (query @ pos_key.transpose(-1, -2)).gather(-1, index) / scale
     if "p2c" in kinds:
         projection = module.query_proj if module.share_att_key else module.pos_query_proj
         pos_query = _split_heads(projection(shared), heads)
         index = (span - positions).clamp(0, 2 * span - 1).expand(*key.shape[:2], -1, -1)
-        total = total + (key @ pos_query.transpose(-1, -2)).gather(-1, index).transpose(-1, -2)
+        total = total + (key @ pos_query.transpose(-1, -2)).gather(-1, index).transpose(-1, -2) / scale
     assert isinstance(total, Tensor)
     return total

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, architecture_for
 from multitune.call import Call, active, recompute_context
-from multitune.errors import BackboneError, ConfigError
+from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
@@ -87,25 +88,37 @@ class Backbone:
         try:
             config = AutoConfig.from_pretrained(source)
             architecture_for(config.model_type)
-            model = AutoModel.from_pretrained(source, config=config, dtype=wanted)
+            # float16 is cast to below: see fingerprint
+            load_as = torch.float32 if wanted is torch.float16 else wanted
+            model, report = AutoModel.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except BackboneError:
             raise
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise BackboneError(
                 f"cannot load backbone '{name}': {str(error).splitlines()[0]}. Give 'minilm', a folder with "
                 f"config.json, model.safetensors and the tokenizer, or a hub id that this machine can reach"
             ) from error
-        return cls(model.to(device), tokenizer, name=str(name))
+        _check_complete(str(name), model, report["missing_keys"])
+        backbone = cls(model, tokenizer, name=str(name))
+        if wanted is torch.float16:
+            _ = backbone.fingerprint
+        model.to(device=device, dtype=wanted)
+        return backbone
 
     def clone(self) -> Backbone:
         """An independent copy of the model; only full fine-tuning and merging need one."""
-        self.detach()
-        try:
-            model = copy.deepcopy(self.model)
-        finally:
-            self.attach()
-        return Backbone(model, self.tokenizer, self.name)
+        model = copy.deepcopy(self.model)  # hooks and all: other threads may be running batches, which need them
+        hooks.strip(model)
+        for site in self.sites:
+            if site.kind == "attention" and self.disentangled_sites:
+                model.get_submodule(site.module).__dict__.pop("forward", None)
+        implementation = str(model.config._attn_implementation)
+        model.config._attn_implementation = implementation.removeprefix(attention.PREFIX)
+        model.__dict__.pop("_multitune_owner", None)
+        copied = Backbone(model, self.tokenizer, self.name)
+        copied.__dict__["fingerprint"] = self.fingerprint
+        return copied
 
     # ---------------------------------------------------------------- shape
 
@@ -178,6 +191,11 @@ class Backbone:
         path = self.architecture.pooler
         return None if path is None else getattr(self.model, path, None)
 
+    @cached_property
+    def site_names(self) -> frozenset[str]:
+        """Names of all sites."""
+        return frozenset(s.name for s in self.sites)
+
     def find_sites(
         self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
     ) -> tuple[Site, ...]:
@@ -202,7 +220,8 @@ class Backbone:
         """Tells whether an adapter belongs to these weights: a hash of the names, shapes and sampled values.
 
         Values are sampled evenly (at most 256 a tensor) and rounded to bfloat16, so that the same weights loaded
-        in another dtype keep their fingerprint.
+        in bfloat16 keep their fingerprint. By way of float16 they would be rounded twice and now and then
+        otherwise, so `load` takes the fingerprint before it casts to float16.
         """
         digest = hashlib.sha256(self.model.config.model_type.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -223,10 +242,14 @@ class Backbone:
         """Put the sites' hooks on; harmless when they are on."""
         if self.attached:
             return
-        if any(getattr(m, "_multitune_owner", None) for m in (self.model,)):
+        if getattr(self.model, "_multitune_owner", None):
             raise BackboneError("this model already belongs to another Backbone; use that one, or detach() it first")
         self._undo = hooks.install(self.model, self.sites)
-        self._attach_attention()
+        try:
+            self._attach_attention()
+        except BackboneError:
+            self.detach()
+            raise
         self.model.__dict__["_multitune_owner"] = True
         self._undo.append(lambda: self.model.__dict__.pop("_multitune_owner", None))
 
@@ -258,7 +281,18 @@ class Backbone:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the layers in the backward pass instead of keeping their activations (training only)."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_context})
+        settings = {"use_reentrant": False, "context_fn": recompute_context}
+        if hasattr(self.model, "activation_checkpointing_enable"):  # its name since transformers 5.23
+            self.model.activation_checkpointing_enable(settings)
+        else:
+            self.model.gradient_checkpointing_enable(settings)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undo `enable_gradient_checkpointing`."""
+        if hasattr(self.model, "activation_checkpointing_disable"):
+            self.model.activation_checkpointing_disable()
+        else:
+            self.model.gradient_checkpointing_disable()
 
     # ---------------------------------------------------------------- running
 
@@ -281,8 +315,13 @@ class Backbone:
             `[B, T, D]`, rows and tokens as given; inserted prompt vectors are taken out again.
 
         Raises:
-            PlanError: the plan does not fit the batch, an id is outside the vocabulary, or a row is too long.
+            PlanError: the plan does not fit the batch, an id is outside the vocabulary, a row is too long, or
+                the backbone is detached.
         """
+        if not self.attached:
+            raise PlanError(
+                f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"
+            )
         call = Call(self, plan, input_ids, attention_mask, token_type_ids)
         with active(call):
             output = self.model(**call.inputs)
@@ -295,6 +334,7 @@ class Backbone:
             BackboneError: a weight this backbone does not have.
         """
         copied = self.clone()
+        del copied.__dict__["fingerprint"]
         state = copied.model.state_dict()
         for name, tensor in weights.items():
             if name not in state:
@@ -315,6 +355,21 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"
+
+
+def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Refuse a model some of whose weights are not from its checkpoint but random, other each time.
+
+    Checkpoints of masked language models lack a pooler, so the model goes without one.
+    """
+    pooler = architecture_for(model.config.model_type).pooler
+    lacking = sorted(missing)
+    if pooler is not None and any(key.startswith(f"{pooler}.") for key in lacking):
+        setattr(model, pooler, None)
+        lacking = [key for key in lacking if not key.startswith(f"{pooler}.")]
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        raise BackboneError(f"cannot load backbone '{name}': its checkpoint lacks the weights {shown}")
 
 
 def _resolve(name: str) -> str:

@@ -16,7 +16,7 @@ from multitune import heads
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
 from multitune.batching import Encoded, encode, pad
-from multitune.errors import AdapterError, ConfigError, MixError, MultituneError, PlanError, suggest
+from multitune.errors import AdapterError, ConfigError, DataError, MixError, MultituneError, PlanError, suggest
 from multitune.plan import DeltaSet, Plan
 from multitune.workspace import Workspace
 
@@ -210,12 +210,12 @@ class Bank:
         with torch.no_grad():
             return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self._workspace)
 
-    def _lookup(self, names: Sequence[str | None]) -> list[_Snapshot | None]:
+    def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[_Snapshot | None]:
         """The adapters of a batch as they are now, so that later removals do not reach it."""
         found: dict[str, _Snapshot] = {}
         out: list[_Snapshot | None] = []
         with self._lock:
-            for row, name in enumerate(names):
+            for row, name in enumerate(names, start=first):
                 if name is None:
                     out.append(None)
                     continue
@@ -244,15 +244,22 @@ class Bank:
         Raises:
             AdapterError, MixError, DataError, PlanError: before any forward pass, naming the row.
         """
+        return self._predict(list(rows), batch_size, first=0)
+
+    def _predict(self, rows: Sequence[Row], batch_size: int, first: int) -> list[Prediction]:
+        """`predict`; messages number the rows from `first`."""
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
-        alone = self._served_alone(rows)
+        for row, pair in enumerate(rows, start=first):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str | None):
+                raise DataError(f"row {row}: {pair!r} is not a pair of an adapter's name (or None) and a row")
+        alone = self._served_alone(rows, first)
         if alone is not None:
-            return alone.predict(rows, batch_size=batch_size)
+            return alone._predict(rows, batch_size, first)
         if self.backbone.model.training:
             raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
-        found = self._lookup([name for name, _ in rows])
-        sequences = self._encode(rows, found)
+        found = self._lookup([name for name, _ in rows], first)
+        sequences = self._encode(rows, found, first)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].encoded), reverse=True)
         for start in range(0, len(order), batch_size):
             self._forward([sequences[i] for i in order[start : start + batch_size]])
@@ -263,18 +270,19 @@ class Bank:
 
     def predict_stream(self, rows: Iterable[Row], *, batch_size: int = 32, window: int = 512) -> Iterator[Prediction]:
         """`predict` for rows without end: answers come in order, `window` rows are read ahead to pack by length."""
-        rows = iter(rows)
+        rows, first = iter(rows), 0
         while chunk := list(islice(rows, window)):
-            yield from self.predict(chunk, batch_size=batch_size)
+            yield from self._predict(chunk, batch_size, first)
+            first += len(chunk)
 
-    def _encode(self, rows: Sequence[Row], found: Sequence[_Snapshot | None]) -> list[_Sequence]:
+    def _encode(self, rows: Sequence[Row], found: Sequence[_Snapshot | None], first: int) -> list[_Sequence]:
         """Tokenize all rows, those of equal settings in one call."""
         pending: dict[tuple[int, bool], list[tuple[int, _Snapshot | None, tuple[str, ...]]]] = {}
         for i, ((_, row), snapshot) in enumerate(zip(rows, found, strict=True)):
             try:
                 texts = _bare_texts(row) if snapshot is None else snapshot.texts(row)
             except MultituneError as error:
-                raise type(error)(f"row {i}: {error}") from error
+                raise type(error)(f"row {first + i}: {error}") from error
             length, words = self.backbone.max_length, False
             if snapshot is not None:
                 length = min(snapshot.adapter.max_length, length - snapshot.prompt_length)
@@ -283,7 +291,13 @@ class Bank:
         out = []
         for (length, words), items in pending.items():
             encoded = encode(self.backbone, [t for _, _, t in items], max_length=length, words=words)
-            out += [_Sequence(i, snapshot, e) for (i, snapshot, _), e in zip(items, encoded, strict=True)]
+            for (i, snapshot, _), e in zip(items, encoded, strict=True):
+                if len(e) > length:  # not even the special tokens fit
+                    raise PlanError(
+                        f"row {first + i}: {len(e)} tokens cannot be cut to the {length} that the backbone's "
+                        f"{self.backbone.max_length} positions, the prompt and max_length leave; shorten the prompt"
+                    )
+                out.append(_Sequence(i, snapshot, e))
         return out
 
     def _forward(self, sequences: Sequence[_Sequence]) -> None:
@@ -305,7 +319,7 @@ class Bank:
             assert v is not None
             s.values = v.float().cpu()
 
-    def _served_alone(self, rows: Sequence[Row]) -> Bank | None:
+    def _served_alone(self, rows: Sequence[Row], first: int) -> Bank | None:
         """The bank of a fully tuned backbone, if all rows ask for one and the same; `None` if none does.
 
         Raises:
@@ -318,7 +332,7 @@ class Bank:
                 return None
             if len(names) > 1:
                 row = next(i for i, (name, _) in enumerate(rows) if name in full)
-                raise MixError(_cannot_mix(row, self._entries[str(rows[row][0])]))
+                raise MixError(_cannot_mix(first + row, self._entries[str(rows[row][0])]))
             (name,) = full
             if name not in self._standalone:
                 self._standalone[name] = _bank_of_full(self.backbone, self._entries[name])
@@ -359,7 +373,7 @@ class _Sequence:
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:
     parts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, (tuple, list)) else ()
     if not 1 <= len(parts) <= 2 or not all(isinstance(p, str) for p in parts):
-        raise MixError(f"a row without an adapter is a text or a pair of texts, not {type(row).__name__}")
+        raise DataError(f"a row without an adapter is a text or a pair of texts, not {type(row).__name__}")
     return (parts,)
 
 

@@ -109,7 +109,11 @@ def _word_starts(word_ids: list[int | None]) -> tuple[int, ...]:
     for position, word in enumerate(word_ids):
         if word is not None:
             starts.setdefault(word, position)
-    return tuple(starts[word] for word in sorted(starts))
+    # A word without tokens (spaces, say) reads where the next one starts, so that place i stays word i.
+    out: list[int] = []
+    for word in range(max(starts, default=-1), -1, -1):
+        out.append(starts.get(word, out[-1] if out else 0))
+    return tuple(reversed(out))
 
 
 def pad(encoded: Sequence[Encoded], pad_id: int) -> Batch:

@@ -11,6 +11,7 @@ Legend: B rows, T tokens of the longest row, P inserted vectors in all, E embedd
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multitune.deltas import Prompt, TokenBias
-from multitune.errors import PlanError
+from multitune.errors import PlanError, suggest
 from multitune.plan import Group, Plan, Step
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ class Call:
 
         Raises:
             PlanError: the batch has another number of rows than the plan, an id outside the vocabulary, or a
-                row that is too long with its prompt; names the row.
+                row that is too long with its prompt, and names the row; or the plan names a site that the
+                backbone lacks.
         """
         self.backbone = backbone
         self.plan = plan
         self.captured: dict[str, Tensor] = {}
         """Inputs of sub-layers that a parallel bottleneck will read, by site."""
+        _check_sites(plan, backbone)
         _check_ids(plan, backbone, input_ids)
         ordered = [_in_order(t, plan.order) for t in (input_ids, attention_mask, token_type_ids)]
         ids, mask, types = ordered
@@ -97,7 +100,7 @@ class Call:
                 self.prompts.attention_mask,
                 self.prompts.token_type_ids,
             )
-        _check_length(plan, backbone, ids)
+        _check_length(plan, backbone, ids, mask)
         self.inputs = {"input_ids": ids}
         if mask is not None:
             self.inputs["attention_mask"] = mask
@@ -155,6 +158,15 @@ def _in_order(t: Tensor | None, order: Tensor | None) -> Tensor | None:
     return t if t is None or order is None else t.index_select(0, order.to(t.device))
 
 
+def _check_sites(plan: Plan, backbone: Backbone) -> None:
+    unknown = sorted((plan.steps.keys() | plan.input_steps.keys()) - backbone.site_names)
+    if unknown:
+        raise PlanError(
+            f"the plan has deltas at '{unknown[0]}', but backbone '{backbone.name}' has no such site."
+            f"{suggest(unknown[0], backbone.site_names)} Its sites: Backbone.sites"
+        )
+
+
 def _check_ids(plan: Plan, backbone: Backbone, input_ids: Tensor) -> None:
     if input_ids.ndim != 2 or input_ids.shape[0] != plan.num_rows:
         raise PlanError(
@@ -171,16 +183,23 @@ def _check_ids(plan: Plan, backbone: Backbone, input_ids: Tensor) -> None:
         )
 
 
-def _check_length(plan: Plan, backbone: Backbone, ids: Tensor) -> None:
-    longest = ids.shape[1]
-    if longest > backbone.max_length:
-        lengths = [r.prompt_length if r is not None else 0 for r in plan.ordered]
-        place = max(range(len(lengths)), key=lengths.__getitem__)
+def _check_length(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | None) -> None:
+    width = ids.shape[1]
+    if width > backbone.max_length:
+        ends = torch.full_like(ids, width)[:, 0] if mask is None else _ends(mask)
+        place = int(ends.argmax())
         row = place if plan.order is None else int(plan.order[place])
+        delta_set = plan.ordered[place]
+        prompt = 0 if delta_set is None else delta_set.prompt_length
         raise PlanError(
-            f"the batch is {longest} positions long, {max(lengths)} of them the prompt of row {row}, but the backbone "
-            f"has {backbone.max_length}; truncate the texts to {backbone.max_length - max(lengths)} tokens"
+            f"row {row}: {int(ends[place])} positions, {prompt} of them its prompt, in a batch of {width}, but the "
+            f"backbone has {backbone.max_length}; truncate its text to {backbone.max_length - prompt} tokens"
         )
+
+
+def _ends(mask: Tensor) -> Tensor:
+    """`mask [B, T]` to `[B]`: the position behind each row's last real token."""
+    return ((mask > 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
 class Prompts:
@@ -282,7 +301,8 @@ def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
     rows = slice(start, stop)
     contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
     values = torch.empty if contiguous else torch.zeros
-    out = values((stop - start) * width, *first.shape[1:], dtype=first.dtype)
+    dtype = functools.reduce(torch.promote_types, (source.table.dtype for _, source in plan.tables))
+    out = values((stop - start) * width, *first.shape[1:], dtype=dtype)
     for where, source in plan.tables:
         part = out[(where.start - start) * width : (where.stop - start) * width]
         source.rows_into(ids[where].reshape(-1).to(first.device), part)

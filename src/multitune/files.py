@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+# The only way to read the mask is to set it, which must not happen while other threads create files.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it into place."""
@@ -18,6 +22,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
+        _share(temporary)
         _sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -31,10 +36,12 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = temporary.with_name(temporary.name + ".old")
     try:
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_UMASK)
         write(temporary)
         for file in temporary.iterdir():
-            _sync(file)
+            if file.is_file():
+                _share(file)
+                _sync(file)
         if path.exists():
             # A folder cannot be exchanged in one step everywhere; a kill between these two lines leaves the old
             # content under a name that starts with a dot, and nothing half-written under `path`.
@@ -56,6 +63,11 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _share(path: Path) -> None:
+    """Give a file the mode of an ordinary new one: temporary files are private, and a server must read these."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def _sync(path: Path) -> None:

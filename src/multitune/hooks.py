@@ -47,6 +47,18 @@ def wrap_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Undo:
     return undo
 
 
+def strip(model: nn.Module) -> None:
+    """Take the hooks off a deep copy of an instrumented model, which has copies of them; other hooks stay."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__module__", None) == __name__:
+            del module.__dict__["forward"]  # it would run the original's weights
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            registered, with_kwargs = getattr(module, name), getattr(module, f"{name}_with_kwargs")
+            for key in [k for k, f in registered.items() if getattr(f, "func", f).__module__ == __name__]:
+                del registered[key]
+                with_kwargs.pop(key, None)
+
+
 def _run(steps: list[Step], x: Tensor, y: Tensor, module: nn.Module, num_rows: int) -> Tensor:
     if x.shape[0] == 1 and num_rows > 1 and steps[0].group.rows is not None:
         # A projection that the model applies once for all rows (DeBERTa's relative embeddings) differs by row here.

@@ -91,7 +91,7 @@ class DeltaSet:
         with torch.no_grad():
             served = DeltaSet(
                 {
-                    site: [d if _is_table(d) else d.canonical().map(move) for d in deltas]
+                    site: [d if _is_table(d) else d.served().map(move) for d in deltas]
                     for site, deltas in self.by_site.items()
                 }
             )

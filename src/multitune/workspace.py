@@ -24,7 +24,7 @@ class Workspace:
         """
         self._max_bytes = max_bytes
         self._free: list[Tensor] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may give a buffer back while this thread takes one
 
     def take(self, num_elements: int, like: Tensor, owner: object) -> Tensor:
         """An uninitialised vector with the dtype and device of `like`, lent until `owner` is collected."""

@@ -55,15 +55,11 @@ def test_label_names_in_order(values, labels):
     data = table({"text": ["x", "y", "z"], "label": values})
     task = infer_task(data)
     assert task.labels == labels
-    assert [example.target for example in task.examples(data)] == [
-        labels.index(str(value).strip()) for value in values
-    ]
+    assert [example.target for example in task.examples(data)] == [labels.index(str(value).strip()) for value in values]
 
 
 def test_class_labels_keep_their_names_and_order():
-    data = table(
-        {"text": ["x", "y"], "verdict": [0, 1]}, verdict=ClassLabel(names=["yes", "no", "never seen"])
-    )
+    data = table({"text": ["x", "y"], "verdict": [0, 1]}, verdict=ClassLabel(names=["yes", "no", "never seen"]))
     task = infer_task(data, name="mine")
     assert (task.name, task.label, task.labels) == ("mine", "verdict", ("yes", "no", "never seen"))
 

@@ -66,9 +66,7 @@ def test_multilabel_by_hand():
 def test_tagging_by_hand():
     gold = [[1, 2, 0, 3], [0]]
     scores = compute("tag_f1", [[1, 2, 0, 0], [0]], gold, BIO)
-    assert scores == pytest.approx(
-        {"tag_f1": 2 / 3, "precision": 1.0, "recall": 0.5, "token_accuracy": 4 / 5}
-    )
+    assert scores == pytest.approx({"tag_f1": 2 / 3, "precision": 1.0, "recall": 0.5, "token_accuracy": 4 / 5})
     # a span that is one word short is wrong altogether
     assert compute("tag_f1", [[1, 0, 0, 3], [0]], gold, BIO)["tag_f1"] == 0.5
     # the same words as another type, too

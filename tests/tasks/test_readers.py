@@ -43,9 +43,7 @@ def test_text_files(tmp_path, name, content):
 
 
 def test_parquet_keeps_class_labels_and_ignores_folder_names(tmp_path):
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
     folder = tmp_path / "year=2024"
     folder.mkdir()
     datasets.Dataset.from_list(ROWS, features=features).to_parquet(folder / "d.parquet")
@@ -73,9 +71,7 @@ def test_a_folder_has_a_file_per_split(tmp_path):
     write(tmp_path / "README.md", "no table")
     assert list_splits(tmp_path) == ("train", "validation", "extra")
     assert read_table(tmp_path, split="extra").to_list() == [{"a": "x"}]
-    with pytest.raises(
-        DataError, match="several splits: train, validation, extra. Choose one: split='train'"
-    ):
+    with pytest.raises(DataError, match="several splits: train, validation, extra. Choose one: split='train'"):
         read_table(tmp_path)
     with pytest.raises(
         DataError, match=r"no split 'valid'; it has train, validation, extra\. Did you mean 'validation'"
@@ -92,9 +88,7 @@ def test_nothing_is_written_to_the_home_folder(tmp_path):
     path = write(tmp_path / "train.csv", "text,label\n" + "\n".join(f"t{i},{i % 2}" for i in range(20)))
     home = tmp_path / "home"
     home.mkdir()
-    code = (
-        f"from multitune.tasks import read_table, split_table; split_table(read_table({str(path)!r}), 0.5, 0)"
-    )
+    code = f"from multitune.tasks import read_table, split_table; split_table(read_table({str(path)!r}), 0.5, 0)"
     run(code, HOME=str(home), HF_HOME=str(home / "hf"))
     assert list(home.rglob("*")) == []
 
@@ -160,9 +154,7 @@ def test_the_nameless_index_of_a_csv_file_gets_a_name(tmp_path):
     assert read_table(write(tmp_path / "d.csv", ",text\n0,x\n")).column_names == ["column_1", "text"]
 
 
-cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1).map(
-    "t".__add__
-)
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1).map("t".__add__)
 
 
 @given(rows=st.lists(st.tuples(cells, cells), min_size=1, max_size=5))
@@ -274,7 +266,5 @@ except ValueError as error:
     print(type(error).__name__, error)
 """
     said = run(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert said.startswith(
-        f"DataError {source.split(':')[0]!r} is no local file or folder, and the data set could not"
-    )
+    assert said.startswith(f"DataError {source.split(':')[0]!r} is no local file or folder, and the data set could not")
     assert "save the table as a .csv, .jsonl or .parquet file and give its path" in said

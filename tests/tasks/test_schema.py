@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from multitune.errors import DataError, TaskError
 from multitune.tasks import Example, Task, Template
 
-SENTIMENT = Task(
-    name="s", kind="classification", template=("text",), label="label", labels=("negative", "positive")
-)
+SENTIMENT = Task(name="s", kind="classification", template=("text",), label="label", labels=("negative", "positive"))
 SCORE = Task(name="r", kind="regression", template=("a", "b"), label="score")
 TOPICS = Task(name="m", kind="multilabel", template=("text",), label="topics", labels=("art", "law", "war"))
 COPA = Task(
@@ -149,9 +147,7 @@ def test_a_fixed_multiple_choice_needs_a_mapping():
 
 
 def table_of_class_labels(names):
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     return datasets.Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features=features)
 
 
@@ -188,9 +184,7 @@ def test_examples_of_rows_and_without_labels():
 
 def test_examples_name_a_missing_column():
     table = datasets.Dataset.from_dict({"txt": ["x"], "label": [0]})
-    with pytest.raises(
-        DataError, match=r"no column 'text'; the table has 'txt', 'label'\. Did you mean 'txt'"
-    ):
+    with pytest.raises(DataError, match=r"no column 'text'; the table has 'txt', 'label'\. Did you mean 'txt'"):
         SENTIMENT.examples(table)
     with pytest.raises(DataError, match="no label column"):
         Task(name="p", kind="regression", template=("txt",)).examples(table)

@@ -82,9 +82,7 @@ def suites(tmp_path):
     pair = {"premise": ["p", "q"], "hypothesis": ["h", "i"], "label": [0, 2]}
     entailment = ["entailment", "neutral", "contradiction"]
     save(tmp_path / "glue/mnli", {"train": pair, "validation_matched": pair}, {"label": entailment})
-    save(
-        tmp_path / "mine/mood", {"train": rows, "validation": rows, "test": rows}, {"label": ["sad", "glad"]}
-    )
+    save(tmp_path / "mine/mood", {"train": rows, "validation": rows, "test": rows}, {"label": ["sad", "glad"]})
     save(tmp_path / "mine/no_validation", {"train": rows}, {"label": ["sad", "glad"]})
     save(tmp_path / "mine/no_classes", {"train": rows})
     save(tmp_path / "mine/unread", {"train": {**rows, "note": ["n"] * 40}}, {"label": ["sad", "glad"]})

@@ -5,6 +5,6 @@ cannot be read or written) is one line and exit code 1.
 """
 
 from multitune.cli import adapters, catalogue, demo, predict, train
-from multitune.cli.app import app, main
+from multitune.cli.shared import app, main
 
 __all__ = ["adapters", "app", "catalogue", "demo", "main", "predict", "train"]

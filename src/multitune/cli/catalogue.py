@@ -10,9 +10,9 @@ import torch
 import typer
 
 from multitune.backbone import Backbone
-from multitune.cli import app as shared
-from multitune.cli.app import AsJson, BackboneName, app, count, pairs, print_json, show
+from multitune.cli import shared
 from multitune.cli.fields import fields_of
+from multitune.cli.shared import AsJson, BackboneName, app, count, pairs, print_json, show, written
 from multitune.errors import ConfigError
 from multitune.methods import Method, get_method, method_names
 from multitune.plan import DeltaSet
@@ -80,7 +80,7 @@ def methods(name: MethodName = None, backbone: BackboneName = "minilm", as_json:
     if as_json:
         print_json([asdict(f) for f in found])
         return
-    columns = ("method", "title", "deltas", "parameters", "percent", "merges", "mixes", "rate")
+    columns = ("method", "title", "deltas", "parameters", "%", "merges", "mixes", "rate")
     rows = [
         (
             f.name,
@@ -95,14 +95,13 @@ def methods(name: MethodName = None, backbone: BackboneName = "minilm", as_json:
         for f in found
     ]
     show(
-        shared.table(rows, columns, right=("parameters", "percent", "rate")),
+        shared.table(rows, columns, right=("parameters", "%", "rate")),
         "",
         shared.table([(f.name, f.paper) for f in found], ("method", "paper")),
     )
     shared.note(
-        f"parameters: trained with the default settings, without the head; percent: of the {count(loaded.num_parameters)} "
-        f"in {backbone}; merges: can be folded into a checkpoint; mixes: shares a batch with other methods; rate: "
-        f"default learning rate. `multitune methods NAME` prints a method's settings"
+        f"parameters: with the default settings, without the head; of {count(loaded.num_parameters)} in {backbone}. "
+        f"`multitune methods NAME` prints a method's settings"
     )
     for f in found:
         if f.problem:
@@ -140,26 +139,38 @@ def _one(cls: type[Method], backbone: str, as_json: bool) -> None:
         shared.note(f"{found.name} does not fit {backbone}: {found.problem}")
 
 
-def written(value: object) -> str:
-    """A value as `--set` takes it."""
-    if value is None:
-        return "none"
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 @app.command()
 def tasks(
+    name: Annotated[str | None, typer.Argument(help="A task: print what it holds.", show_default=False)] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Folder of public suites; by default what MULTITUNE_DATA names.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the tasks that can be trained by name."""
-    names = list_tasks(data)
-    if as_json:
-        print_json([_task(name, data) for name in names] if data is None else list(names))
+    """List the tasks that can be trained by name, or print what one holds."""
+    if name is None:
+        names = list_tasks(data)
+        print_json(names) if as_json else print("\n".join(names))
         return
-    print("\n".join(names))
+    found = load_task(name, data)
+    tables = {"train": found.train, "validation": found.validation} | ({"test": found.test} if found.test else {})
+    rows, first = {split: len(table) for split, table in tables.items()}, found.train[0]
+    if as_json:
+        print_json(found.task.to_dict() | {"rows": rows, "first": first})
+        return
+    show(
+        pairs(
+            [
+                ("task", found.task.name),
+                ("kind", found.task.kind),
+                ("text", " | ".join(found.task.template.parts)),
+                *([("choices", " | ".join(found.task.choices))] if found.task.choices else []),
+                ("label", found.task.label),
+                *([("labels", ", ".join(found.task.labels))] if found.task.labels else []),
+                ("metric", found.task.metric),
+                ("rows", ", ".join(f"{count(number)} {split}" for split, number in rows.items())),
+                ("first row", json.dumps(first, ensure_ascii=False, default=str)),
+            ]
+        )
+    )

@@ -49,7 +49,7 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(map(str, options))
     if origin is tuple:
-        return f"list of {in_words(options[0])}"
+        return f"list of {in_words(options[0])}s"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "none"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 

@@ -6,16 +6,29 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 
 from multitune.adapter import Adapter
-from multitune.cli import app as shared
-from multitune.cli.app import AsJson, Device, Dtype, OptionalBackboneName, app, count, print_json, score, show, size
+from multitune.cli import shared
 from multitune.cli.fields import Field, fields_of
-from multitune.errors import ConfigError, DataError, suggest
+from multitune.cli.shared import (
+    AsJson,
+    Device,
+    Dtype,
+    OptionalBackboneName,
+    app,
+    count,
+    print_json,
+    score,
+    show,
+    size,
+    written,
+)
+from multitune.errors import ConfigError, suggest
 from multitune.methods import get_method
 from multitune.tasks import TaskData, infer_task, list_splits, load_task, read_table, split_table
 from multitune.training import TrainConfig, evaluate, train
@@ -24,93 +37,79 @@ SETTINGS = fields_of(TrainConfig)
 HELD_OUT = 0.1
 
 _OWN = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "name")
-_TASK, _DATA, _TRAINING = "Task", "Your own data, instead of --task", "Training"
+_TASK, _DATA = "Task", "Your own data, instead of --task"
+_TRAINING, _SWITCHES = "Training", "Training, on or off"
+_METAVARS = {int: "INTEGER", float: "NUMBER"}
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of `TrainConfig` in place of its `**options`."""
+def _option(panel: str, text: str, type: Any = str, *names: str, **more: Any) -> Any:
+    # No option has a default here: what was not given must not override the recipe.
+    return Annotated[type | None, typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)]
+
+
+def _setting(field: Field) -> Any:
+    default = "" if field.default is None else f" \\[default: {written(field.default)}]"
+    if field.hint is bool:
+        flag = field.name.replace("_", "-")
+        return _option(_SWITCHES, field.doc + default, bool, f"--{flag}/--no-{flag}")
+    options = [option for option in get_args(field.hint) or (field.hint,) if option is not NoneType]
+    metavar = "|".join(_METAVARS.get(option, str(option)) for option in options)
+    return _option(_TRAINING, field.doc + default, metavar=metavar)
+
+
+#: Every option of a training run, and so every key of a recipe.
+OPTIONS: dict[str, Any] = {
+    "task": _option(_TASK, "Task to train by name, as `multitune tasks` lists them."),
+    "method": _option(_TASK, "Tuning method, as `multitune methods` lists them."),
+    "set": _option(_TASK, "A setting of the method, such as r=16; may be repeated.", list[str], metavar="NAME=VALUE"),
+    "out": _option(_TASK, "Folder to write the adapter to."),
+    "overwrite": _option(_TASK, "Replace an adapter that is there already.", bool, "--overwrite/--no-overwrite"),
+    "backbone": _option(_TASK, "Backbone: minilm (ships with multitune), a folder, or a hub id. \\[default: minilm]"),
+    "device": _option(_TASK, "Where the backbone runs, as torch names devices. \\[default: cpu]"),
+    "dtype": _option(_TASK, "Number type of the backbone: float32, bfloat16 or float16. \\[default: float32]"),
+    "train": _option(_DATA, "Rows to learn from: a file, a folder, or a hub data set."),
+    "validation": _option(_DATA, "Rows to judge by; by default the folder's own, or a tenth held out by seed."),
+    "text": _option(_DATA, 'Column of the text, or a template such as "{title} {body}".'),
+    "text_pair": _option(_DATA, "Column or template of a second text."),
+    "label": _option(_DATA, "Column of the answer."),
+    "kind": _option(_DATA, "Kind of task: classification, regression, multilabel or tagging."),
+    "metric": _option(_DATA, "Metric to judge by; by default the usual one of the kind."),
+    "name": _option(_DATA, "Name of the task; by default that of the file."),
+} | {field.name: _setting(field) for field in SETTINGS}
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `OPTIONS` in place of its `**options`."""
     signature = inspect.signature(command, eval_str=True)
     given = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     made = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(f)) for f in SETTINGS
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in OPTIONS.items()
     ]
     command.__signature__ = signature.replace(parameters=[*given, *made])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*given, *made]} | {"return": None}
     return command
 
 
-def _option(field: Field) -> Any:
-    flag = field.name.replace("_", "-")
-    names = [f"--{flag}/--no-{flag}"] if field.hint is bool else [f"--{flag}"]
-    return Annotated[
-        bool | None if field.hint is bool else str | None,
-        typer.Option(
-            *names,
-            help=field.doc if field.hint is bool else f"{field.doc} ({field.type})",
-            metavar=None if field.hint is bool else "VALUE",
-            # an option that was not given must not override the recipe, so its default is shown and not set
-            show_default=False if field.default is None else str(field.default).lower(),
-            rich_help_panel=_TRAINING,
-        ),
-    ]
-
-
-def _data_option(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_DATA, show_default=False)
-
-
-def _task_option(text: str, name: str | None = None, **more: Any) -> Any:
-    return typer.Option(*[name] if name else [], help=text, rich_help_panel=_TASK, show_default=False, **more)
-
-
 @app.command("train")
-@_with_settings
+@_with_options
 def train_command(
-    task: Annotated[str | None, _task_option("Task to train by name, as `multitune tasks` lists them.")] = None,
-    method: Annotated[str | None, _task_option("Tuning method, as `multitune methods` lists them.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        _task_option("A setting of the method, such as r=16; may be repeated.", "--set", metavar="NAME=VALUE"),
-    ] = None,
-    out: Annotated[Path | None, _task_option("Folder to write the adapter to.")] = None,
-    overwrite: Annotated[
-        bool | None, _task_option("Replace an adapter that is there already.", "--overwrite/--no-overwrite")
-    ] = None,
     recipe: Annotated[
         Path | None,
-        _task_option("YAML file with any of these options by name; options given here override it."),
+        typer.Option(
+            help="YAML file with any of these options by name; what is given here overrides it.",
+            rich_help_panel=_TASK,
+            show_default=False,
+        ),
     ] = None,
-    backbone: Annotated[
-        str | None, _task_option("Backbone: minilm (the default; ships with multitune), a folder, or a hub id.")
-    ] = None,
-    device: Annotated[str | None, _task_option("Where the backbone runs: cpu (the default), cuda, cuda:1.")] = None,
-    dtype: Annotated[
-        str | None, _task_option("Number type of the backbone: float32 (the default), bfloat16 or float16.")
-    ] = None,
-    train: Annotated[str | None, _data_option("Rows to learn from: a file, a folder, or a hub data set.")] = None,
-    validation: Annotated[
-        str | None, _data_option("Rows to judge by; by default the folder's own, or a tenth held out by seed.")
-    ] = None,
-    text: Annotated[str | None, _data_option('Column of the text, or a template such as "{title} {body}".')] = None,
-    text_pair: Annotated[str | None, _data_option("Column or template of a second text.")] = None,
-    label: Annotated[str | None, _data_option("Column of the answer.")] = None,
-    kind: Annotated[
-        str | None, _data_option("Kind of task: classification, regression, multilabel or tagging.")
-    ] = None,
-    metric: Annotated[str | None, _data_option("Metric to judge by; by default the usual one of the kind.")] = None,
-    name: Annotated[str | None, _data_option("Name of the task.")] = None,
     as_json: AsJson = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Train an adapter for one task with one method, and write it to a folder."""
-    flags = {k: v for k, v in locals().items() if k not in ("recipe", "as_json", "settings", "set_")} | settings
-    flags |= {"set": parse_settings(set_ or ()) or None}
-    chosen = override(read_recipe(recipe) if recipe else {}, {k: v for k, v in flags.items() if v is not None})
-    run_train(chosen, as_json)
-
-
-def run_train(chosen: Mapping[str, Any], as_json: bool) -> None:
-    """Train from the options by name, and print what came of it."""
+    flags = {key: value for key, value in options.items() if value is not None}
+    if "set" in flags:
+        flags["set"] = parse_settings(flags["set"])
+    chosen = override(read_recipe(recipe) if recipe else {}, flags)
     for key, example in (("method", "lora"), ("out", "adapters/mine")):
         if key not in chosen:
             raise ConfigError(f"train needs --{key}, or '{key}' in the recipe; for example --{key} {example}")
@@ -119,16 +118,13 @@ def run_train(chosen: Mapping[str, Any], as_json: bool) -> None:
     config = TrainConfig.from_dict({f.name: chosen[f.name] for f in SETTINGS if f.name in chosen})
     method = get_method(str(chosen["method"])).from_settings(chosen.get("set", {}))
     data = task_data(chosen, config.seed)
-    backbone = shared.load_backbone(
-        str(chosen.get("backbone", "minilm")), str(chosen.get("device", "cpu")), str(chosen.get("dtype", "float32"))
-    )
+    place = {key: str(chosen[key]) for key in ("device", "dtype") if key in chosen}
+    backbone = shared.load_backbone(str(chosen.get("backbone", "minilm")), **place)
     out = Path(str(chosen["out"]))
-    result = train(
-        backbone, data, method, out, config=config, name=out.name, overwrite=bool(chosen.get("overwrite", False))
-    )
-    facts = {
+    result = train(backbone, data, method, out, config=config, name=out.name, overwrite=chosen.get("overwrite") is True)
+    facts: dict[str, Any] = {
         "method": method.name,
-        "trained_parameters": result.num_method_parameters,
+        "parameters": result.num_method_parameters,
         "with_head": result.num_method_parameters + result.num_head_parameters,
         "metric": data.task.metric,
         "score": result.best_metric,
@@ -139,17 +135,9 @@ def run_train(chosen: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
+    cells = (count(facts["parameters"]), count(facts["with_head"]), score(facts["score"]), f"{facts['seconds']:.1f}")
     columns = ("method", "parameters", "with head", data.task.metric, "seconds", "size", "adapter")
-    row = (
-        method.name,
-        count(facts["trained_parameters"]),
-        count(facts["with_head"]),
-        score(result.best_metric),
-        f"{result.seconds:.1f}",
-        size(facts["bytes"]),
-        out,
-    )
-    show(shared.table([row], columns, right=columns[1:6]))
+    show(shared.table([(method.name, *cells, size(facts["bytes"]), out)], columns, right=columns[1:6]))
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -177,12 +165,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(read, dict):
         raise ConfigError(f"recipe {path} is a mapping of options to values, such as 'method: lora'")
-    known = [*_OWN, "task", "method", "set", "out", "overwrite", "backbone", "device", "dtype"]
-    known += [f.name for f in SETTINGS]
     named = {str(key).replace("-", "_"): value for key, value in read.items()}
     for key in named:
-        if key not in known:
-            raise ConfigError(f"recipe {path} has the unknown key '{key}'.{suggest(key, known)} Keys: {', '.join(known)}")
+        if key not in OPTIONS:
+            keys = ", ".join(OPTIONS)
+            raise ConfigError(f"recipe {path} has the unknown key '{key}'.{suggest(key, OPTIONS)} Keys: {keys}")
     return {key: value for key, value in named.items() if value is not None}
 
 
@@ -208,14 +195,16 @@ def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
     if "task" in chosen:
         if own:
             flag = next(iter(own)).replace("_", "-")
-            raise ConfigError(f"--task brings its own data, so --{flag} cannot be honoured; give --task or --train FILE")
+            raise ConfigError(
+                f"--task brings its own data, so --{flag} cannot be honoured; give --task or --train FILE"
+            )
         return load_task(str(chosen["task"]))
     if "train" not in own:
         raise ConfigError("train needs data: --task NAME (`multitune tasks` lists them) or --train FILE")
     splits = list_splits(own["train"])
     table = read_table(own["train"], split="train" if "train" in splits else None)
     columns = {key: own[key] for key in ("text", "text_pair", "label", "kind") if key in own}
-    task = infer_task(table, **columns, name=own.get("name") or Path(own["train"]).stem)  # type: ignore[arg-type]
+    task = infer_task(table, **columns, name=own.get("name") or Path(own["train"]).stem)
     if "metric" in own:
         task = replace(task, metric=own["metric"])
     if "validation" in own:
@@ -258,7 +247,7 @@ def evaluate_command(
         _any_split(data, split) if data is not None else load_task(task or adapter.task.name) for adapter in loaded
     ]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
-    found = []
+    found: list[dict[str, Any]] = []
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):
         scores = evaluate(on, folder, table, split=split, batch_size=batch_size)
         found.append({"adapter": str(folder), "method": adapter.method.name, "task": adapter.task.name, **scores})

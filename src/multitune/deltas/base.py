@@ -46,8 +46,12 @@ class Delta:
         raise NotImplementedError(f"{self.kind} cannot be merged: {self.cannot_merge}")
 
     def canonical(self) -> Self:
-        """An equal delta in the form that packs best: scales folded in, widths rounded up, no dropout."""
+        """An equal delta in the form that packs best: scales folded in, widths rounded up."""
         return self
+
+    def served(self) -> Self:
+        """The canonical form without what only training does: no dropout."""
+        return self.canonical()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that are set, by name."""

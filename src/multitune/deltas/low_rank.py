@@ -50,5 +50,7 @@ class LowRank(Delta):
             A=F.pad(self.A, (0, pad)),
             B=F.pad(self.B * self.scale, (0, 0, 0, pad)),
             scale=1.0,
-            dropout=0.0,
         )
+
+    def served(self) -> Self:
+        return replace(self.canonical(), dropout=0.0)

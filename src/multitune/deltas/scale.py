@@ -42,6 +42,7 @@ class InputScale(Scale):
     Semantics, one row `x [T, F]`:  `linear(x * (1 + s))`
     """
 
+    kind: ClassVar[str] = "InputScale"
     changes_input: ClassVar[bool] = True
 
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:

@@ -38,5 +38,5 @@ class TokenBias(Delta):
     def map(self, function: Any) -> Self:
         return replace(self, source=self.source.map(function))
 
-    def canonical(self) -> Self:
-        return replace(self, source=self.source.canonical())
+    def served(self) -> Self:
+        return replace(self, source=self.source.served())

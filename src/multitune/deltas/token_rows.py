@@ -36,7 +36,7 @@ class TokenRows:
         """A copy with `function` applied to every tensor that belongs to the adapter."""
         return replace(self, **{name: function(t) for name, t in self.tensors().items()})
 
-    def canonical(self) -> Self:
+    def served(self) -> Self:
         """An equal source for serving: no dropout."""
         return self
 
@@ -55,7 +55,7 @@ class FactorRows(TokenRows):
     def rows(self, ids: Tensor, training: bool = False) -> Tensor:
         return F.dropout(self.compute(ids), self.dropout, training=training)
 
-    def canonical(self) -> Self:
+    def served(self) -> Self:
         return replace(self, dropout=0.0)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class FCRows(FactorRows):
     """A key of `ACTIVATIONS`."""
 
     def compute(self, ids: Tensor) -> Tensor:
-        words = F.embedding(ids, self.embedding)
+        words = F.embedding(ids, self.embedding).to(self.w1.dtype)
         stacked = ids.ndim == 2
         b1, b2 = (b.unsqueeze(1) if stacked else b for b in (self.b1, self.b2))
         hidden = ACTIVATIONS[self.activation](torch.einsum("...ne,...elr->...nlr", words, self.w1) + b1)
@@ -129,8 +129,11 @@ class TableRows(TokenRows):
         return self.table.index_select(0, ids)
 
     def rows_into(self, ids: Tensor, out: Tensor) -> None:
-        """Write the rows of `ids [N]` into `out [N, L, D]`, both on the table's device and of its dtype."""
-        torch.index_select(self.table, 0, ids, out=out)
+        """Write the rows of `ids [N]` into `out [N, L, D]`, both on the table's device."""
+        if out.dtype == self.table.dtype:
+            torch.index_select(self.table, 0, ids, out=out)
+        else:
+            out.copy_(self.table.index_select(0, ids))
 
 
 def build_table(source: TokenRows, vocab_size: int, dtype: torch.dtype, chunk: int = 4096) -> Tensor:

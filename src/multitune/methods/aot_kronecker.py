@@ -42,6 +42,8 @@ class AoTKronecker(Method):
         check_positive(self, "r")
         check_probability(self, "dropout")
         check((self.a is None) == (self.b is None), self, "only one of a and b is given", "give both or none")
+        if self.a is not None:
+            check_positive(self, "a", "b")
 
     def factors(self, vocab_size: int) -> tuple[int, int]:
         """The pair (a, b): as given, or the most nearly square pair that covers the vocabulary."""

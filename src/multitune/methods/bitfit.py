@@ -47,6 +47,8 @@ class BitFit(SiteMethod):
             f"no linear or norm has the role {unknown}",
             f"choose from {', '.join(sorted(known))}",
         )
+        if self.layers is not None:
+            backbone.find_sites("linear", layers=self.layers)  # refuses a layer that does not exist
         chosen = [
             s
             for s in backbone.sites

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multitune.deltas import Delta, InputScale, Scale
-from multitune.methods.base import Layers, Recipe, Roles, SiteMethod
+from multitune.methods.base import Layers, Recipe, Roles, SiteMethod, check
 from multitune.methods.registry import register
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class IA3(SiteMethod):
     """Roles of the linear sites whose input is rescaled."""
     layers: Layers = None
     """Layers to adapt; none stands for all."""
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.outputs) & set(self.inputs))
+        check(not both, self, f"{both} are in outputs and in inputs", "name each role in one of them")
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
         return backbone.find_sites("linear", self.outputs + self.inputs, self.layers)

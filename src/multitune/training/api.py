@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from multitune import heads
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
@@ -117,11 +116,11 @@ def train(
         trainer = run(model, config, rows["train"], rows["validation"], checkpoints)
     finally:
         if config.gradient_checkpointing:
-            model.backbone.model.gradient_checkpointing_disable()
+            model.backbone.disable_gradient_checkpointing()
     adapter = _adapter(backbone, model, trainer, name or data.task.name, max_length, facts)
     history = _history(trainer)
     if output is not None and checkpoints is not None:
-        adapter = _publish(adapter, history, output, checkpoints, data.task.metric)
+        adapter = _publish(adapter, history, output, data.task.metric, checkpoints, config.keep_checkpoints)
     return TrainResult(
         adapter=adapter,
         history=history,
@@ -157,6 +156,8 @@ def evaluate(
     table = _split(data, split) if isinstance(data, TaskData) else data
     table = table if hasattr(table, "column_names") else list(table)
     targets: list[Any] = [e.target for e in task.examples(table)]
+    if not targets:
+        raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)
     bank.add(adapter.name, adapter)
     predictions = []
@@ -192,14 +193,22 @@ def _check_folder(output: Path, overwrite: bool) -> None:
     """Raise `ConfigError` if training into this folder would destroy something."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir {output} is a file; give a folder")
-    foreign = sorted(p.name for p in output.iterdir() if p.name not in _OURS) if output.exists() else []
-    foreign = [n for n in foreign if not any(n.startswith(f".{ours}.") for ours in _OURS)]  # left by a kill
+    foreign = (
+        sorted(p.name for p in output.iterdir() if p.name not in _OURS and not _stray(p)) if output.exists() else []
+    )
     if foreign:
-        raise ConfigError(f"output_dir {output} holds files of another kind ({', '.join(foreign[:3])}); give a new folder")
+        raise ConfigError(
+            f"output_dir {output} holds files of another kind ({', '.join(foreign[:3])}); give a new folder"
+        )
     if (output / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(
             f"output_dir {output} holds a finished adapter; give another folder, or overwrite=True to replace it"
         )
+
+
+def _stray(path: Path) -> bool:
+    """Whether a file was half-written when a run was killed."""
+    return any(path.name.startswith(f".{ours}.") for ours in _OURS)
 
 
 def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConfig) -> TuningModel:
@@ -279,11 +288,13 @@ def _history(trainer: TuningTrainer) -> list[dict[str, float]]:
         kept = {k: v for k, v in entry.items() if k in wanted or k.startswith("eval_")}
         if "loss" in kept or "eval_loss" in kept:
             by_step.setdefault(int(entry["step"]), {}).update(kept)
-    return [by_step[step] for step in sorted(by_step)]
+    # In one order, whether the entry comes from this process or from a checkpoint.
+    order = [*wanted, *sorted({k for e in by_step.values() for k in e} - set(wanted))]
+    return [{k: by_step[step][k] for k in order if k in by_step[step]} for step in sorted(by_step)]
 
 
 def _publish(
-    adapter: Adapter, history: list[dict[str, float]], output: Path, checkpoints: Checkpoints, metric: str
+    adapter: Adapter, history: list[dict[str, float]], output: Path, metric: str, checkpoints: Checkpoints, keep: bool
 ) -> Adapter:
     """Put the finished adapter into the output folder; its `adapter.json` comes last and makes it one."""
     final = checkpoints.folder / "final"
@@ -296,12 +307,17 @@ def _publish(
     for file in (TENSOR_FILE, CONFIG_FILE):
         os.replace(final / file, output / file)
     shutil.rmtree(final)
-    checkpoints.finish(keep=bool(adapter.recipe.get("keep_checkpoints")))
+    for leftover in output.iterdir():
+        if _stray(leftover):
+            leftover.unlink()
+    checkpoints.finish(keep=keep)
     return replace(adapter, path=output)
 
 
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    import resource  # no such module on Windows
+
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024

@@ -1,7 +1,7 @@
 """Checkpoints of an unfinished run: safetensors and JSON only, each folder whole or absent.
 
-    OUTPUT/checkpoints/run.json              the settings that a resumed run must share
-    OUTPUT/checkpoints/step-00000012/        tensors, optimizer, random state; scheduler and history
+OUTPUT/checkpoints/run.json              the settings that a resumed run must share
+OUTPUT/checkpoints/step-00000012/        tensors, optimizer, random state; scheduler and history
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Checkpoints:
                     f"{self.folder.parent} holds an unfinished run with other settings: {'; '.join(differing)}. Train "
                     f"with those settings to resume it, give another output_dir, or overwrite=True to start anew"
                 )
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
         self._write_run(settings, finished=False)
 
     def finish(self, *, keep: bool) -> None:
@@ -68,7 +68,12 @@ class Checkpoints:
         if keep and run is not None:
             self._write_run(run["settings"], finished=True)
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
+
+    def _remove(self) -> None:
+        # First what makes the rest a run: a kill in between must not leave half a checkpoint that looks whole.
+        (self.folder / RUN_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of one step."""

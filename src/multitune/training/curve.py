@@ -14,7 +14,8 @@ def write_curve(path: Path, history: Sequence[dict[str, Any]], metric: str, titl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6))
+    figure.subplots_adjust(left=0.12, right=0.88, bottom=0.14, top=0.91)  # a layout engine would draw all twice
     FigureCanvasAgg(figure)  # no pyplot: that would choose a backend for the whole process
     left = figure.add_subplot()
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,9 @@ class Collator:
         if self.kind == "tagging":
             out = torch.full((len(items), width), IGNORED)
             for row, item in zip(out, items, strict=True):
-                starts = item.sequences[0].word_starts
-                row[list(starts)] = torch.tensor(item.target[: len(starts)], dtype=torch.long)
+                # Words that were cut off have no start. A word without tokens shares the start of the next, which wins.
+                for start, tag in zip(item.sequences[0].word_starts, item.target, strict=False):
+                    row[start] = tag
             return out
         dtype = torch.float32 if self.kind in ("regression", "multilabel") else torch.long
         return torch.tensor([item.target for item in items], dtype=dtype)
@@ -115,7 +117,7 @@ class BatchOrder(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import random
 import tempfile
@@ -15,15 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from multitune import heads
 from multitune.errors import ConfigError
 from multitune.tasks import compute, higher_is_better
-from multitune.training.checkpoints import Checkpoints, random_state, set_random_state
+from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
 from multitune.training.model import TuningModel
@@ -123,9 +124,7 @@ class TuningTrainer(Trainer):
         if not state["done"]:
             self.train(resume_from_checkpoint=str(last))
             return
-        from transformers import TrainerState
-
-        self.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(last / TRAINER_FILE))
 
     # ---------------------------------------------------------------- data, optimizer, step
 
@@ -143,21 +142,27 @@ class TuningTrainer(Trainer):
         """AdamW. Deltas decay towards none, which is the backbone; of its own weights only matrices decay."""
         if self.optimizer is None:
             tuned, config = self.tuned, self.config
-            decayed, kept = [], []
+            decayed: list[nn.Parameter] = []
+            kept: list[nn.Parameter] = []
             for name, p in zip(tuned.names, tuned.params, strict=True):
                 absolute = tuned.method.changes_weights and (p.ndim < 2 or name.endswith(".bias"))
                 (kept if absolute else decayed).append(p)
             for name, p in zip(tuned.head_names, tuned.head_params, strict=True):
                 (decayed if name == "weight" else kept).append(p)
-            groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            groups: list[dict[str, Any]] = [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": kept, "weight_decay": 0.0},
+            ]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate or 0.0)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            assert chosen is not None
             self.lr_scheduler = get_scheduler(
                 _SCHEDULERS[self.config.scheduler],
-                optimizer=self.optimizer if optimizer is None else optimizer,
+                optimizer=chosen,
                 num_warmup_steps=math.ceil((self.config.warmup_ratio or 0.0) * num_training_steps),
                 num_training_steps=num_training_steps,
             )
@@ -184,32 +189,35 @@ class TuningTrainer(Trainer):
         # Where every word was cut off there is nothing to learn, and the mean of nothing is not a number.
         loss = outputs["loss"] * share if items else outputs["logits"].sum() * 0.0
         if not bool(torch.isfinite(loss)):
-            raise ConfigError(self._diverged(f"the loss is {float(loss)}"))
+            raise ConfigError(self._diverged(self.state.global_step + 1, f"the loss is {float(loss.detach())}"))
         loss = loss.to(self.args.device)
         return (loss, outputs) if return_outputs else loss
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, step: int, what: str) -> str:
+        rate = self.config.learning_rate
+        assert rate is not None
         return (
-            f"training diverged at step {self.state.global_step + 1}: {what}. Nothing was saved of that step; "
-            f"lower learning_rate={self.config.learning_rate:g}, for example to {self.config.learning_rate / 10:g}"
-            if self.config.learning_rate
-            else what
+            f"training diverged at step {step}: {what}. Nothing of it was saved; "
+            f"lower learning_rate={rate:g}, for example to {rate / 10:g}"
         )
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss and metrics on the validation rows.
 
         Raises:
-            ConfigError: a trained tensor is not finite.
+            ConfigError: a trained tensor or the validation loss is not finite.
         """
         bad = [name for name, t in self.tuned.tensors().items() if not bool(torch.isfinite(t).all())]
         if bad:
-            raise ConfigError(self._diverged(f"tensor '{bad[0]}' is not finite"))
-        found = {f"{metric_key_prefix}_{k}": v for k, v in self._scores().items()}
+            raise ConfigError(self._diverged(self.state.global_step, f"tensor '{bad[0]}' is not finite"))
+        scores = self._scores()
+        if not math.isfinite(scores["loss"]):
+            raise ConfigError(self._diverged(self.state.global_step, f"the validation loss is {scores['loss']}"))
+        found = {f"{metric_key_prefix}_{k}": v for k, v in scores.items()}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -258,6 +266,7 @@ class TuningTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.checkpoints is None:
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None
         device = self.tuned.backbone.device
         optimizer = self.optimizer.state_dict()
         tensors = {f"tensors.{k}": t for k, t in self.tuned.snapshot().items()}
@@ -283,6 +292,7 @@ class TuningTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None
         tensors, state = self._resumed
         optimizer = self.optimizer.state_dict()
         for group, rate in zip(optimizer["param_groups"], state["learning_rates"], strict=True):
@@ -325,28 +335,31 @@ class _Bar(TrainerCallback):
     """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, metric: str) -> None:
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
         self.metric = metric
-        self.bar: Any = None
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task: TaskID | None = None
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, shown="")
+        self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
+        assert self.task is not None
+        self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        assert self.task is not None
         for key in ("loss", f"eval_{self.metric}"):
             if logs and key in logs:
                 self.shown[key.removeprefix("eval_")] = f"{logs[key]:.4g}"
-        self.bar.set_postfix(self.shown)
+        self.bar.update(self.task, shown=", ".join(f"{k} {v}" for k, v in self.shown.items()))
 
     def close(self) -> None:
         """Leave the terminal in order, also after an error."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.stop()
 
 
 def run(
@@ -357,7 +370,7 @@ def run(
     Raises:
         ConfigError: the loss or a tensor is not finite.
     """
-    with tempfile.TemporaryDirectory() as scratch, _globals_kept(model.backbone.device):
+    with tempfile.TemporaryDirectory() as scratch, _globals_kept():
         trainer = TuningTrainer(model, config, train, validation, checkpoints, Path(scratch))
         try:
             trainer.train_to_end()
@@ -370,12 +383,12 @@ def run(
 
 
 @contextlib.contextmanager
-def _globals_kept(device: torch.device) -> Iterator[None]:
+def _globals_kept() -> Iterator[None]:
     """Undo what transformers and accelerate change for the whole process."""
     verbosity = transformers_logging.get_verbosity()
     python, numpy = random.getstate(), np.random.get_state()
     shared = [(cls, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState, PartialState)]
-    devices = [device] if device.type == "cuda" else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             yield
@@ -386,4 +399,3 @@ def _globals_kept(device: torch.device) -> Iterator[None]:
         for cls, before in shared:
             cls._shared_state.clear()
             cls._shared_state.update(before)
-        logging.captureWarnings(False)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from multitune.adapter import Adapter
+from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError, MultituneError
 from multitune.version import __version__
@@ -24,8 +24,15 @@ from multitune.version import __version__
 PIPE_WIDTH = 1000
 
 
+#: The commands in the order in which a newcomer meets them.
+COMMANDS = ("demo", "methods", "tasks", "train", "evaluate", "predict", "inspect", "fuse", "merge")
+
+
 class Group(TyperGroup):
-    """The commands, in the order they are registered; an expected error becomes one line and exit code 1."""
+    """The commands in their order; an expected error becomes one line and exit code 1."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -111,14 +118,18 @@ def print_json(value: Any) -> None:
 
 def show(*things: RenderableType) -> None:
     """Tables and texts on stdout: as wide as the terminal, or as wide as they need to be in a pipe."""
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    for thing in things:
-        console.print(thing)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(*things, sep="\n")
+        return
+    console = Console(width=PIPE_WIDTH, highlight=False)
+    with console.capture() as captured:
+        console.print(*things, sep="\n")
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def table(rows: Iterable[Sequence[Any]], columns: Sequence[str], *, right: Iterable[str] = ()) -> Table:
     """A table of cells; the columns named in `right` hold numbers."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, padding=(0, 1, 0, 0))
     numeric = set(right)
     for column in columns:
         justify = "right" if column in numeric else "left"
@@ -153,9 +164,18 @@ def size(num_bytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+def adapter_size(folder: Path) -> int:
+    """Bytes of an adapter's own two files."""
+    return sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+
+
+def written(value: object) -> str:
+    """A setting's value as options and recipes take it."""
+    if value is None:
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def score(value: float) -> str:

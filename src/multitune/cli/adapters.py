@@ -1,0 +1,126 @@
+"""`multitune inspect`, `fuse` and `merge`: one adapter folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
+from multitune.backbone import DTYPES
+from multitune.cli import shared
+from multitune.cli.shared import (
+    AdapterFolder,
+    AsJson,
+    Device,
+    OptionalBackboneName,
+    app,
+    count,
+    pairs,
+    print_json,
+    score,
+    show,
+    size,
+    written,
+)
+from multitune.errors import ConfigError, suggest
+from multitune.merge import merge
+from multitune.tables import TABLE_FILE
+
+
+@app.command()
+def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
+    """Print what an adapter is: task, method, parameters, score, backbone, recipe, files. Loads no backbone."""
+    adapter = Adapter.load(folder)
+    files = {name: (folder / name).stat().st_size for name in _files(folder)}
+    if as_json:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        print_json(config | {"files": files})
+        return
+    task, own, head = adapter.task, adapter.num_method_parameters, adapter.num_head_parameters
+    settings = ", ".join(f"{k}={written(v)}" for k, v in adapter.method.settings().items())
+    base = adapter.backbone
+    show(
+        pairs(
+            [
+                ("adapter", adapter.name),
+                ("task", f"{task.name}: {task.kind} of {' | '.join(task.template.parts)}"),
+                *([("labels", ", ".join(task.labels))] if task.labels else []),
+                ("method", f"{adapter.method.title} ({adapter.method.name})"),
+                ("settings", settings or "none"),
+                ("parameters", f"{count(own)} trained, {count(own + head)} with the head"),
+                ("head", f"{adapter.head.num_outputs} outputs, pooling {adapter.head.pooling}"),
+                ("score", ", ".join(f"{k} {score(v)}" for k, v in adapter.metrics.items()) or "not judged"),
+                ("backbone", f"{base['name']} ({base['architecture']}), fingerprint {base['fingerprint']}"),
+                ("recipe", ", ".join(f"{k}={written(v)}" for k, v in adapter.recipe.items()) or "unknown"),
+                ("tokens", f"at most {adapter.max_length} a text"),
+                ("seed", adapter.seed),
+                ("written by", f"multitune {adapter.version}"),
+                ("files", ", ".join(f"{name} {size(number)}" for name, number in files.items())),
+                ("fused table", f"{adapter.table['dtype']}" if adapter.table else _unfused(adapter)),
+            ]
+        )
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    return [name for name in (CONFIG_FILE, TENSOR_FILE, TABLE_FILE) if (folder / name).is_file()]
+
+
+def _unfused(adapter: Adapter) -> str:
+    if adapter.method.fuses_to_table:
+        return f"none; `multitune fuse {adapter.path}` writes one"
+    return "none: this method has no table"
+
+
+@app.command()
+def fuse(
+    folder: AdapterFolder,
+    table_dtype: Annotated[
+        str, typer.Option("--dtype", help="Number type of the table: float32, bfloat16 or float16.")
+    ] = "float32",
+    backbone: OptionalBackboneName = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Compute an AoT adapter's table of token rows once, and write it into its folder."""
+    if table_dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype '{table_dtype}' is unknown.{suggest(table_dtype, DTYPES)} Dtypes: {', '.join(DTYPES)}"
+        )
+    adapter = Adapter.load(folder)
+    on = shared.backbone_of(adapter, backbone, device)
+    Adapter.load(folder, on).fuse(on, dtype=DTYPES[table_dtype])
+    shape, num_bytes = (on.vocab_size, on.num_layers, on.hidden_size), (folder / TABLE_FILE).stat().st_size
+    if as_json:
+        print_json({"table": str(folder / TABLE_FILE), "shape": shape, "dtype": table_dtype, "bytes": num_bytes})
+        return
+    form = " x ".join(map(count, shape))
+    columns = ("table", "tokens x layers x width", "dtype", "size")
+    show(shared.table([(folder / TABLE_FILE, form, table_dtype, size(num_bytes))], columns, right=("size",)))
+
+
+@app.command("merge")
+def merge_command(
+    folder: AdapterFolder,
+    out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in that folder.")] = False,
+    backbone: OptionalBackboneName = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into a copy of the backbone and write an ordinary transformers checkpoint."""
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and would be replaced; choose another --out, or give --overwrite")
+    adapter = Adapter.load(folder)
+    on = shared.backbone_of(adapter, backbone, device)
+    report = merge(Adapter.load(folder, on), on, out)
+    if as_json:
+        values = {"num_deltas": report.num_deltas, "max_difference": report.max_difference}
+        print_json({"checkpoint": str(report.path), **values, "max_magnitude": report.max_magnitude})
+        return
+    columns = ("checkpoint", "deltas folded in", "largest difference", "of values up to")
+    cells = (report.path, report.num_deltas, f"{report.max_difference:.1e}", f"{report.max_magnitude:.1f}")
+    show(shared.table([cells], columns, right=columns[1:]))

@@ -1,0 +1,89 @@
+"""`multitune demo`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multitune.cli import shared
+from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, size
+from multitune.demo import TOLERANCE, DemoResult, DemoRow, run_demo
+
+TEXT_WIDTH = 36
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One epoch on a few rows, to see that everything runs.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the trained adapters.")] = Path("adapters-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Train eight adapters with eight methods, then answer one batch that mixes them all; offline, in minutes."""
+    backbone = shared.load_backbone("minilm")
+    result = run_demo(out, quick=quick, backbone=backbone, report=note)
+    if as_json:
+        values = asdict(result) | {"max_difference": result.max_difference, "agrees": result.agrees}
+        print_json(values)
+    else:
+        _print(result, out)
+    if not result.agrees:
+        note(f"error: a row of the mixed batch differs from running its task alone by {result.max_difference:.1e}")
+        raise typer.Exit(1)
+
+
+def _print(result: DemoResult, out: Path) -> None:
+    adapters = [
+        (
+            a.task.removeprefix("demo/"),
+            a.method,
+            count(a.parameters),
+            count(a.with_head),
+            size(a.num_bytes),
+            a.metric,
+            score(a.score),
+            score(a.baseline),
+            f"{a.seconds:.1f}",
+        )
+        for a in result.adapters
+    ]
+    columns = ("task", "method", "trained", "with head", "size", "metric", "score", "baseline", "seconds")
+    methods = {a.name: (a.task.removeprefix("demo/"), a.method) for a in result.adapters}
+    rows = [
+        (
+            _shortened(row.text),
+            *(("none", "bare backbone") if row.adapter is None else methods[row.adapter]),
+            *_answer(row),
+            f"{row.difference:.0e}",
+        )
+        for row in result.rows
+    ]
+    show(
+        f"Eight adapters on one frozen backbone, saved in {out}",
+        shared.table(adapters, columns, right=("trained", "with head", "size", "score", "baseline", "seconds")),
+        "",
+        f"One batch of {len(rows)} rows",
+        shared.table(rows, ("row", "task", "method", "answer", "expected", "alone"), right=("alone",)),
+        "",
+        f"Largest difference from running each task alone: {result.max_difference:.1e} (allowed {TOLERANCE:.0e}).",
+        f"In memory: {size(result.bank_bytes)} of adapters beside {size(result.backbone_bytes)} of backbone. "
+        f"All in {result.seconds:.0f} s.",
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= TEXT_WIDTH else f"{text[: TEXT_WIDTH - 1].rstrip()}…"
+
+
+def _answer(row: DemoRow) -> tuple[str, str]:
+    """The answer and what was expected, in words."""
+    if row.adapter is None:
+        return "embedding", ""
+    expected = str(row.expected)
+    if row.probability is not None:
+        return f"{row.answer} {row.probability:.0%}", expected
+    return (f"{row.answer:.2f}" if isinstance(row.answer, float) else "none"), expected

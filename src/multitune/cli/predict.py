@@ -1,0 +1,189 @@
+"""`multitune predict`: rows of any mix of adapters in, answers out, in order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import typer
+
+from multitune.adapter import CONFIG_FILE, Adapter
+from multitune.bank import Bank, Prediction
+from multitune.cli import shared
+from multitune.cli.shared import AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
+from multitune.errors import AdapterError, ConfigError, DataError, MultituneError, suggest
+
+
+@app.command()
+def predict(
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT] [TEXT_PAIR]", help="One row for one adapter.", show_default=False),
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER",
+            help="An adapter, or a folder of adapters; may be repeated. An adapter goes by the name of its folder.",
+            show_default=False,
+        ),
+    ] = None,
+    input_: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help='JSON lines such as {"adapter": "topic", "text": "…"}; "adapter": null asks for the embedding of the '
+            "bare backbone. - reads standard input.",
+        ),
+    ] = "-",
+    output: Annotated[
+        Path | None, typer.Option(help="File for the answers; by default standard output.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Most rows in one forward pass.")] = 32,
+    window: Annotated[
+        int, typer.Option(help="Rows read ahead to batch those of similar length; 1 answers each line as it comes.")
+    ] = 512,
+    aot_store: Annotated[
+        str, typer.Option(help="Where the token rows of AoT adapters come from: factors, ram or mmap.")
+    ] = "factors",
+    backbone: OptionalBackboneName = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines out, in order."""
+    folders = adapter_folders(adapters or ())
+    if window < 1:
+        raise ConfigError(f"window={window} is not possible; give at least 1")
+    first = Adapter.load(next(iter(folders.values())))
+    bank = Bank(shared.backbone_of(first, backbone, device, dtype), aot_store=aot_store)  # type: ignore[arg-type]
+    for name, folder in folders.items():
+        bank.add(name, folder)
+    if texts:
+        _one_row(bank, texts, as_json)
+        return
+    with ExitStack() as stack:
+        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(_open(Path(input_)))
+        sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
+        for answer in answers(bank, lines, batch_size=batch_size, window=window):
+            print(json.dumps(answer, ensure_ascii=False), file=sink, flush=window == 1)
+
+
+def _one_row(bank: Bank, texts: Sequence[str], as_json: bool) -> None:
+    if len(bank) > 1 or len(texts) > 2:
+        raise ConfigError(
+            f"a row on the command line is one or two texts for one adapter, not {len(texts)} text(s) for {len(bank)}; "
+            f"pass rows as JSON lines: --input rows.jsonl"
+        )
+    (name,) = bank.names
+    (prediction,) = bank.predict([(name, texts[0] if len(texts) == 1 else tuple(texts))])
+    if as_json:
+        print_json(prediction.to_dict())
+    elif prediction.probabilities:
+        ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+        show(shared.table([(n, f"{p:.1%}") for n, p in ranked], ("label", "probability"), right=("probability",)))
+    else:
+        print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
+
+
+def adapter_folders(named: Iterable[str]) -> dict[str, Path]:
+    """Adapters by name, from `FOLDER`, `NAME=FOLDER`, or a folder that holds adapter folders.
+
+    Raises:
+        ConfigError: none is given, or two go by one name.
+    """
+    found: dict[str, Path] = {}
+    for each in named:
+        name, equals, place = each.rpartition("=")
+        folder = Path(place) if equals and not Path(each).exists() else Path(each)
+        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}") if not file.parent.name.startswith("."))
+        many = inside if not (folder / CONFIG_FILE).exists() else []
+        if many and equals:
+            raise ConfigError(
+                f"{folder} holds {len(many)} adapters, which cannot all be called '{name}'; drop the name"
+            )
+        for one in many or [folder]:
+            key = name if equals and folder != Path(each) else one.resolve().name
+            if key in found:
+                raise ConfigError(f"two adapters are called '{key}': {found[key]} and {one}; name one: other={one}")
+            found[key] = one
+    if not found:
+        raise ConfigError("predict needs adapters: --adapters FOLDER, which may be repeated")
+    return found
+
+
+def _open(path: Path) -> BinaryIO:
+    if not path.is_file():
+        near = suggest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        raise DataError(f"no file {str(path)!r} to read rows from.{near}")
+    return path.open("rb")
+
+
+def answers(bank: Bank, lines: Iterable[bytes], *, batch_size: int, window: int) -> Iterator[dict[str, Any]]:
+    """Answers to JSON lines, in order. At a bad line the lines before it are answered, then it is named.
+
+    Raises:
+        DataError: a line is not JSON, or does not fit the adapter that it names; says which line.
+    """
+    numbered = enumerate(lines, start=1)
+    while chunk := list(islice(numbered, window)):
+        rows: list[tuple[str | None, Any]] = []
+        problem: MultituneError | None = None
+        for number, line in chunk:
+            if not line.strip():
+                continue
+            try:
+                rows.append(_row(bank, line))
+            except MultituneError as error:
+                problem = DataError(f"line {number}: {error}")
+                break
+        yield from (prediction.to_dict() for prediction in _predict(bank, rows, batch_size))
+        if problem is not None:
+            raise problem
+
+
+def _row(bank: Bank, line: bytes) -> tuple[str | None, Any]:
+    """The adapter and the row that a line names, checked."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:  # a line that is not UTF-8 is among the first
+        raise DataError(f"no valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(
+            f'a line is an object such as {{"adapter": "topic", "text": "…"}}, not a {type(values).__name__}'
+        )
+    if "adapter" not in values and len(bank) > 1:
+        raise DataError(f'no "adapter"; name one of {", ".join(bank.names)}, or null for the bare backbone')
+    name = values.pop("adapter") if "adapter" in values else bank.names[0]
+    texts = [values[key] for key in ("text", "text_pair") if key in values]
+    row: Any = texts[0] if len(texts) == 1 else tuple(texts)
+    if name is None:
+        if "text" not in values or not all(isinstance(text, str) for text in texts):
+            raise DataError('a row without an adapter has a "text", and may have a "text_pair"')
+        return None, row
+    if not isinstance(name, str) or name not in bank:
+        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {', '.join(bank.names)}")
+    task = bank.adapter(name).task
+    if "text" not in values or set(task.columns) <= set(values):
+        row = {key: value for key, value in values.items() if key != task.label}
+    task.encode(row)
+    return name, row
+
+
+def _predict(bank: Bank, rows: Sequence[tuple[str | None, Any]], batch_size: int) -> list[Prediction]:
+    """All rows in mixed batches, but for those of fully tuned adapters, which have a backbone of their own each."""
+    groups: dict[str | None, list[int]] = defaultdict(list)
+    for i, (name, _) in enumerate(rows):
+        alone = name is not None and bank.adapter(name).method.changes_weights
+        groups[name if alone else None].append(i)
+    found: dict[int, Prediction] = {}
+    for places in groups.values():
+        found |= zip(places, bank.predict([rows[i] for i in places], batch_size=batch_size), strict=True)
+    return [found[i] for i in range(len(rows))]

@@ -1,0 +1,258 @@
+"""The demo: eight methods learn six small tasks, then answer one batch together, offline, in minutes.
+
+Every row of that batch is answered a second time by a bank that holds nothing but its own adapter. The two
+answers must agree, or the demo fails: sharing a batch with other tasks and other methods changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from multitune.adapter import CONFIG_FILE, TENSOR_FILE
+from multitune.backbone import Backbone
+from multitune.bank import Bank, Prediction
+from multitune.methods import get_method
+from multitune.tasks import Task, TaskData, compute, load_task, split_table
+from multitune.training import evaluate, train
+
+TOLERANCE = 1e-4
+"""Largest difference between a row's answer in the mixed batch and its answer alone: float32 arithmetic."""
+
+CHOSEN_BY = 0.2
+"""Share of the training rows that picks the best epoch, so that the held-out rows are seen once, at the end."""
+
+BARE_TEXT = "A row without an adapter gets the embedding of the bare backbone."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One adapter of the demo: a task and how it is learnt."""
+
+    task: str
+    """Name of the task behind "demo/"."""
+    method: str
+    """Name of the method."""
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its hyper-parameters, where they are not the usual ones."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Training settings, where they are not those of `TRAINING`."""
+
+    @property
+    def name(self) -> str:
+        """What the adapter is called."""
+        return f"{self.task}-{self.method}"
+
+
+TRAINING: Mapping[str, Any] = {"epochs": 8, "pooling": "mean", "progress": False}
+
+LESSONS = (
+    Lesson(task="sentiment", method="aot_fc"),
+    Lesson(task="topic", method="lora"),
+    Lesson(task="intent", method="houlsby"),
+    Lesson(task="acceptability", method="bitfit"),
+    Lesson(task="paraphrase", method="ia3"),
+    Lesson(task="urgency", method="ptuning_v2"),
+    Lesson(task="sentiment", method="prompt"),
+    Lesson(task="intent", method="layernorm"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoAdapter:
+    """One trained adapter."""
+
+    name: str
+    task: str
+    method: str
+    parameters: int
+    """Trained parameters without the head."""
+    with_head: int
+    """The same, and those of the head."""
+    num_bytes: int
+    """Size of its two files."""
+    metric: str
+    score: float
+    """On the held-out rows."""
+    baseline: float
+    """The same metric for the answer that is most frequent in training; for amounts, their mean."""
+    seconds: float
+    """Training time."""
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRow:
+    """One row of the mixed batch."""
+
+    text: str
+    adapter: str | None
+    """The adapter that answered; `None` for the bare backbone."""
+    answer: str | float | None
+    """Label or amount; `None` for the bare backbone."""
+    probability: float | None
+    """Of the label; `None` for an amount."""
+    expected: str | float | None
+    difference: float
+    """Largest absolute difference of logits, or of the embedding, from running the row's task alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo found."""
+
+    adapters: tuple[DemoAdapter, ...]
+    rows: tuple[DemoRow, ...]
+    backbone_bytes: int
+    """Memory of the frozen backbone."""
+    bank_bytes: int
+    """Memory of all adapters beside it."""
+    seconds: float
+    """Wall time of everything."""
+
+    @property
+    def max_difference(self) -> float:
+        """The largest difference of any row."""
+        return max(row.difference for row in self.rows)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every row got the answer it gets alone; False for one that is not a number."""
+        return self.max_difference <= TOLERANCE
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    quick: bool = False,
+    backbone: Backbone | None = None,
+    lessons: Sequence[Lesson] = LESSONS,
+    report: Callable[[str], None] = lambda line: None,
+) -> DemoResult:
+    """Train the adapters of `lessons`, save them under `out`, and answer one batch that mixes all of them.
+
+    Args:
+        out: folder for the adapters, one folder each; adapters of an earlier demo are replaced.
+        quick: one epoch on a few rows, to see that everything runs; the scores mean nothing then.
+        backbone: by default "minilm".
+        report: called with a line of progress now and then.
+    """
+    start = perf_counter()
+    backbone = backbone or Backbone.load("minilm")
+    report(f"backbone {backbone.name}: {backbone.num_parameters:,} frozen parameters")
+    tasks = {lesson.task: load_task(f"demo/{lesson.task}") for lesson in lessons}
+    trained = []
+    for number, lesson in enumerate(lessons, start=1):
+        made = _learn(backbone, lesson, tasks[lesson.task], Path(out), quick)
+        report(
+            f"[{number}/{len(lessons)}] {lesson.task} with {lesson.method}: {made.metric} {made.score:.3f} "
+            f"in {made.seconds:.1f} s"
+        )
+        trained.append(made)
+    rows = [row for lesson in lessons for row in _questions(lesson, tasks[lesson.task])]
+    rows.append(_Question(adapter=None, row=BARE_TEXT, text=BARE_TEXT, expected=None))
+    report(f"one batch: {len(rows)} rows, {len(trained)} adapters and the bare backbone, loaded from {out}")
+    bank = Bank(backbone)
+    for made in trained:
+        bank.add(made.name, made.path)
+    together = bank.predict([(q.adapter, q.row) for q in rows], batch_size=len(rows))
+    alone = _alone(backbone, {made.name: made.path for made in trained}, rows)
+    return DemoResult(
+        adapters=tuple(trained),
+        rows=tuple(_compare(q, a, b) for q, a, b in zip(rows, together, alone, strict=True)),
+        backbone_bytes=sum(p.numel() * p.element_size() for p in backbone.model.parameters()),
+        bank_bytes=bank.resident_bytes,
+        seconds=perf_counter() - start,
+    )
+
+
+def _learn(backbone: Backbone, lesson: Lesson, data: TaskData, out: Path, quick: bool) -> DemoAdapter:
+    """Train one adapter, save it, and judge it on the held-out rows."""
+    chosen = {**TRAINING, **lesson.training}
+    rows, judges = split_table(data.train, CHOSEN_BY, seed=0, label=data.task.label)
+    held_out = data.validation
+    if quick:
+        chosen |= {"epochs": 1, "max_steps": None}
+        rows, judges, held_out = (table.select(range(min(16, len(table)))) for table in (rows, judges, held_out))
+    method = get_method(lesson.method).from_settings(lesson.method_settings)
+    path = out / lesson.name
+    result = train(
+        backbone,
+        replace(data, train=rows, validation=judges),
+        method,
+        path,
+        name=lesson.name,
+        overwrite=True,
+        **chosen,
+    )
+    return DemoAdapter(
+        name=lesson.name,
+        task=data.task.name,
+        method=method.name,
+        parameters=result.num_method_parameters,
+        with_head=result.num_method_parameters + result.num_head_parameters,
+        num_bytes=sum((path / file).stat().st_size for file in (CONFIG_FILE, TENSOR_FILE)),
+        metric=data.task.metric,
+        score=evaluate(backbone, path, held_out)[data.task.metric],
+        baseline=_baseline(data.task, rows, held_out),
+        seconds=result.seconds,
+        path=path,
+    )
+
+
+def _baseline(task: Task, rows: Any, held_out: Any) -> float:
+    """The metric of one and the same answer to every row: the commonest label in training, or the mean."""
+    seen: list[Any] = [example.target for example in task.examples(rows)]
+    constant = sum(seen) / len(seen) if task.kind == "regression" else Counter(seen).most_common(1)[0][0]
+    targets: list[Any] = [example.target for example in task.examples(held_out)]
+    return compute(task.metric, [constant] * len(targets), targets, task.labels)[task.metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """One row of the mixed batch before it is answered."""
+
+    adapter: str | None
+    row: Any
+    text: str
+    expected: str | float | None
+
+
+def _questions(lesson: Lesson, data: TaskData) -> Iterator[_Question]:
+    """Two held-out rows of a task: the first, and the next whose answer differs."""
+    rows = [dict(row) for row in data.validation]
+    label = data.task.label
+    other = next(row for row in rows if row[label] != rows[0][label])
+    for row in (rows[0], other):
+        text = " | ".join(data.task.encode(row).texts[0])
+        yield _Question(adapter=lesson.name, row=row, text=text, expected=row[label])
+
+
+def _alone(backbone: Backbone, paths: Mapping[str, Path], rows: Sequence[_Question]) -> list[Prediction]:
+    """Every row answered by a bank that holds its own adapter only, in a batch of that adapter's rows only."""
+    found: dict[int, Prediction] = {}
+    for name in dict.fromkeys(q.adapter for q in rows):
+        bank = Bank(backbone)
+        if name is not None:
+            bank.add(name, paths[name])
+        places = [i for i, q in enumerate(rows) if q.adapter == name]
+        found |= zip(places, bank.predict([(name, rows[i].row) for i in places]), strict=True)
+    return [found[i] for i in range(len(rows))]
+
+
+def _compare(question: _Question, together: Prediction, alone: Prediction) -> DemoRow:
+    a, b = (p.embedding if question.adapter is None else p.logits for p in (together, alone))
+    assert a is not None and b is not None and not isinstance(together.label, tuple)
+    label = together.label
+    return DemoRow(
+        text=question.text,
+        adapter=question.adapter,
+        answer=label,
+        probability=together.probabilities.get(label) if isinstance(label, str) else None,
+        expected=question.expected,
+        difference=float((a - b).abs().max()),
+    )

