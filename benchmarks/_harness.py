@@ -179,7 +179,7 @@ def machine(threads: int, device: torch.device) -> str:
 
 def print_times(rows: Sequence[Result]) -> None:
     """The timed rows as a table."""
-    line = "  {:34}{:>11}{:>19}{:>8}{:>11}{:>8}{:>8}  {}"
+    line = "  {:34}{:>11}{:>22}{:>8}{:>11}{:>8}{:>8}  {}"
     head = ("system", "median ms", "quartiles", "ratio", "of rounds", "limit", "rounds", "")
     print(line.format(*head).rstrip())
     for r in rows:
@@ -218,38 +218,44 @@ def plot(file: Path, rows: Sequence[Result], titles: Mapping[str, str], subtitle
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = [r for r in rows if r.ratio is not None and (r.ratio_to_first is not None or r.ratio != 1)]
+    shown = [r for r in rows if r.ratio is not None and r.ratio != 1]  # the references are the line at 1
     cases = list(dict.fromkeys(r.case for r in shown))
     if not cases:
         print(f"nothing to draw in {file}", file=sys.stderr)
         return
     height = 0.29 * len(shown) + 0.42 * len(cases) + 1.5
     figure, axes = plt.subplots(figsize=(9, height))
-    left, y = 0.94, 0.0
+    left, y = 1 - 0.42 * (widest - 1), 0.0
+    ticks = [1 + 0.2 * i for i in range(round((widest - 1) / 0.2) + 1)]
     for case in cases:
-        axes.text(left - 0.31, y, f"{case}   {titles[case]}", fontsize=9.5, fontweight="bold", va="center", color=INK)
-        for r in (r for r in shown if r.case == case):
+        axes.text(left, y, f"{case}   {titles[case]}", fontsize=9.5, fontweight="bold", va="center", color=INK)
+        mine = [r for r in shown if r.case == case]
+        for x in ticks:
+            colour, width = (INK, 0.9) if x == 1 else ("#e4e2dd", 0.8)
+            axes.plot([x, x], [y + 0.5, y + len(mine) + 0.5], color=colour, linewidth=width, zorder=1)
+        for r in mine:
             y += 1
             assert r.ratio is not None
             colour = OTHER if r.system.startswith(("PEFT", "backbone")) else MULTITUNE
             colour = MISSED if r.verdict == "MISSED" else colour
             axes.barh(y, min(r.ratio, widest) - 1, left=1, height=0.62, color=colour, zorder=2)
-            axes.text(left - 0.29, y, r.system, fontsize=9, va="center", color=INK)
-            end = max(r.ratio, 1.0, r.limit or 1.0)
+            axes.text(left + 0.02, y, r.system, fontsize=9, va="center", color=INK)
+            end = max(r.ratio, 1.0)
+            if r.limit is not None and end - 0.02 < r.limit < end + 0.09:
+                end = r.limit  # the number would lie under the mark of the limit
             beyond = r.ratio > widest
             label = f"{r.ratio:.1f} ×  →" if beyond else f"{r.ratio:.2f}"
             place, align = (widest - 0.01, "right") if beyond else (end + 0.012, "left")
-            axes.text(place, y, label, fontsize=9, va="center", ha=align, color="white" if beyond else INK, zorder=4)
+            on_bar = "white" if beyond and colour != OTHER else INK
+            axes.text(place, y, label, fontsize=9, va="center", ha=align, color=on_bar, zorder=4)
             if r.limit is not None:
                 axes.plot([r.limit, r.limit], [y - 0.42, y + 0.42], color=INK, linewidth=1.6, zorder=3)
         y += 1.45
-    axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
-    axes.set_xlim(left - 0.32, widest + 0.02)
+    axes.set_xlim(left, widest + 0.02)
     axes.set_ylim(y - 0.5, -0.7)
     axes.set_yticks([])
-    axes.set_xticks([1 + 0.2 * i for i in range(int((widest - 1) / 0.2) + 1)])
+    axes.set_xticks(ticks)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
-    axes.grid(axis="x", color="#e4e2dd", linewidth=0.8, zorder=0)
     axes.set_xlabel("time by the time of the bare backbone on the same batch (f: by the time for the 1st adapter)")
     axes.xaxis.label.set(fontsize=9, color=INK)
     for spine in axes.spines.values():

@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ class Setting:
 
 
 TASKS = {
-    "glue/mrpc": Setting(title="MRPC", max_length=128, scores=("f1", "accuracy")),
     "glue/sst2": Setting(title="SST-2", max_length=64, scores=("accuracy",), num_rows=4000),
+    "glue/mrpc": Setting(title="MRPC", max_length=128, scores=("f1", "accuracy")),
     "glue/rte": Setting(title="RTE", max_length=128, scores=("accuracy",), seeds=(0,)),
 }
 PEFT_METHODS = ("ia3", "layernorm", "lora", "prompt")
@@ -95,6 +95,7 @@ def _work(cell: Row, threads: int, sender: Any) -> None:
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Unsupported layer type")  # PEFT of layer norms, which it does train
     data = load(cell["task"], cell["train_rows"], cell["validation_rows"])
     train = {"multitune": train_multitune, "peft": train_peft}[cell["system"]]
     sender.send({"cell": cell, **train(cell, data), "environment": environment(threads)})
@@ -307,12 +308,11 @@ def _weight_bytes(folder: Path | None) -> int:
 
 def cells_of(args: argparse.Namespace) -> list[Row]:
     """Every run that the arguments ask for, most wanted first, so that a benchmark cut short is of use."""
-    seeds = sorted({s for task in args.tasks for s in _seeds(args, task)})
+    pairs = [(seed, task) for task in args.tasks for seed in _seeds(args, task)]
+    pairs.sort(key=lambda pair: (len(TASKS[pair[1]].seeds) == 1, pair[0]))  # seed by seed, single seeds last
     return [
         cell_of(args, system, method, task, seed)
-        for seed in seeds
-        for task in args.tasks
-        if seed in _seeds(args, task)
+        for seed, task in pairs
         for method in args.methods
         for system in args.systems
         if system == "multitune" or method in PEFT_METHODS
@@ -436,16 +436,14 @@ def _notes(args: argparse.Namespace, done: list[Row]) -> str:
     used = ", ".join(f"{TASKS[t].title} {_listed(_seeds(args, t))}" for t in args.tasks)
     rates = {r["cell"]["method"]: r["cell"]["training"]["learning_rate"] for r in done}
     missing = len(cells_of(args)) - len(done)
-    subsets = [
-        f"{TASKS[t].num_rows:,} training rows of {TASKS[t].title} (drawn once, seed {SUBSET_SEED})"
-        for t in args.tasks
-        if TASKS[t].num_rows
-    ]
+    epochs = _listed(sorted({r["cell"]["training"]["epochs"] for r in done}))
+    drawn = sorted({(TASKS[r["cell"]["task"]].title, r["cell"]["train_rows"]) for r in done if r["cell"]["train_rows"]})
+    subsets = [f"{count:,} training rows of {title}" for title, count in drawn]
     lines = [
         f"- Mean ± standard deviation over seeds, in percent, with the number of seeds in brackets; seeds: {used}.",
-        f"- Backbone `{BACKBONE}`, {EPOCHS} epochs, batches of {BATCH_SIZE}, frozen pretrained pooler, linear head; "
+        f"- Backbone `{BACKBONE}`, {epochs} epochs, batches of {BATCH_SIZE}, frozen pretrained pooler, linear head; "
         "the better epoch by validation score. Whole public training and validation splits"
-        + (f", but {' and '.join(subsets)}." if subsets else "."),
+        + (f", but {', '.join(subsets)} (drawn once, seed {SUBSET_SEED})." if subsets else "."),
         "- Hyper-parameters are each method's defaults, with the learning rates "
         + ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
         + ".",
@@ -491,8 +489,8 @@ def _seconds(runs: list[Row], task: str) -> str:
     return f"{statistics.mean(values):.0f}" if values else ""
 
 
-def _listed(values: tuple[int, ...]) -> str:
-    return " ".join(map(str, values))
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def write(file: Path, text: str) -> None:
@@ -510,27 +508,31 @@ def write(file: Path, text: str) -> None:
 
 def main() -> None:
     args = _arguments()
-    stores: Callable[[], Iterator[Path]] = lambda: args.store.glob("real_data*.jsonl")  # noqa: E731
     number, count = args.shard
     own = args.store / f"real_data-{number}of{count}.jsonl"
     todo = [] if args.table else mine(cells_of(args), args.shard)
     begin = time.monotonic()
     for position, cell in enumerate(todo, start=1):
-        if find(read(stores()), cell) is not None:
+        if find(_finished(args.store), cell) is not None:
             continue
         if args.minutes and time.monotonic() - begin > 60 * args.minutes:
             print(f"{args.minutes:g} minutes are over; give the command again to go on", flush=True)
             break
         row = run(cell, args.threads)
         append(own, row)
-        scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in row["scores"].items())
+        scores = ", ".join(f"{name} {100 * row['scores'][name]:.1f}" for name in TASKS[cell["task"]].scores)
         name = f"{cell['system']:9s} {cell['method']:14s} {cell['task']:10s} seed {cell['training']['seed']}"
         print(f"[{position}/{len(todo)}] {name}  {scores}  {row['seconds']:.0f} s", flush=True)
     if args.table or count == 1:
-        text = render(args, read(stores()))
+        text = render(args, _finished(args.store))
         print(text)
         if args.write:
             write(args.write, text)
+
+
+def _finished(store: Path) -> list[Row]:
+    """The rows of every shard."""
+    return read(sorted(store.glob("real_data*.jsonl")))
 
 
 def _shard(text: str) -> tuple[int, int]:

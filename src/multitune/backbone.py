@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, architecture_for
-from multitune.call import Call, active, recompute_context
+from multitune.call import Call, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
@@ -322,10 +322,25 @@ class Backbone:
             raise PlanError(
                 f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"
             )
+        if plan.parts:
+            return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
         call = Call(self, plan, input_ids, attention_mask, token_type_ids)
         with active(call):
             output = self.model(**call.inputs)
         return call.restore(output.last_hidden_state)
+
+    def _run_parts(
+        self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> Tensor:
+        """`run` for a plan in pieces."""
+        check_ids(plan, self, input_ids)
+        pieces = []
+        for rows, part in plan.parts:
+            ids, mask, types = (None if t is None else t[rows] for t in (input_ids, attention_mask, token_type_ids))
+            assert ids is not None
+            pieces.append(self.run(part, ids, mask, types))
+        order = torch.tensor([row for rows, _ in plan.parts for row in rows], device=input_ids.device)
+        return torch.cat(pieces).index_select(0, order.argsort())
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of this backbone with some weights replaced (full fine-tuning).

@@ -260,7 +260,7 @@ class Bank:
             raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
         found = self._lookup([name for name, _ in rows], first)
         sequences = self._encode(rows, found, first)
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].encoded), reverse=True)
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].length, reverse=True)
         for start in range(0, len(order), batch_size):
             self._forward([sequences[i] for i in order[start : start + batch_size]])
         per_row: list[list[_Sequence]] = [[] for _ in rows]
@@ -368,6 +368,11 @@ class _Sequence:
     snapshot: _Snapshot | None
     encoded: Encoded
     values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions it takes, its prompt included."""
+        return len(self.encoded) + (self.snapshot.prompt_length if self.snapshot is not None else 0)
 
 
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:

@@ -87,8 +87,9 @@ class Call:
         self.plan = plan
         self.captured: dict[str, Tensor] = {}
         """Inputs of sub-layers that a parallel bottleneck will read, by site."""
+        assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
-        _check_ids(plan, backbone, input_ids)
+        check_ids(plan, backbone, input_ids)
         ordered = [_in_order(t, plan.order) for t in (input_ids, attention_mask, token_type_ids)]
         ids, mask, types = ordered
         assert ids is not None
@@ -167,7 +168,8 @@ def _check_sites(plan: Plan, backbone: Backbone) -> None:
         )
 
 
-def _check_ids(plan: Plan, backbone: Backbone, input_ids: Tensor) -> None:
+def check_ids(plan: Plan, backbone: Backbone, input_ids: Tensor) -> None:
+    """Raise `PlanError` unless `input_ids [B, T]` has the plan's rows and ids of the vocabulary; names the row."""
     if input_ids.ndim != 2 or input_ids.shape[0] != plan.num_rows:
         raise PlanError(
             f"the plan is for {plan.num_rows} rows, but input_ids has shape {tuple(input_ids.shape)}; "
@@ -188,7 +190,7 @@ def _check_length(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | No
     if width > backbone.max_length:
         ends = torch.full_like(ids, width)[:, 0] if mask is None else _ends(mask)
         place = int(ends.argmax())
-        row = place if plan.order is None else int(plan.order[place])
+        row = plan.number(place)
         delta_set = plan.ordered[place]
         prompt = 0 if delta_set is None else delta_set.prompt_length
         raise PlanError(

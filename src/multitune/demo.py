@@ -121,8 +121,8 @@ class DemoResult:
 
     @property
     def agrees(self) -> bool:
-        """Whether every row got the answer it gets alone; False for one that is not a number."""
-        return self.max_difference <= TOLERANCE
+        """Whether every row got the answer it gets alone; not so if a difference is not a number."""
+        return all(row.difference <= TOLERANCE for row in self.rows)
 
 
 def run_demo(
@@ -176,7 +176,7 @@ def _learn(backbone: Backbone, lesson: Lesson, data: TaskData, out: Path, quick:
     rows, judges = split_table(data.train, CHOSEN_BY, seed=0, label=data.task.label)
     held_out = data.validation
     if quick:
-        chosen |= {"epochs": 1, "max_steps": None}
+        chosen |= {"epochs": 1}
         rows, judges, held_out = (table.select(range(min(16, len(table)))) for table in (rows, judges, held_out))
     method = get_method(lesson.method).from_settings(lesson.method_settings)
     path = out / lesson.name

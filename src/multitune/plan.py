@@ -28,6 +28,10 @@ from multitune.workspace import Workspace
 #: split by rows per slot above it. Both forms give the same result; the limit only trades memory for time.
 PER_ROW_BYTES = 256 * 2**20
 
+#: Rows with and without prompts run as two pieces when running them together would lengthen the rows by more than
+#: this many positions in all: below it a second pass costs more than the positions do.
+SPLIT_POSITIONS = 256
+
 #: Stands for a kind, its settings and the shapes at every site; interned, because comparing the long tuple for
 #: each row of each batch would cost more than the plan.
 Signature = int
@@ -129,10 +133,15 @@ def _is_table(delta: Delta) -> bool:
 
 
 def _pack(key: tuple[str, Any], members: list[tuple[str, Delta]]) -> Pack:
-    layout = tuple((site, d, tuple((n, t.shape) for n, t in d.tensors().items())) for site, d in members)
+    layout = tuple((site, _hollow(d), tuple((n, t.shape) for n, t in d.tensors().items())) for site, d in members)
     signature = _intern((*key, tuple((site, shapes) for site, _, shapes in layout)))
-    flat = torch.cat([t.reshape(-1) for _, d, _ in layout for t in d.tensors().values()])
+    flat = torch.cat([t.reshape(-1) for _, d in members for t in d.tensors().values()])
     return Pack(signature=signature, layout=layout, flat=flat)
+
+
+def _hollow(delta: Delta) -> Delta:
+    """The delta with empty tensors: an example of its kind and settings that keeps no memory alive."""
+    return delta.with_tensors({name: t.new_empty(0) for name, t in delta.tensors().items()})
 
 
 def unpack(layout: tuple[tuple[str, Delta, Any], ...], stacked: Tensor) -> list[tuple[str, Delta]]:
@@ -205,13 +214,26 @@ class Plan:
     Thread-safe: immutable once made. Holds its packed tensors until it is dropped.
     """
 
-    def __init__(self, rows: Sequence[DeltaSet | None], workspace: Workspace | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[DeltaSet | None],
+        workspace: Workspace | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         """
         Args:
             rows: per row of the batch, its deltas, or `None` for the bare backbone.
             workspace: where packed tensors may be kept between plans; used only when gradients are off.
+            numbers: what messages call the rows; by default 0, 1, ...
         """
         self.num_rows = len(rows)
+        self.numbers = range(len(rows)) if numbers is None else numbers
+        self.order: Tensor | None = None
+        """Rows in the order they are run in, as indices `[B]`; `None` for the order given."""
+        self.ordered: list[DeltaSet | None] = list(rows)
+        """The rows' deltas in that order."""
+        self.parts: tuple[tuple[list[int], Plan], ...] = ()
+        """Rows and plans of the pieces this batch is run in; empty for one piece."""
         self.steps: dict[str, list[Step]] = defaultdict(list)
         """By site: what to apply to its output."""
         self.input_steps: dict[str, list[Step]] = defaultdict(list)
@@ -220,15 +242,28 @@ class Plan:
         """Row ranges whose token rows come from a table."""
         self._workspace = workspace if not torch.is_grad_enabled() else None
         slots = list(dict.fromkeys(r for r in rows if r is not None))
-        if len(slots) == 1 and all(r is slots[0] for r in rows):
+        if self._worth_splitting(rows):
+            self.parts = tuple(self._part(rows, workspace, prompted) for prompted in (True, False))
+        elif len(slots) == 1 and all(r is slots[0] for r in rows):
             self._plan_one(slots[0])
         else:
             self._plan_many(rows, slots)
         self.steps, self.input_steps = dict(self.steps), dict(self.input_steps)
 
+    @staticmethod
+    def _worth_splitting(rows: Sequence[DeltaSet | None]) -> bool:
+        lengths = [r.prompt_length if r is not None else 0 for r in rows]
+        return 0 in lengths and max(lengths) * lengths.count(0) > SPLIT_POSITIONS
+
+    def _part(
+        self, rows: Sequence[DeltaSet | None], workspace: Workspace | None, prompted: bool
+    ) -> tuple[list[int], Plan]:
+        """The rows with a prompt, or those without, and their plan."""
+        mine = [b for b, r in enumerate(rows) if (r is not None and r.prompt_length > 0) == prompted]
+        return mine, Plan([rows[b] for b in mine], workspace, [self.numbers[b] for b in mine])
+
     def _plan_one(self, only: DeltaSet) -> None:
         """One slot for all rows: its own tensors, no gather, no copy, no order."""
-        self.order: Tensor | None = None
         everyone = Group(rows=None, num_slots=1, rows_per_slot=self.num_rows)
         for site, deltas in only.by_site.items():
             for delta in deltas:
@@ -236,7 +271,6 @@ class Plan:
                     self.tables.append((slice(0, self.num_rows), delta.source))
                 elif not isinstance(delta, Prompt):
                     self._add_step(site, Step(everyone, delta))
-        self.ordered: list[DeltaSet | None] = [only] * self.num_rows
 
     def _plan_many(self, rows: Sequence[DeltaSet | None], slots: list[DeltaSet]) -> None:
         counts: dict[DeltaSet, int] = {s: 0 for s in slots}
@@ -256,8 +290,9 @@ class Plan:
             return (tuple(sorted(ids[g] for g in r.packs)), counts[r], position[r])
 
         order = sorted(range(len(rows)), key=rank)
-        self.order = None if order == list(range(len(rows))) else torch.tensor(order)
-        self.ordered = [rows[b] for b in order]
+        if order != sorted(order):
+            self.order = torch.tensor(order)
+            self.ordered = [rows[b] for b in order]
         for signature in ids:
             self._plan_signature(signature, counts)
         self._plan_tables()
@@ -312,6 +347,10 @@ class Plan:
             slot = self.ordered[start]
             self.tables += [(slice(start, b), table) for table in (slot.tables if slot is not None else ())]
             start = b
+
+    def number(self, place: int) -> int:
+        """What messages call the row at a place of the ordered batch."""
+        return self.numbers[place if self.order is None else int(self.order[place])]
 
     @cached_property
     def inverse(self) -> Tensor | None:

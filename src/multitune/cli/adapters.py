@@ -41,7 +41,8 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
         return
     task, own, head = adapter.task, adapter.num_method_parameters, adapter.num_head_parameters
     settings = ", ".join(f"{k}={written(v)}" for k, v in adapter.method.settings().items())
-    base = adapter.backbone
+    base, metric = adapter.backbone, task.metric
+    scores = {name: adapter.metrics[name] for name in sorted(adapter.metrics, key=lambda name: name != metric)}
     show(
         pairs(
             [
@@ -52,7 +53,7 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
                 ("settings", settings or "none"),
                 ("parameters", f"{count(own)} trained, {count(own + head)} with the head"),
                 ("head", f"{adapter.head.num_outputs} outputs, pooling {adapter.head.pooling}"),
-                ("score", ", ".join(f"{k} {score(v)}" for k, v in adapter.metrics.items()) or "not judged"),
+                ("score", ", ".join(f"{k} {score(v)}" for k, v in scores.items()) or "not judged"),
                 ("backbone", f"{base['name']} ({base['architecture']}), fingerprint {base['fingerprint']}"),
                 ("recipe", ", ".join(f"{k}={written(v)}" for k, v in adapter.recipe.items()) or "unknown"),
                 ("tokens", f"at most {adapter.max_length} a text"),

@@ -12,7 +12,7 @@ from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, size
 from multitune.demo import TOLERANCE, DemoResult, DemoRow, run_demo
 
-TEXT_WIDTH = 36
+TEXT_WIDTH = 29
 
 
 @app.command()
@@ -56,7 +56,7 @@ def _print(result: DemoResult, out: Path) -> None:
     rows = [
         (
             _shortened(row.text),
-            *(("none", "bare backbone") if row.adapter is None else methods[row.adapter]),
+            *(("none", "none") if row.adapter is None else methods[row.adapter]),
             *_answer(row),
             f"{row.difference:.0e}",
         )
@@ -67,7 +67,7 @@ def _print(result: DemoResult, out: Path) -> None:
         shared.table(adapters, columns, right=("trained", "with head", "size", "score", "baseline", "seconds")),
         "",
         f"One batch of {len(rows)} rows",
-        shared.table(rows, ("row", "task", "method", "answer", "expected", "alone"), right=("alone",)),
+        shared.table(rows, ("row", "task", "method", "answer", "expected", "vs alone"), right=("vs alone",)),
         "",
         f"Largest difference from running each task alone: {result.max_difference:.1e} (allowed {TOLERANCE:.0e}).",
         f"In memory: {size(result.bank_bytes)} of adapters beside {size(result.backbone_bytes)} of backbone. "

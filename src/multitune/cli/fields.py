@@ -26,6 +26,14 @@ class Field:
     """The string under it, in one line."""
 
     @property
+    def given(self) -> Any:
+        """Its type, `None` left out: that of a value that someone gives."""
+        if get_origin(self.hint) not in (Union, UnionType):
+            return self.hint
+        (given,) = (option for option in get_args(self.hint) if option is not NoneType)
+        return given
+
+    @property
     def type(self) -> str:
         """Its type in words."""
         return in_words(self.hint)

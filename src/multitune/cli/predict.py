@@ -62,6 +62,8 @@ def predict(
     folders = adapter_folders(adapters or ())
     if window < 1:
         raise ConfigError(f"window={window} is not possible; give at least 1")
+    if texts and (input_ != "-" or output is not None):
+        raise ConfigError("a row on the command line is answered alone, on standard output; drop --input and --output")
     first = Adapter.load(next(iter(folders.values())))
     bank = Bank(shared.backbone_of(first, backbone, device, dtype), aot_store=aot_store)  # type: ignore[arg-type]
     for name, folder in folders.items():

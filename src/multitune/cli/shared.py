@@ -73,13 +73,17 @@ def _options(
 # -------------------------------------------------------------------- options
 
 BackboneName = Annotated[
-    str, typer.Option("--backbone", help="Backbone: minilm (ships with multitune), a folder, or a hub id.")
+    str,
+    typer.Option("--backbone", metavar="NAME", help="Backbone: minilm (ships with multitune), a folder, or a hub id."),
 ]
 OptionalBackboneName = Annotated[
-    str | None, typer.Option("--backbone", help="Backbone; by default the one that the adapter names.")
+    str | None,
+    typer.Option("--backbone", metavar="NAME", help="Backbone; by default the one that the adapter names."),
 ]
-Device = Annotated[str, typer.Option(help="Where the backbone runs, as torch names devices: cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="Number type of the backbone: float32, bfloat16 or float16.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Where the backbone runs, as torch names devices: cpu, cuda, cuda:1.")
+]
+Dtype = Annotated[str, typer.Option(metavar="WORD", help="Number type of the backbone: float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.", show_default=False)]
 

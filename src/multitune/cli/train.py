@@ -6,15 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 import yaml
 
 from multitune.adapter import Adapter
 from multitune.cli import shared
-from multitune.cli.fields import Field, fields_of
+from multitune.cli.fields import Field, fields_of, in_words
 from multitune.cli.shared import (
     AsJson,
     Device,
@@ -22,13 +21,14 @@ from multitune.cli.shared import (
     OptionalBackboneName,
     app,
     count,
+    note,
     print_json,
     score,
     show,
     size,
     written,
 )
-from multitune.errors import ConfigError, suggest
+from multitune.errors import ConfigError, DataError, TaskError, suggest
 from multitune.methods import get_method
 from multitune.tasks import TaskData, infer_task, list_splits, load_task, read_table, split_table
 from multitune.training import TrainConfig, evaluate, train
@@ -38,8 +38,8 @@ HELD_OUT = 0.1
 
 _OWN = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "name")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
-_TRAINING, _SWITCHES = "Training", "Training, on or off"
-_METAVARS = {int: "INTEGER", float: "NUMBER"}
+_TRAINING = "Training"
+_METAVARS = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN"}
 
 
 def _option(panel: str, text: str, type: Any = str, *names: str, **more: Any) -> Any:
@@ -48,33 +48,36 @@ def _option(panel: str, text: str, type: Any = str, *names: str, **more: Any) ->
 
 
 def _setting(field: Field) -> Any:
+    # Booleans take a value too: there are no --no-… names, and an option reads as its line in a recipe does.
+    choices = f" ({in_words(field.given)})" if get_origin(field.given) is Literal else ""
     default = "" if field.default is None else f" \\[default: {written(field.default)}]"
-    if field.hint is bool:
-        flag = field.name.replace("_", "-")
-        return _option(_SWITCHES, field.doc + default, bool, f"--{flag}/--no-{flag}")
-    options = [option for option in get_args(field.hint) or (field.hint,) if option is not NoneType]
-    metavar = "|".join(_METAVARS.get(option, str(option)) for option in options)
-    return _option(_TRAINING, field.doc + default, metavar=metavar)
+    return _option(_TRAINING, field.doc + choices + default, metavar=_METAVARS.get(field.given, "WORD"))
 
 
 #: Every option of a training run, and so every key of a recipe.
 OPTIONS: dict[str, Any] = {
-    "task": _option(_TASK, "Task to train by name, as `multitune tasks` lists them."),
-    "method": _option(_TASK, "Tuning method, as `multitune methods` lists them."),
+    "task": _option(_TASK, "Task to train by name, as `multitune tasks` lists them.", metavar="NAME"),
+    "method": _option(_TASK, "Tuning method, as `multitune methods` lists them.", metavar="NAME"),
     "set": _option(_TASK, "A setting of the method, such as r=16; may be repeated.", list[str], metavar="NAME=VALUE"),
-    "out": _option(_TASK, "Folder to write the adapter to."),
-    "overwrite": _option(_TASK, "Replace an adapter that is there already.", bool, "--overwrite/--no-overwrite"),
-    "backbone": _option(_TASK, "Backbone: minilm (ships with multitune), a folder, or a hub id. \\[default: minilm]"),
-    "device": _option(_TASK, "Where the backbone runs, as torch names devices. \\[default: cpu]"),
-    "dtype": _option(_TASK, "Number type of the backbone: float32, bfloat16 or float16. \\[default: float32]"),
-    "train": _option(_DATA, "Rows to learn from: a file, a folder, or a hub data set."),
-    "validation": _option(_DATA, "Rows to judge by; by default the folder's own, or a tenth held out by seed."),
-    "text": _option(_DATA, 'Column of the text, or a template such as "{title} {body}".'),
-    "text_pair": _option(_DATA, "Column or template of a second text."),
-    "label": _option(_DATA, "Column of the answer."),
-    "kind": _option(_DATA, "Kind of task: classification, regression, multilabel or tagging."),
-    "metric": _option(_DATA, "Metric to judge by; by default the usual one of the kind."),
-    "name": _option(_DATA, "Name of the task; by default that of the file."),
+    "out": _option(_TASK, "Folder to write the adapter to.", metavar="FOLDER"),
+    "overwrite": _option(_TASK, "Replace an adapter that is there already.", bool, "--overwrite"),
+    "backbone": _option(
+        _TASK, "Backbone: minilm (ships with multitune), a folder, or a hub id. \\[default: minilm]", metavar="NAME"
+    ),
+    "device": _option(_TASK, "Where the backbone runs, as torch names devices. \\[default: cpu]", metavar="DEVICE"),
+    "dtype": _option(
+        _TASK, "Number type of the backbone: float32, bfloat16 or float16. \\[default: float32]", metavar="WORD"
+    ),
+    "train": _option(_DATA, "Rows to learn from: a file, a folder, or a hub data set.", metavar="FILE"),
+    "validation": _option(
+        _DATA, "Rows to judge by; by default the folder's own, or a tenth held out by seed.", metavar="FILE"
+    ),
+    "text": _option(_DATA, 'Column of the text, or a template such as "{title} {body}".', metavar="COLUMN"),
+    "text_pair": _option(_DATA, "Column or template of a second text.", metavar="COLUMN"),
+    "label": _option(_DATA, "Column of the answer.", metavar="COLUMN"),
+    "kind": _option(_DATA, "Kind of task: classification, regression, multilabel or tagging.", metavar="WORD"),
+    "metric": _option(_DATA, "Metric to judge by; by default the usual one of the kind.", metavar="NAME"),
+    "name": _option(_DATA, "Name of the task; by default that of the file.", metavar="NAME"),
 } | {field.name: _setting(field) for field in SETTINGS}
 
 
@@ -115,13 +118,27 @@ def train_command(
             raise ConfigError(f"train needs --{key}, or '{key}' in the recipe; for example --{key} {example}")
     if not isinstance(chosen.get("set", {}), Mapping):
         raise ConfigError("'set' in the recipe is a mapping of settings to values, such as {r: 16}")
+    if not isinstance(chosen.get("overwrite", False), bool):
+        raise ConfigError(f"'overwrite' in the recipe is true or false, not {chosen['overwrite']!r}")
     config = TrainConfig.from_dict({f.name: chosen[f.name] for f in SETTINGS if f.name in chosen})
     method = get_method(str(chosen["method"])).from_settings(chosen.get("set", {}))
     data = task_data(chosen, config.seed)
     place = {key: str(chosen[key]) for key in ("device", "dtype") if key in chosen}
     backbone = shared.load_backbone(str(chosen.get("backbone", "minilm")), **place)
     out = Path(str(chosen["out"]))
-    result = train(backbone, data, method, out, config=config, name=out.name, overwrite=chosen.get("overwrite") is True)
+    note(
+        f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
+        f"{data.task.metric} on {count(len(data.validation))}"
+    )
+    result = train(
+        backbone,
+        data,
+        method,
+        out,
+        config=config,
+        name=out.resolve().name,
+        overwrite=chosen.get("overwrite", False),
+    )
     facts: dict[str, Any] = {
         "method": method.name,
         "parameters": result.num_method_parameters,
@@ -221,6 +238,18 @@ def _any_split(source: str, split: str) -> Any:
     return read_table(source, split=split if len(splits) > 1 else None)
 
 
+def _task_of(adapter: Adapter, name: str | None) -> TaskData:
+    """The task of that name, or the one that the adapter was trained for."""
+    if name is not None:
+        return load_task(name)
+    try:
+        return load_task(adapter.task.name)
+    except TaskError as error:
+        raise DataError(
+            f"adapter '{adapter.name}' was trained on rows of your own; give --data FILE ({error})"
+        ) from error
+
+
 @app.command("evaluate")
 def evaluate_command(
     adapters: Annotated[
@@ -243,9 +272,7 @@ def evaluate_command(
     if task is not None and data is not None:
         raise ConfigError("--task and --data both say what to judge by; give one of them")
     loaded = [Adapter.load(folder) for folder in adapters]
-    tables: list[Any] = [
-        _any_split(data, split) if data is not None else load_task(task or adapter.task.name) for adapter in loaded
-    ]
+    tables = [_any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
     found: list[dict[str, Any]] = []
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):

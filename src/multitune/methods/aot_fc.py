@@ -27,7 +27,7 @@ class AoTFC(Method):
     title: ClassVar[str] = "AoT P-Tuning (FC)"
     paper: ClassVar[str] = "Gavrilov & Balagansky 2023, arXiv 2305.10835, eq. 1 and 3"
     fuses_to_table: ClassVar[bool] = True
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3, source="sweep on demo tasks, benchmarks/sweep.py")
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3, source="sweep on small tasks (docs/results.md)")
 
     r: int = 64
     """Inner width R."""

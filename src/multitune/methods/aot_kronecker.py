@@ -27,7 +27,7 @@ class AoTKronecker(Method):
     title: ClassVar[str] = "AoT P-Tuning (Kronecker)"
     paper: ClassVar[str] = "Gavrilov & Balagansky 2023, arXiv 2305.10835, eq. 1 and 2"
     fuses_to_table: ClassVar[bool] = True
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-3, source="sweep on demo tasks, benchmarks/sweep.py")
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3, source="sweep on small tasks (docs/results.md)")
 
     r: int = 16
     """Rank R; the parameters grow with R²."""

@@ -27,7 +27,9 @@ class FullFineTuning(Method):
     paper: ClassVar[str] = "Devlin et al. 2018, arXiv 1810.04805, section 3.2"
     changes_weights: ClassVar[bool] = True
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=5e-5, weight_decay=0.01, source="Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5"
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        source="sweep on small tasks (docs/results.md); Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5",
     )
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class Houlsby(SerialAdapter):
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751, section 2.1"
     sublayers: ClassVar[tuple[str, ...]] = ("attention", "ffn")
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=1e-3, source="sweep on demo tasks, benchmarks/sweep.py; the released example uses 3e-4"
+        learning_rate=1e-3, source="sweep on small tasks (docs/results.md); the released example uses 3e-4"
     )
 
     bottleneck: int = 64

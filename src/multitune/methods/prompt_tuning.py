@@ -27,8 +27,7 @@ class PromptTuning(Method):
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691, section 2"
     identity_at_init: ClassVar[bool] = False
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=3e-2,
-        source="sweep on demo tasks, benchmarks/sweep.py; Lester et al. use 0.3 with Adafactor",
+        learning_rate=1e-2, source="sweep on small tasks (docs/results.md); Lester et al. use 0.3 with Adafactor"
     )
 
     length: int = 16

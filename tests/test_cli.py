@@ -1,0 +1,519 @@
+"""The command line, run in process on real small trainings; once as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from multitune import __version__, get_method, method_names
+from multitune.cli import app
+from multitune.cli.fields import fields_of
+from multitune.cli.shared import COMMANDS, size
+from multitune.cli.train import OPTIONS
+from multitune.tasks import list_tasks, load_task
+from multitune.training import TrainConfig
+
+SHORT = (
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--max-length",
+    "16",
+    "--eval-batch-size",
+    "64",
+    "--progress",
+    "false",
+)
+LAYERS, WIDTH, INNER, VOCAB = 3, 32, 48, 97  # of the tiny BERT of conftest.py
+
+
+class Answer:
+    """What a command printed, and how it ended."""
+
+    def __init__(self, *args: Any, input: str | bytes | None = None) -> None:
+        result = CliRunner().invoke(app, [str(a) for a in args], input=input)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+def good(*args: Any, **more: Any) -> Answer:
+    """Run a command that must succeed."""
+    answer = Answer(*args, **more)
+    assert answer.code == 0, answer.err
+    return answer
+
+
+def bad(*args: Any, **more: Any) -> str:
+    """Run a command that must fail as expected: one line on stderr, exit code 1. Returns the line."""
+    answer = Answer(*args, **more)
+    assert answer.code == 1
+    *notes, last = answer.err.splitlines()
+    assert last.startswith("error: ")
+    assert not any(line.startswith(("error", "Traceback")) for line in notes)
+    return last
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, make_backbone: Any) -> tuple[str, ...]:
+    """Options that train a tiny backbone, which is a folder, for two steps."""
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny = make_backbone("bert")
+    tiny.detach()
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return ("--backbone", str(folder), *SHORT)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]) -> Path:
+    """A folder with two adapters: a classification, and a regression that fuses to a table."""
+    root = tmp_path_factory.mktemp("adapters")
+    good("train", "--task", "demo/topic", "--method", "lora", "--set", "r=2", "--out", root / "topic", *short)
+    good("train", "--task", "demo/urgency", "--method", "aot_fc", "--set", "r=2", "--out", root / "urgency", *short)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]) -> Path:
+    """A fully tuned adapter for pairs of texts."""
+    path = tmp_path_factory.mktemp("full") / "pair"
+    good("train", "--task", "demo/paraphrase", "--method", "full", "--out", path, *short)
+    return path
+
+
+# -------------------------------------------------------------------- the application
+
+
+def _commands() -> list[tuple[str, Any]]:
+    return list(typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]
+
+
+def test_the_commands_are_listed_in_their_order() -> None:
+    assert typer.main.get_command(app).list_commands(None) == list(COMMANDS)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "command"), _commands())
+def test_every_command_and_option_has_help(name: str, command: Any) -> None:
+    assert command.help
+    assert [p.name for p in command.params if not (p.help or "").strip()] == []
+    answer = good(name, "--help")
+    assert answer.err == ""
+    for option in (o for p in command.params for o in p.opts if o.startswith("--")):
+        assert option in answer.out
+
+
+def test_listings_and_reports_take_json() -> None:
+    without = [name for name, command in _commands() if "as_json" not in [p.name for p in command.params]]
+    assert without == []
+
+
+def test_version() -> None:
+    assert good("--version").out == f"multitune {__version__}\n"
+
+
+def test_as_a_process_data_and_errors_go_separate_ways() -> None:
+    # one process that runs two commands, because importing torch takes longer than all else here
+    program = (
+        "import sys, subprocess\nfrom multitune.cli import main\n"
+        "for sys.argv in (['multitune', 'tasks'], ['multitune', 'tasks', 'demo/topics']):\n"
+        "    try: main()\n"
+        "    except SystemExit as end: print('exit', end.code, flush=True)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "MULTITUNE_DATA"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout.splitlines() == [*list_tasks(), "exit 0", "exit 1"]
+    assert done.stderr.count("\n") == 1
+    assert "demo/topic" in done.stderr
+
+
+def test_an_unknown_command_and_option_are_refused() -> None:
+    assert Answer("trian").code == 2
+    assert Answer("methods", "--jsn").code == 2
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 MiB",
+        "3072.0 GiB",
+    ]
+
+
+# -------------------------------------------------------------------- methods, tasks
+
+
+def test_methods_as_json_says_what_the_code_says() -> None:
+    found = {m["name"]: m for m in good("methods", "--json").json}
+    assert tuple(found) == method_names()
+    assert found["lora"]["deltas"] == ["LowRank"]
+    assert found["bitfit"]["deltas"] == ["Affine", "Bias"]
+    assert found["lora"]["parameters"] == 6 * 2 * (384 * 8 + 8 * 384)
+    assert found["full"]["percent"] == 100
+    assert {name for name, m in found.items() if not m["mixes"]} == {"full"}
+    assert {"lora", "bitfit", "ia3", "layernorm", "full"} <= {name for name, m in found.items() if m["merges"]}
+    assert not any(found[name]["merges"] for name in ("aot_fc", "prompt", "ptuning_v2", "houlsby"))
+    assert found["ia3"]["learning_rate"] == get_method("ia3").recipe.learning_rate
+
+
+def test_methods_as_a_table_has_one_line_per_method() -> None:
+    lines = good("methods").out.splitlines()
+    for name in method_names():
+        assert len([line for line in lines if line.startswith(f"{name} ")]) == 2, "facts, and the paper"
+    assert max(map(len, lines)) <= 100
+
+
+def test_one_method_shows_its_settings_with_their_documentation() -> None:
+    found = good("methods", "lora", "--json").json
+    settings = {s["name"]: s for s in found["settings"]}
+    assert settings["r"] == {"name": "r", "type": "whole number", "default": 8, "doc": "Rank of the update."}
+    assert settings["layers"]["type"] == "list of whole numbers or none"
+    out = good("methods", "lora").out
+    assert "Rank of the update." in out
+    assert "query,value" in out
+    assert "It has no settings" in good("methods", "head").out
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_setting_is_documented(name: str) -> None:
+    found = fields_of(get_method(name))
+    assert [f.name for f in found] == [f.name for f in fields(get_method(name))]
+    assert [f.name for f in found if not f.doc] == []
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    assert "Did you mean 'lora'?" in bad("methods", "lorra")
+
+
+def test_tasks() -> None:
+    assert good("tasks").out.split() == list(list_tasks())
+    assert good("tasks", "--json").json == list(list_tasks())
+    assert "demo/topic" in bad("tasks", "demo/topics")
+    found = good("tasks", "demo/paraphrase", "--json").json
+    assert found["template"] == ["sentence1", "sentence2"]
+    assert found["rows"]["train"] > found["rows"]["validation"] > 0
+    assert "different, paraphrase" in good("tasks", "demo/paraphrase").out
+
+
+def test_tasks_in_a_folder(tmp_path: Path) -> None:
+    assert "data_dir" in bad("tasks", "--data", tmp_path / "none")
+    assert good("tasks", "--data", tmp_path).out.split() == list(list_tasks())
+
+
+# -------------------------------------------------------------------- train
+
+
+def test_train_has_one_option_per_training_setting() -> None:
+    command = dict(_commands())["train"]
+    options = {p.name: p for p in command.params}
+    for setting in fields_of(TrainConfig):
+        assert setting.doc in options[setting.name].help
+        assert options[setting.name].default is None
+    assert set(options) == {*OPTIONS, "recipe", "as_json"}
+
+
+def test_train_writes_an_adapter_and_prints_one_row(tmp_path: Path, short: tuple[str, ...]) -> None:
+    answer = good("train", "--task", "demo/sentiment", "--method", "ia3", "--out", tmp_path / "a", *short)
+    header, _, row = answer.out.splitlines()
+    assert header.split() == ["method", "parameters", "with", "head", "accuracy", "seconds", "size", "adapter"]
+    parameters = LAYERS * (2 * WIDTH + INNER)
+    assert row.split()[:3] == ["ia3", str(parameters), str(parameters + 2 * WIDTH + 2)]
+    assert row.endswith(str(tmp_path / "a"))
+    assert "training ia3 for demo/sentiment" in answer.err
+    assert "holds a finished adapter" in bad(
+        "train", "--task", "demo/sentiment", "--method", "ia3", "--out", tmp_path / "a", *short
+    )
+
+
+def test_a_recipe_trains_and_options_override_it(tmp_path: Path, short: tuple[str, ...]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "task: demo/topic\nmethod: lora\nset: {r: 4, targets: [query, key]}\nlearning-rate: 2e-3\n"
+        f"max_steps: 9\nhead_dropout: 0.3\nseed: 3\nprogress: false\nout: {tmp_path / 'a'}\n"
+    )
+    flags = ("--set", "r=2", "--pooling", "mean", *short)
+    facts = good("train", "--recipe", recipe, *flags, "--json").json
+    assert facts["parameters"] == LAYERS * 2 * (WIDTH * 2 + 2 * WIDTH)
+    config = json.loads((tmp_path / "a" / "adapter.json").read_text("utf-8"))
+    assert config["name"] == "a"
+    assert config["method"]["settings"]["targets"] == ["query", "key"]
+    assert config["recipe"] | {"learning_rate": 2e-3, "max_steps": 2, "head_dropout": 0.3} == config["recipe"]
+    assert (config["seed"], config["head"]["pooling"]) == (3, "mean")
+    again = good("train", "--recipe", recipe, *flags, "--overwrite", "--json").json
+    assert again["score"] == facts["score"]
+
+
+def test_a_task_given_here_replaces_the_recipes_rows(tmp_path: Path, short: tuple[str, ...]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: nowhere.csv\ntext: t\nmethod: head\n")
+    flags = ("--task", "demo/topic", "--out", tmp_path / "a")
+    assert good("train", "--recipe", recipe, *flags, *short, "--json").json["method"] == "head"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("metod: lora", "Did you mean 'method'?"),
+        ("epoch: 3", "Did you mean 'epochs'?"),
+        ("[a, b]", "is a mapping of options"),
+        ("a: [", "is not YAML"),
+        ("task: demo/topic\nmethod: lora\nout: x\nset: r=2", "is a mapping of settings"),
+        ("task: demo/topic\nmethod: lora\nout: x\noverwrite: perhaps", "is true or false"),
+        ("task: demo/topic\nmethod: lora\nout: x\nepochs: many", "epochs='many'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_honoured_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert says in bad("train", "--recipe", recipe)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "train needs --method"),
+        (("--method", "lora"), "train needs --out"),
+        (("--method", "lora", "--out", "x"), "--task NAME"),
+        (("--method", "lorra", "--out", "x", "--task", "demo/topic"), "Did you mean 'lora'?"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topik"), "demo/topic"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--set", "rr=2"), "Did you mean 'r'?"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--set", "r=two"), "r='two'"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--set", "r"), "NAME=VALUE"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--train", "f.csv"), "--train cannot be honoured"),
+        (("--method", "lora", "--out", "x", "--train", "nowhere.csv"), "nowhere.csv"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--pooling", "max"), "pooling='max'"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--epochs", "0"), "epochs=0"),
+        (("--method", "lora", "--out", "x", "--task", "demo/topic", "--device", "cuda:99"), "cuda:99"),
+        (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_train_refuses_what_it_cannot_honour(args: tuple[str, ...], says: str) -> None:
+    assert says in bad("train", *args)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    body = "".join(f"{i},{'good' if i % 2 else 'bad'} thing number {i},{'yes' if i % 2 else 'no'}\n" for i in range(30))
+    path.write_text("id,note,liked\n" + body)
+    return path
+
+
+def test_own_rows_with_a_tenth_held_out(tmp_path: Path, rows_file: Path, short: tuple[str, ...]) -> None:
+    columns = ("--text", "note", "--label", "liked", "--metric", "macro_f1")
+    answer = good("train", "--train", rows_file, *columns, "--method", "head", "--out", tmp_path / "a", *short)
+    assert "reviews (classification) on 27 rows, judged by macro_f1 on 3" in answer.err
+    assert "macro_f1" in answer.out
+    found = good("inspect", tmp_path / "a", "--json").json
+    assert found["task"]["labels"] == ["no", "yes"]
+    judged = good("evaluate", tmp_path / "a", "--data", rows_file, "--json").json
+    assert 0 <= judged[0]["macro_f1"] <= 1
+    assert "give --data FILE" in bad("evaluate", tmp_path / "a")
+    assert "--metric" not in bad("train", "--train", rows_file, "--text", "nte", "--method", "head", "--out", "x")
+
+
+def test_own_rows_in_a_folder_and_in_two_files(tmp_path: Path, rows_file: Path, short: tuple[str, ...]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = rows_file.read_text().splitlines()
+    (folder / "train.csv").write_text("\n".join(lines[:21]))
+    (folder / "validation.csv").write_text("\n".join([lines[0], *lines[21:]]))
+    flags = ("--text", "note", "--label", "liked", "--method", "head", *short)
+    answer = good("train", "--train", folder, "--name", "likes", *flags, "--out", tmp_path / "a")
+    assert "likes (classification) on 20 rows, judged by accuracy on 10" in answer.err
+    more = ("--train", rows_file, "--validation", folder / "validation.csv")
+    answer = good("train", *more, *flags, "--out", tmp_path / "b")
+    assert "on 30 rows, judged by accuracy on 10" in answer.err
+
+
+# -------------------------------------------------------------------- evaluate, inspect, fuse, merge
+
+
+def test_evaluate_agrees_with_training(adapters: Path) -> None:
+    found = good("evaluate", adapters / "topic", adapters / "urgency", "--json").json
+    assert [f["task"] for f in found] == ["demo/topic", "demo/urgency"]
+    trained = json.loads((adapters / "topic" / "adapter.json").read_text("utf-8"))["metrics"]["accuracy"]
+    assert found[0]["accuracy"] == pytest.approx(trained, abs=0.03)  # other batches, so a tie may fall otherwise
+    assert set(found[1]) > {"pearson_spearman", "pearson", "spearman"}
+    lines = good("evaluate", adapters / "topic", "--task", "demo/topic").out.splitlines()
+    assert lines[2].split()[1:4] == ["lora", "demo/topic", "accuracy"]
+
+
+def test_evaluate_refuses_what_it_cannot_honour(adapters: Path) -> None:
+    assert "give one of them" in bad("evaluate", adapters / "topic", "--task", "demo/topic", "--data", "x.csv")
+    assert "no split 'tset'" in bad("evaluate", adapters / "topic", "--split", "tset")
+    assert "It holds the adapters topic, urgency" in bad("evaluate", adapters)
+
+
+def test_inspect(adapters: Path) -> None:
+    out = good("inspect", adapters / "topic").out
+    for part in ("demo/topic", "business, health", "LoRA (lora)", "r=2", "768 trained", "accuracy", "fingerprint"):
+        assert part in out
+    assert "max_steps=2" in out
+    assert "multitune fuse" in good("inspect", adapters / "urgency").out
+    found = good("inspect", adapters / "topic", "--json").json
+    assert found["parameters"]["method"] == 768
+    assert set(found["files"]) == {"adapter.json", "adapter.safetensors"}
+
+
+def test_a_damaged_adapter_is_named(adapters: Path, tmp_path: Path) -> None:
+    for file in ("adapter.json", "adapter.safetensors"):
+        (tmp_path / file).write_bytes((adapters / "topic" / file).read_bytes())
+    with (tmp_path / "adapter.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert "damaged or truncated" in bad("inspect", tmp_path)
+
+
+def test_fuse_and_serve_the_table(adapters: Path) -> None:
+    assert "multitune fuse" in bad("predict", "--adapters", adapters / "urgency", "Help!", "--aot-store", "mmap")
+    found = good("fuse", adapters / "urgency", "--json").json
+    assert found["shape"] == [VOCAB, LAYERS, WIDTH]
+    assert found["bytes"] > VOCAB * LAYERS * WIDTH * 4
+    assert "float32" in good("inspect", adapters / "urgency").out
+    rows = '{"text": "There is a fire!"}\n'
+    one, other = (
+        good("predict", "--adapters", adapters / "urgency", "--aot-store", store, input=rows).lines[0]["label"]
+        for store in ("factors", "mmap")
+    )
+    assert one == pytest.approx(other, abs=1e-5)
+    (adapters / "urgency" / "table.safetensors").unlink()
+
+
+def test_fuse_refuses(adapters: Path) -> None:
+    assert "there is nothing to fuse" in bad("fuse", adapters / "topic")
+    assert "Did you mean 'float16'?" in bad("fuse", adapters / "topic", "--dtype", "float61")
+
+
+def test_merge(adapters: Path, tmp_path: Path) -> None:
+    found = good("merge", adapters / "topic", "--out", tmp_path / "m", "--json").json
+    assert found["num_deltas"] == 2 * LAYERS
+    assert found["max_difference"] < 1e-4
+    assert (tmp_path / "m" / "model.safetensors").exists()
+    assert "give --overwrite" in bad("merge", adapters / "topic", "--out", tmp_path / "m")
+    assert "deltas folded in" in good("merge", adapters / "topic", "--out", tmp_path / "m", "--overwrite").out
+    assert "depends on the token" in bad("merge", adapters / "urgency", "--out", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
+# -------------------------------------------------------------------- predict
+
+
+def _lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+ROWS = (
+    {"adapter": "topic", "text": "The team won the final in the last minute of a long and very eventful evening."},
+    {"adapter": None, "text": "bare"},
+    {"adapter": "urgency", "text": "Help!", "score": "a label is not read"},
+    {"adapter": "topic", "text": "Shares fell."},
+    {"adapter": None, "text": "a pair", "text_pair": "of texts"},
+)
+
+
+def test_predict_keeps_the_order_whatever_the_batches(adapters: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(_lines(*ROWS))
+    at_once = good("predict", "--adapters", adapters, "--input", file).lines
+    assert [a["adapter"] for a in at_once] == [row["adapter"] for row in ROWS]
+    assert [sorted(a) for a in at_once[:2]] == [["adapter", "label", "probabilities"], ["adapter", "embedding"]]
+    assert set(at_once[0]["probabilities"]) == set(load_task("demo/topic").task.labels)
+    assert len(at_once[1]["embedding"]) == WIDTH
+    assert isinstance(at_once[2]["label"], float)
+    both = (f"topic={adapters / 'topic'}", f"urgency={adapters / 'urgency'}")
+    one_by_one = good(
+        *("predict", "--adapters", both[0], "--adapters", both[1], "--window", "1", "--batch-size", "1"),
+        *("--output", tmp_path / "answers.jsonl"),
+        input=_lines(*ROWS),
+    )
+    assert one_by_one.out == ""
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()]
+    for a, b in zip(at_once, written, strict=True):
+        assert a["adapter"] == b["adapter"]
+        assert a.get("label") == pytest.approx(b.get("label"), abs=1e-4)
+        assert a.get("embedding") == pytest.approx(b.get("embedding"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "no valid JSON"),
+        ("[1]", "a line is an object"),
+        ('{"text": "x"}', 'no "adapter"; name one of topic, urgency'),
+        ('{"adapter": "topik", "text": "x"}', "Did you mean 'topic'?"),
+        ('{"adapter": 3, "text": "x"}', "no adapter 3"),
+        ('{"adapter": "topic", "txt": "x"}', "Did you mean 'txt'?"),
+        ('{"adapter": "topic", "text": null}', "is empty"),
+        ('{"adapter": null, "sentence": "x"}', 'has a "text"'),
+    ],
+)
+def test_a_bad_line_is_named_after_the_good_ones_are_answered(adapters: Path, line: str, says: str) -> None:
+    answer = Answer("predict", "--adapters", adapters, input=_lines(ROWS[0]) + "\n" + line + "\n" + _lines(ROWS[3]))
+    assert answer.code == 1
+    assert [a["adapter"] for a in answer.lines] == ["topic"]
+    (problem,) = answer.err.splitlines()
+    assert problem.startswith("error: line 3: ")
+    assert says in problem
+
+
+def test_a_line_that_is_not_utf8_is_named(adapters: Path) -> None:
+    assert "line 1: no valid JSON" in bad(
+        "predict", "--adapters", adapters, input=b'{"adapter": "topic", "text": "\xff"}\n'
+    )
+
+
+def test_one_row_on_the_command_line(adapters: Path) -> None:
+    lines = good("predict", "--adapters", adapters / "topic", "Shares fell.").out.splitlines()
+    assert len(lines) == 2 + 6
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines[2:]]
+    assert shares == sorted(shares, reverse=True)
+    found = good("predict", "--adapters", adapters / "topic", "Shares fell.", "--json").json
+    assert found["label"] == lines[2].split()[0]
+    assert float(good("predict", "--adapters", f"u={adapters / 'urgency'}", "Help!").out) == pytest.approx(0, abs=3)
+
+
+def test_a_fully_tuned_adapter_is_served_beside_the_others(adapters: Path, pair: Path) -> None:
+    rows = (
+        {"adapter": "pair", "sentence1": "a b", "sentence2": "b a"},
+        ROWS[0],
+        {"adapter": "pair", "text": "a b", "text_pair": "b a"},
+    )
+    found = good("predict", "--adapters", pair, "--adapters", adapters / "topic", input=_lines(*rows)).lines
+    assert [a["adapter"] for a in found] == ["pair", "topic", "pair"]
+    assert found[0]["probabilities"] == pytest.approx(found[2]["probabilities"], abs=1e-5)
+    only = good("predict", "--adapters", pair, "a b", "b a", "--json").json
+    assert only["probabilities"] == pytest.approx(found[0]["probabilities"], abs=1e-4)
+
+
+def test_predict_refuses_what_it_cannot_honour(adapters: Path, tmp_path: Path) -> None:
+    one = adapters / "topic"
+    assert "predict needs adapters" in bad("predict", "x")
+    assert "not 1 text(s) for 2" in bad("predict", "--adapters", adapters, "x")
+    assert "two adapters are called 'topic'" in bad("predict", "--adapters", one, "--adapters", one)
+    assert "cannot all be called 'a'" in bad("predict", "--adapters", f"a={adapters}")
+    assert "is not an adapter folder" in bad("predict", "--adapters", tmp_path, "x")
+    assert "drop --input and --output" in bad("predict", "--adapters", one, "x", "--output", tmp_path / "o")
+    (tmp_path / "rows.jsonl").write_text("")
+    assert "Did you mean 'rows.jsonl'?" in bad("predict", "--adapters", one, "--input", tmp_path / "row.jsonl")
+    assert "No such file" in bad("predict", "--adapters", one, "--output", tmp_path / "no" / "o", input="")
+    assert "window=0" in bad("predict", "--adapters", one, "--window", "0")
+    assert "aot_store 'disk'" in bad("predict", "--adapters", one, "--aot-store", "disk", input="")
+    assert "dtype 'float8'" in bad("predict", "--adapters", one, "--dtype", "float8", input="")

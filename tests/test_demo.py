@@ -1,0 +1,59 @@
+"""The demo, quickly, end to end."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from multitune.cli import app
+from multitune.demo import LESSONS, TOLERANCE, DemoResult, DemoRow, run_demo
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The folder, stdout and stderr of `multitune demo --quick`."""
+    out = tmp_path_factory.mktemp("demo")
+    result = CliRunner().invoke(app, ["demo", "--quick", "--out", str(out)])
+    assert result.exit_code == 0, result.stderr
+    return out, result.stdout, result.stderr
+
+
+def test_the_lessons_are_eight_methods_and_all_demo_tasks() -> None:
+    assert len({lesson.method for lesson in LESSONS}) == len(LESSONS) == 8
+    assert {lesson.task for lesson in LESSONS} == {
+        *("sentiment", "topic", "intent", "acceptability", "paraphrase", "urgency")
+    }
+
+
+def test_it_prints_both_tables_within_100_columns(printed: tuple[Path, str, str]) -> None:
+    _, out, err = printed
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for lesson in LESSONS:
+        mine = [line for line in lines if f" {lesson.method} " in line and lesson.task in line]
+        assert len(mine) == 3, "its line in the first table, and two rows in the second"
+    assert sum("embedding" in line for line in lines) == 1
+    assert err.count("\n") == len(LESSONS) + 2
+
+
+def test_the_adapters_are_on_disk(printed: tuple[Path, str, str]) -> None:
+    folder, _, _ = printed
+    assert {file.parent.name for file in folder.glob("*/adapter.json")} == {lesson.name for lesson in LESSONS}
+
+
+def test_a_second_demo_replaces_the_first_and_speaks_json(tmp_path: Path) -> None:
+    for _ in range(2):
+        result = run_demo(tmp_path, quick=True, lessons=LESSONS[1:2])
+    assert result.agrees
+    assert len(result.rows) == 3
+    assert result.rows[0].expected != result.rows[1].expected
+    assert result.bank_bytes < result.backbone_bytes
+
+
+def test_a_disagreement_is_seen() -> None:
+    row = DemoRow(text="x", adapter=None, answer=None, probability=None, expected=None, difference=TOLERANCE)
+    result = DemoResult(adapters=(), rows=(row,), backbone_bytes=0, bank_bytes=0, seconds=0.0)
+    assert result.agrees
+    assert not replace(result, rows=(row, replace(row, difference=2 * TOLERANCE))).agrees
+    assert not replace(result, rows=(row, replace(row, difference=float("nan")))).agrees

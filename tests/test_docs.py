@@ -1,0 +1,83 @@
+"""The documents do what they say: their code runs, and their generated parts are up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import multitune as mt
+from multitune.methods import registry
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(file: str, language: str) -> list[str]:
+    """The fenced blocks of one language in a document."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text("utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def output_gain(tmp_path):
+    """The example method of CONTRIBUTING.md, loaded from a file of its own and forgotten afterwards."""
+    (code,) = (b for b in blocks("CONTRIBUTING.md", "python") if "@register" in b)
+    file = tmp_path / "output_gain.py"
+    file.write_text(code, "utf-8")
+    spec = importlib.util.spec_from_file_location("output_gain", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["output_gain"] = module
+    spec.loader.exec_module(module)
+    yield module.OutputGain
+    del sys.modules["output_gain"]
+    registry._METHODS.pop("output_gain")
+
+
+def test_the_example_method_trains_saves_and_mixes(output_gain, minilm, tmp_path):
+    assert mt.get_method("output_gain") is output_gain
+    data = mt.load_task("demo/topic")
+    settings = {"max_steps": 2, "progress": False}
+    mt.train(minilm, data, output_gain(targets=("ffn_out",)), tmp_path / "gain", learning_rate=0.1, **settings)
+    mt.train(minilm, data, "lora", tmp_path / "lora", **settings)
+    bank = mt.Bank(minilm)
+    for name in ("gain", "lora"):
+        bank.add(name, tmp_path / name)
+    text = "The probe sent back its first pictures."
+    mixed = bank.predict([("gain", text), ("lora", text), (None, text)])
+    for name, answer in zip(("gain", "lora"), mixed, strict=False):
+        (alone,) = bank.predict([(name, text)])
+        torch.testing.assert_close(answer.logits, alone.logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed[0].logits, mixed[1].logits)
+    trained = mt.Adapter.load(tmp_path / "gain", minilm)
+    assert trained.num_method_parameters == 6 * 384
+    assert all(t.abs().max() > 0 for t in trained.params.values())
+
+
+def test_the_readme_names_every_method():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    families = {"AoT P-Tuning (FC)", "AoT P-Tuning (Kronecker)", "Houlsby adapter", "Pfeiffer adapter"}
+    for name in mt.method_names():
+        title = mt.get_method(name).title
+        assert title in readme or title in families, f"README.md does not name {title}"
+
+
+def test_the_readme_code_uses_names_that_exist():
+    used = {n for block in blocks("README.md", "python") for n in re.findall(r"\bmt\.(\w+)", block)}
+    assert used and all(hasattr(mt, name) for name in used), used
+
+
+def test_no_document_links_to_a_file_that_is_not_there():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_generated_pages_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "build_docs.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -1,0 +1,176 @@
+"""Heads: pooling, logits, losses and answers, each against a plain formula."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from multitune import ConfigError, Head
+from multitune.heads import IGNORED, answer, logits, loss, mixed_logits, pool, prediction
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def hidden():
+    """Hidden states `[3, 5, 32]`, the mask of rows of 5, 2 and 1 tokens, and NaN where there is padding."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    return normal(3, 5, 32).masked_fill(mask.unsqueeze(-1) == 0, float("nan")), mask
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs"),
+    [("classification", 3), ("regression", 1), ("multilabel", 4), ("multiple_choice", 1), ("tagging", 3)],
+)
+def test_a_head_fits_its_task(bert, tasks, kind, outputs):
+    head = Head.for_task(tasks[kind], pooling="mean", dropout=0.2)
+    assert (head.kind, head.num_outputs, head.pooling, head.dropout) == (kind, outputs, "mean", 0.2)
+    assert Head(**json.loads(json.dumps(head.settings()))) == head
+    tensors = head.init(bert, torch.Generator().manual_seed(0))
+    assert {k: tuple(t.shape) for k, t in tensors.items()} == {"weight": (outputs, 32), "bias": (outputs,)}
+    assert 0.01 < tensors["weight"].std() < 0.03 and not tensors["bias"].any()
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pooling": "men"}, "pooling 'men' is unknown. Did you mean 'mean'. Choose cls, mean, pooler"),
+        ({"dropout": 1.0}, "head dropout 1.0 is not a probability below 1"),
+        ({"dropout": -0.1}, "head dropout -0.1 is not a probability"),
+    ],
+)
+def test_a_bad_head_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Head(kind="classification", num_outputs=2, **settings)
+
+
+def test_a_pooler_that_is_not_there_is_refused(backbone):
+    head = Head(kind="classification", num_outputs=2, pooling="pooler")
+    if backbone.pooler is not None:
+        return head.check(backbone)
+    with pytest.raises(ConfigError, match=r"has no pretrained pooler; use pooling='cls' or pooling='mean'"):
+        head.init(backbone, torch.Generator())
+    return None
+
+
+# ---- pooling
+
+
+def test_pooling(bert, hidden, close):
+    states, mask = hidden
+    assert torch.equal(pool(bert, states, mask, "cls"), states[:, 0])
+    means = torch.stack([states[0].mean(0), states[1, :2].mean(0), states[2, 0]])
+    close(pool(bert, states, mask, "mean"), means)  # what stands in the padding, NaN here, does not matter
+    close(pool(bert, states[:1], None, "mean"), means[:1])
+    dense = bert.pooler.dense
+    close(pool(bert, states, mask, "pooler"), torch.tanh(states[:, 0] @ dense.weight.T + dense.bias))
+
+
+# ---- logits
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
+@pytest.mark.parametrize("kind", ["classification", "tagging"])
+def test_one_head_and_many_heads_agree(bert, hidden, close, kind, pooling):
+    states, mask = hidden
+    head = Head(kind=kind, num_outputs=4, pooling=pooling)
+    tensors = {"weight": normal(4, 32, seed=1), "bias": normal(4, seed=2)}
+    one = logits(bert, head, tensors, states, mask, training=False)
+    many = mixed_logits(bert, [(head, tensors)] * 3, states, mask)
+    for i, own in enumerate(many):
+        torch.testing.assert_close(own, one[i], equal_nan=True)
+    features = states if kind == "tagging" else pool(bert, states, mask, pooling)
+    torch.testing.assert_close(one, features @ tensors["weight"].T + tensors["bias"], equal_nan=True)
+
+
+def test_heads_of_other_sizes_and_rows_without_one(bert, hidden, close):
+    states, mask = hidden
+    small, large = Head(kind="classification", num_outputs=2), Head(kind="multilabel", num_outputs=7, pooling="mean")
+    tensors = [{"weight": normal(h.num_outputs, 32, seed=3), "bias": normal(h.num_outputs)} for h in (small, large)]
+    first, none, last = mixed_logits(bert, [(small, tensors[0]), None, (large, tensors[1])], states, mask)
+    assert none is None
+    close(first, tensors[0]["weight"] @ states[0, 0] + tensors[0]["bias"])
+    close(last, tensors[1]["weight"] @ states[2, 0] + tensors[1]["bias"])
+    assert mixed_logits(bert, [None], states[:1], None) == [None]
+
+
+def test_dropout_in_training_only(bert):
+    head = Head(kind="classification", num_outputs=2, dropout=0.5)
+    tensors = {"weight": torch.ones(2, 32), "bias": torch.zeros(2)}
+    states = torch.ones(200, 3, 32)
+    torch.manual_seed(0)
+    trained = logits(bert, head, tensors, states, None, training=True)
+    served = logits(bert, head, tensors, states, None, training=False)
+    assert (served == 32).all()
+    assert trained.std() > 1
+    assert abs(trained.mean() - 32) < 1.5
+
+
+# ---- losses
+
+
+def test_losses(close):
+    values = normal(4, 3)
+    targets = torch.tensor([0, 2, 1, 1])
+    log_softmax = values - values.exp().sum(-1, keepdim=True).log()
+    cross_entropy = -torch.stack([log_softmax[i, t] for i, t in enumerate(targets)]).mean()
+    for kind in ("classification", "multiple_choice"):
+        close(loss(Head(kind=kind, num_outputs=3), values, targets), cross_entropy)
+    wanted = torch.tensor([1.0, -2, 0.5, 3])
+    close(loss(Head(kind="regression", num_outputs=1), values[:, :1], wanted), ((values[:, 0] - wanted) ** 2).mean())
+    holds = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    p = 1 / (1 + (-values).exp())
+    entropy = -(holds * p.log() + (1 - holds) * (1 - p).log()).mean()
+    close(loss(Head(kind="multilabel", num_outputs=3), values, holds), entropy)
+    tags = torch.tensor([[0, IGNORED], [IGNORED, 2]])
+    by_word = values.view(2, 2, 3)
+    log_softmax = log_softmax.view(2, 2, 3)
+    close(loss(Head(kind="tagging", num_outputs=3), by_word, tags), -(log_softmax[0, 0, 0] + log_softmax[1, 1, 2]) / 2)
+    half = loss(Head(kind="classification", num_outputs=3), values.bfloat16(), targets)
+    assert half.dtype == torch.float32
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "starts", "label", "probabilities", "id_"),
+    [
+        ("classification", [0.0, math.log(3), 0.0], (), "good", {"bad": 0.2, "good": 0.6, "mixed": 0.2}, 1),
+        ("regression", [1.5], (), 1.5, {}, 1.5),
+        (
+            "multilabel",
+            [0.0, -1e9, 1e9, -0.1],
+            (),
+            ("art", "war"),
+            {"art": 0.5, "law": 0.0, "war": 1.0, "sport": 0.475021},
+            (1, 0, 1, 0),
+        ),
+        ("multiple_choice", [0.0, 0.0, math.log(2)], (), "2", {"0": 0.25, "1": 0.25, "2": 0.5}, 2),
+        ("tagging", [[9.0, 0, 0], [0, 1.0, 0], [0, 9.0, 0], [0, 0, 0.1]], (1, 3), ("B-PER", "I-PER"), {}, (1, 2)),
+    ],
+)
+def test_answers(tasks, kind, values, starts, label, probabilities, id_):
+    task = tasks[kind]
+    got = answer(task, torch.tensor(values), starts)
+    assert got.label == label
+    assert got.probabilities == pytest.approx(probabilities, abs=1e-6)
+    assert prediction(task, torch.tensor(values), starts) == id_
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "multilabel", "multiple_choice", "tagging"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_have_no_label(tasks, kind, bad):
+    values = torch.zeros(2, 3) if kind == "tagging" else torch.zeros(4)
+    values.view(-1)[0] = bad
+    got = answer(tasks[kind], values, (0, 1))
+    assert (got.label, got.probabilities) == (None, {})
+    if kind == "tagging":  # a token that starts no word is nobody's answer
+        assert answer(tasks[kind], values, (1,)).label == ("O",)

@@ -1,0 +1,99 @@
+"""Dependencies point downward, nothing is unpickled, and no code asks for a model's name."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import multitune
+
+ROOT = Path(multitune.__file__).parent
+FILES = sorted(p for p in ROOT.rglob("*.py"))
+
+#: part of the engine -> the parts of multitune that it may import while it is itself imported
+MAY_IMPORT = {
+    "deltas": {"deltas", "errors"},
+    "workspace": set(),
+    "files": set(),
+    "tables": {"deltas", "errors", "files"},
+    "architectures": {"errors"},
+    "sites": {"architectures", "errors"},
+    "plan": {"deltas", "workspace", "errors"},
+    "call": {"deltas", "plan", "errors"},
+    "hooks": {"call", "deltas", "plan", "sites"},
+    "attention": {"call", "deltas", "plan"},
+    "backbone": {"architectures", "attention", "call", "errors", "hooks", "plan", "sites"},
+    "methods": {"deltas", "errors", "methods"},
+    "batching": {"errors"},
+    "heads": {"errors", "tasks"},
+}
+
+
+def imports(tree, *, types_too=False):
+    """(module, names) of every import that runs when the file is imported."""
+
+    def walk(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test) and not types_too:
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, ()) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield child.module or "", tuple(alias.name for alias in child.names)
+            yield from walk(child)
+
+    return list(walk(tree))
+
+
+def part(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if part(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(ROOT)))
+def test_dependencies_point_downward(path):
+    found = set()
+    for module, names in imports(ast.parse(path.read_text("utf-8"))):
+        top, _, rest = module.partition(".")
+        if top == "multitune":
+            found |= {rest.partition(".")[0]} if rest else set(names)
+    assert found <= MAY_IMPORT[part(path)], found - MAY_IMPORT[part(path)]
+
+
+def test_deltas_know_torch_only():
+    outside = set()
+    for path in (ROOT / "deltas").glob("*.py"):
+        outside |= {module.partition(".")[0] for module, _ in imports(ast.parse(path.read_text("utf-8")))}
+    assert outside == {"__future__", "collections", "dataclasses", "torch", "typing", "multitune"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_unpickled_and_peft_is_never_imported(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    found = {module.partition(".")[0] for module, _ in imports(tree, types_too=True)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("torch", "load"), "torch.load unpickles"
+    assert not found & {"pickle", "cPickle", "dill", "joblib", "shelve", "peft"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if part(p) in MAY_IMPORT and p.name != "architectures.py"], ids=lambda p: p.name
+)
+def test_no_code_branches_on_a_models_name(path):
+    """Architecture knowledge is the table in architectures.py."""
+    known = {name for row in multitune.architectures.ARCHITECTURES for name in row.model_types}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in known
+
+
+def test_public_names():
+    assert all(hasattr(multitune, name) for name in multitune.__all__)
+    assert len(set(multitune.__all__)) == len(multitune.__all__)
+    assert {"Adapter", "Backbone", "Bank", "DeltaSet", "Head", "Method", "Plan", "Task"} <= set(multitune.__all__)
