@@ -27,6 +27,7 @@ from multitune.deltas import (
     TokenBias,
     build_table,
 )
+from multitune.deltas.base import stack_view
 from multitune.plan import unpack
 
 I, O, T = 4, 5, 3  # in, out, tokens
@@ -157,6 +158,13 @@ def stacked(deltas):
     return delta
 
 
+def stacked_as_given(deltas):
+    """The many-slot form of deltas that were not brought into canonical form first."""
+    shapes = {name: t.shape for name, t in deltas[0].tensors().items()}
+    flats = {name: torch.stack([d.tensors()[name].reshape(-1) for d in deltas]) for name in shapes}
+    return with_tensors(deltas[0], [stack_view(flats[name], shape) for name, shape in shapes.items()])
+
+
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]
@@ -181,7 +189,8 @@ def test_one_slot_is_its_equation(case, close, gradients):
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("rows_per_slot", [1, 3])
-def test_many_slots_are_the_equation_row_by_row(case, close, gradients, rows_per_slot):
+@pytest.mark.parametrize("stack", [stacked, stacked_as_given])
+def test_many_slots_are_the_equation_row_by_row(case, close, gradients, rows_per_slot, stack):
     deltas = make_deltas(case, 3)
     module, x, y = site_rows(deltas[0], 3 * rows_per_slot)
     expected = torch.stack([case[1](deltas[b // rows_per_slot], x[b], y[b], module) for b in range(len(x))])
@@ -190,7 +199,7 @@ def test_many_slots_are_the_equation_row_by_row(case, close, gradients, rows_per
         return t.clone().reshape(3, rows_per_slot * T, -1)
 
     with torch.set_grad_enabled(gradients):
-        out = stacked(deltas).apply(by_slot(x), by_slot(y), module)
+        out = stack(deltas).apply(by_slot(x), by_slot(y), module)
     close(out.reshape(expected.shape), expected)
 
 

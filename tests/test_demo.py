@@ -44,7 +44,7 @@ def test_the_adapters_are_on_disk(printed: tuple[Path, str, str]) -> None:
 
 def test_a_second_demo_replaces_the_first_and_speaks_json(tmp_path: Path) -> None:
     for _ in range(2):
-        result = run_demo(tmp_path, quick=True, lessons=LESSONS[1:2])
+        result = run_demo(tmp_path, quick=True, lessons=LESSONS[2:3])
     assert result.agrees
     assert len(result.rows) == 3
     assert result.rows[0].expected != result.rows[1].expected

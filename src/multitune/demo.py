@@ -51,14 +51,14 @@ class Lesson:
 TRAINING: Mapping[str, Any] = {"epochs": 8, "pooling": "mean", "progress": False}
 
 LESSONS = (
-    Lesson(task="sentiment", method="aot_fc"),
-    Lesson(task="topic", method="lora"),
-    Lesson(task="intent", method="houlsby"),
+    Lesson(task="sentiment", method="lora"),
+    Lesson(task="topic", method="aot_fc"),
+    Lesson(task="intent", method="ptuning_v2"),
+    Lesson(task="urgency", method="ia3"),
     Lesson(task="acceptability", method="bitfit"),
-    Lesson(task="paraphrase", method="ia3"),
-    Lesson(task="urgency", method="ptuning_v2"),
-    Lesson(task="sentiment", method="prompt"),
-    Lesson(task="intent", method="layernorm"),
+    Lesson(task="paraphrase", method="houlsby"),
+    Lesson(task="sentiment", method="layernorm"),
+    Lesson(task="intent", method="prompt"),
 )
 
 

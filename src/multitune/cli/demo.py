@@ -62,9 +62,11 @@ def _print(result: DemoResult, out: Path) -> None:
         )
         for row in result.rows
     ]
+    weak = [f"{a.task.removeprefix('demo/')} with {a.method}" for a in result.adapters if a.score < a.baseline + 0.1]
     show(
         f"Eight adapters on one frozen backbone, saved in {out}",
         shared.table(adapters, columns, right=("trained", "with head", "size", "score", "baseline", "seconds")),
+        *([f"Not learnt, less than 0.1 above the baseline: {', '.join(weak)}."] if weak else []),
         "",
         f"One batch of {len(rows)} rows",
         shared.table(rows, ("row", "task", "method", "answer", "expected", "vs alone"), right=("vs alone",)),

@@ -26,7 +26,7 @@ class HeadOnly(Method):
     title: ClassVar[str] = "Head only"
     paper: ClassVar[str] = "baseline; the 'frozen' setting of Ben-Zaken et al. 2021, arXiv 2106.10199"
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=5e-3, source="sweep on small tasks (docs/results.md); BitFit's code uses 1e-3"
+        learning_rate=1e-2, source="sweep on small tasks (docs/results.md); BitFit's code uses 1e-3"
     )
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class IA3(SiteMethod):
     title: ClassVar[str] = "(IA)³"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638, section 3.3"
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=5e-3, source="sweep on small tasks (docs/results.md); T-Few uses 3e-3"
+        learning_rate=1e-2, source="sweep on small tasks (docs/results.md); T-Few uses 3e-3"
     )
 
     outputs: Roles = ("key", "value")

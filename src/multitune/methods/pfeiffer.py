@@ -22,7 +22,7 @@ class Pfeiffer(SerialAdapter):
     title: ClassVar[str] = "Pfeiffer adapter"
     paper: ClassVar[str] = "Pfeiffer et al. 2020, arXiv 2005.00247, section 3"
     sublayers: ClassVar[tuple[str, ...]] = ("ffn",)
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3, source="sweep on small tasks (docs/results.md)")
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3, source="sweep on small tasks (docs/results.md)")
 
     reduction_factor: int = 16
     """The bottleneck is the width divided by this."""

@@ -28,7 +28,7 @@ class PTuningV2(SiteMethod):
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2110.07602, section 3.2"
     identity_at_init: ClassVar[bool] = False
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=5e-3, source="sweep on small tasks (docs/results.md); released scripts use 5e-3 to 1e-2"
+        learning_rate=1e-2, source="sweep on small tasks (docs/results.md); released scripts use 5e-3 to 1e-2"
     )
 
     length: int = 16
