@@ -37,7 +37,8 @@ def draw() -> str:
     ]
     for x in (330, 430, 530):
         parts.append(
-            f'<rect x="{x}" y="{TOP - 8}" width="80" height="{bottom - TOP + 8}" rx="10" fill="#f3f3f1" stroke="#c9c9c4"/>'
+            f'<rect x="{x}" y="{TOP - 8}" width="80" height="{bottom - TOP + 8}" rx="10" '
+            f'fill="#f3f3f1" stroke="#c9c9c4"/>'
         )
     for x, name in ((370, "layer 1"), (470, "layer …"), (570, "layer L")):
         parts.append(text(x, bottom + 20, name, 12, "middle", "#666"))
@@ -45,7 +46,8 @@ def draw() -> str:
         y = TOP + STEP * i
         middle = y + 15
         parts.append(
-            f'<rect x="20" y="{y}" width="220" height="30" rx="6" fill="{colour}" fill-opacity="0.16" stroke="{colour}"/>'
+            f'<rect x="20" y="{y}" width="220" height="30" rx="6" '
+            f'fill="{colour}" fill-opacity="0.16" stroke="{colour}"/>'
         )
         parts.append(text(32, y + 20, task, 13, bold=True))
         parts.append(text(228, y + 20, method, 12, "end", "#444"))

@@ -93,6 +93,10 @@ def test_save_replaces_and_saving_again_gives_the_same_bytes(bert, random_adapte
     one, two = random_adapter(bert, AoTFC(r=2), 1), random_adapter(bert, LoRA(), 2)
     one.save(tmp_path / "a").fuse(bert)
     (tmp_path / "a" / "stray").write_text("x")
+    with pytest.raises(ConfigError, match="stray"):
+        two.save(tmp_path / "a")
+    assert Adapter.load(tmp_path / "a", bert).method == AoTFC(r=2)
+    (tmp_path / "a" / "stray").unlink()
     two.save(tmp_path / "a")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter.json", "adapter.safetensors"}
     assert Adapter.load(tmp_path / "a", bert).method == LoRA()

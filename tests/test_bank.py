@@ -205,20 +205,6 @@ def test_removing_frees_the_tensors(bert, random_adapter):
         bank.predict([("a", "good film")])
 
 
-def test_no_two_adapters_share_a_slot(bert, random_adapter):
-    bank = Bank(bert)
-    adapter = random_adapter(bert, HeadOnly(), 1)
-    for i in range(5):
-        bank.add(str(i), adapter)
-    bank.remove("2")
-    bank.add("5", adapter)
-    slots = [entry.slot for entry in bank._entries.values()]
-    assert len(set(slots)) == 5 and 0 not in slots  # slot 0 is the bare backbone
-
-
-# ---- the byte budget
-
-
 def test_the_budget_evicts_the_one_used_longest_ago_and_reloads_it(bert, saved, close):
     unlimited = Bank(bert)
     folders = {name: saved(name, LoRA(), i) for i, name in enumerate("abc")}

@@ -42,13 +42,19 @@ def test_the_adapters_are_on_disk(printed: tuple[Path, str, str]) -> None:
     assert {file.parent.name for file in folder.glob("*/adapter.json")} == {lesson.name for lesson in LESSONS}
 
 
-def test_a_second_demo_replaces_the_first_and_speaks_json(tmp_path: Path) -> None:
+def test_a_second_demo_replaces_the_first(tmp_path: Path) -> None:
     for _ in range(2):
         result = run_demo(tmp_path, quick=True, lessons=LESSONS[2:3])
     assert result.agrees
     assert len(result.rows) == 3
     assert result.rows[0].expected != result.rows[1].expected
     assert result.bank_bytes < result.backbone_bytes
+
+
+def test_it_replaces_adapters_only(tmp_path: Path) -> None:
+    (tmp_path / LESSONS[-1].name).mkdir()
+    with pytest.raises(ConfigError, match="is not an adapter"):
+        run_demo(tmp_path, quick=True)
 
 
 def test_a_disagreement_is_seen() -> None:

@@ -35,6 +35,9 @@ FORMAT = 1
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
 
+#: What an adapter's folder may hold: these two, a fused table, and what training leaves beside them.
+FILES = (CONFIG_FILE, TENSOR_FILE, tables.TABLE_FILE, "history.json", "curve.png")
+
 _KEYS = (
     "format", "multitune", "name", "method", "head", "task", "max_length", "backbone", "metrics", "recipe", "seed",
     "parameters", "tensors_sha256", "table",
@@ -147,7 +150,7 @@ class Adapter:
             config = self._config(sha256(temporary / TENSOR_FILE), table=None)
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
-        replace_folder(folder, write)
+        replace_folder(folder, write, ours=FILES)
         return replace(self, path=folder, table=None)
 
     def fuse(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> Adapter:

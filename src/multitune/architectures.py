@@ -1,7 +1,7 @@
 """Where each architecture keeps its sites: one table, and nothing else knows a model's module names.
 
 To support another architecture, add one `Architecture` row below. Paths are relative to one layer unless
-they say "model"; `check` in `sites.find_sites` refuses a row whose paths do not exist in the model.
+they say "model"; `sites.find_sites` refuses a row whose paths do not exist in the model.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Backbone:
 
     def clone(self) -> Backbone:
         """An independent copy of the model; only full fine-tuning and merging need one."""
-        model = copy.deepcopy(self.model)  # hooks and all: other threads may be running batches, which need them
+        model = copy.deepcopy(self.model)  # wrappers and all: other threads may be running batches, which need them
         hooks.strip(model)
         for site in self.sites:
             if site.kind == "attention" and self.disentangled_sites:
@@ -118,6 +118,7 @@ class Backbone:
         model.__dict__.pop("_multitune_owner", None)
         copied = Backbone(model, self.tokenizer, self.name)
         copied.__dict__["fingerprint"] = self.fingerprint
+        copied.tokenizer_lock = self.tokenizer_lock  # one tokenizer, one lock
         return copied
 
     # ---------------------------------------------------------------- shape
@@ -219,7 +220,7 @@ class Backbone:
     def fingerprint(self) -> str:
         """Tells whether an adapter belongs to these weights: a hash of the names, shapes and sampled values.
 
-        Values are sampled evenly (at most 256 a tensor) and rounded to bfloat16, so that the same weights loaded
+        Values are sampled evenly (a few hundred a tensor) and rounded to bfloat16, so that the same weights loaded
         in bfloat16 keep their fingerprint. By way of float16 they would be rounded twice and now and then
         otherwise, so `load` takes the fingerprint before it casts to float16.
         """
@@ -239,7 +240,7 @@ class Backbone:
         return bool(self._undo)
 
     def attach(self) -> None:
-        """Put the sites' hooks on; harmless when they are on."""
+        """Instrument the sites; harmless when they are."""
         if self.attached:
             return
         if getattr(self.model, "_multitune_owner", None):
@@ -254,7 +255,7 @@ class Backbone:
         self._undo.append(lambda: self.model.__dict__.pop("_multitune_owner", None))
 
     def detach(self) -> None:
-        """Take the hooks off: the model is bit for bit what it was before `attach`."""
+        """Undo `attach`: the model is bit for bit what it was before `attach`."""
         for undo in reversed(self._undo):
             undo()
         self._undo = []

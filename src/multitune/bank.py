@@ -52,14 +52,18 @@ class Prediction:
 class _Entry:
     """One adapter in the bank: on disk, and in memory while the budget allows."""
 
-    def __init__(self, name: str, adapter: Adapter, slot: int) -> None:
+    def __init__(self, name: str, adapter: Adapter) -> None:
         self.name = name
         self.adapter = adapter
-        self.slot = slot
         self.delta_set: DeltaSet | None = None
         self.head_params: dict[str, Tensor] = {}
         self.prompt_length = 0
         self.last_used = 0
+
+    def nbytes(self) -> int:
+        """Bytes in memory: deltas and head."""
+        head = sum(t.numel() * t.element_size() for t in self.head_params.values())
+        return head + (self.delta_set.nbytes() if self.delta_set is not None else 0)
 
 
 class Bank:
@@ -82,7 +86,8 @@ class Bank:
                 batch; smallest), "ram" (a table per adapter in memory; fastest) or "mmap" (a table per adapter
                 on disk, of which only the rows in use are read; needs `multitune fuse`).
             memory_budget: bytes of adapter tensors kept in memory; beyond it the adapter used longest ago is
-                dropped and read again from its folder when a row asks for it. `None` keeps all.
+                dropped and read again from its folder when a row asks for it. `None` keeps all. Not counted: the
+                packed tensors of running plans, and backbones of fully tuned adapters.
 
         Raises:
             ConfigError: an unknown store.
@@ -95,7 +100,6 @@ class Bank:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
         self._workspace = Workspace()
-        self._next_slot = 1  # slot 0 is the identity: the bare backbone
         self._clock = 0
         self._resident_bytes = 0
         self._standalone: dict[str, Bank] = {}
@@ -116,13 +120,12 @@ class Bank:
         with self._lock:
             if name in self._entries:
                 raise AdapterError(f"the bank already has an adapter '{name}'; remove it first: bank.remove({name!r})")
-            entry = _Entry(name, adapter, self._next_slot)
-            self._next_slot += 1
+            entry = _Entry(name, adapter)
             self._fill(entry)
             self._entries[name] = entry
 
     def remove(self, name: str) -> None:
-        """Take an adapter out and free its slot; batches that are running finish with it."""
+        """Take an adapter out; batches that are running finish with it."""
         with self._lock:
             entry = self._find(name)
             self._drop(entry)
@@ -179,7 +182,7 @@ class Bank:
         if adapter.path is not None:
             # The served form is all that stays; the trained form can be read again.
             entry.adapter = replace(adapter, params={}, head_params={})
-        self._resident_bytes += entry.delta_set.nbytes()
+        self._resident_bytes += entry.nbytes()
         self._make_room(keep=entry)
 
     def _make_room(self, keep: _Entry) -> None:
@@ -195,7 +198,7 @@ class Bank:
 
     def _drop(self, entry: _Entry) -> None:
         if entry.delta_set is not None:
-            self._resident_bytes -= entry.delta_set.nbytes()
+            self._resident_bytes -= entry.nbytes()
             entry.delta_set, entry.head_params = None, {}
 
     # ---------------------------------------------------------------- plans
@@ -256,8 +259,7 @@ class Bank:
         alone = self._served_alone(rows, first)
         if alone is not None:
             return alone._predict(rows, batch_size, first)
-        if self.backbone.model.training:
-            raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
+        self._check_idle()
         found = self._lookup([name for name, _ in rows], first)
         sequences = self._encode(rows, found, first)
         order = sorted(range(len(sequences)), key=lambda i: sequences[i].length, reverse=True)
@@ -302,6 +304,7 @@ class Bank:
 
     def _forward(self, sequences: Sequence[_Sequence]) -> None:
         """One forward pass; leaves each sequence its logits or embedding on the CPU."""
+        self._check_idle()
         backbone = self.backbone
         batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
         with torch.no_grad():
@@ -318,6 +321,11 @@ class Bank:
         for s, v in zip(sequences, values, strict=True):
             assert v is not None
             s.values = v.float().cpu()
+
+    def _check_idle(self) -> None:
+        """Checked before every pass: a run that starts meanwhile would put dropout into the answers."""
+        if self.backbone.model.training:
+            raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
 
     def _served_alone(self, rows: Sequence[Row], first: int) -> Bank | None:
         """The bank of a fully tuned backbone, if all rows ask for one and the same; `None` if none does.

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,14 +45,21 @@ def current_call() -> Call:
     return call
 
 
-@contextlib.contextmanager
-def active(call: Call) -> Iterator[None]:
-    """Make `call` the current one for this thread until the block ends, however it ends."""
-    token = _CURRENT.set(call)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+class active:
+    """Make `call` the current one for this thread until the block ends, however it ends.
+
+    May be entered again: a graph that is kept recomputes its layers in every backward pass.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._tokens: list[Token[Call]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_CURRENT.set(self._call))
+
+    def __exit__(self, *exception: object) -> None:
+        _CURRENT.reset(self._tokens.pop())
 
 
 def recompute_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -223,6 +229,12 @@ class Prompts:
         """`[P]`: the row each vector goes into."""
         lead = (mask.cumsum(1) == 0).sum(1)  # left padding stays left of everything
         end = lead + mask.sum(1)
+        holes = end != _ends(mask)
+        if bool(holes.any()):
+            raise PlanError(
+                f"row {plan.number(int(holes.nonzero()[0]))}: its attention_mask has a hole, so that a prompt has no "
+                f"place in it; put the padding at the row's ends"
+            )
         before = torch.where(at < 0, end[self.row], lead[self.row] + at)
         before = torch.minimum(before, end[self.row])
         index_in_row = torch.arange(len(at), device=device) - (lengths.cumsum(0) - lengths)[self.row]
@@ -304,7 +316,7 @@ def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
     contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
     values = torch.empty if contiguous else torch.zeros
     dtype = functools.reduce(torch.promote_types, (source.table.dtype for _, source in plan.tables))
-    out = values((stop - start) * width, *first.shape[1:], dtype=dtype)
+    out = values((stop - start) * width, *first.shape[1:], dtype=dtype, device=first.device)
     for where, source in plan.tables:
         part = out[(where.start - start) * width : (where.stop - start) * width]
         source.rows_into(ids[where].reshape(-1).to(first.device), part)

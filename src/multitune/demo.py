@@ -16,15 +16,13 @@ from typing import Any
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE
 from multitune.backbone import Backbone
 from multitune.bank import Bank, Prediction
+from multitune.errors import ConfigError
 from multitune.methods import get_method
-from multitune.tasks import Task, TaskData, compute, load_task, split_table
+from multitune.tasks import Task, TaskData, compute, load_task
 from multitune.training import evaluate, train
 
 TOLERANCE = 1e-4
 """Largest difference between a row's answer in the mixed batch and its answer alone: float32 arithmetic."""
-
-CHOSEN_BY = 0.2
-"""Share of the training rows that picks the best epoch, so that the held-out rows are seen once, at the end."""
 
 BARE_TEXT = "A row without an adapter gets the embedding of the bare backbone."
 
@@ -39,8 +37,6 @@ class Lesson:
     """Name of the method."""
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     """Its hyper-parameters, where they are not the usual ones."""
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Training settings, where they are not those of `TRAINING`."""
 
     @property
     def name(self) -> str:
@@ -48,7 +44,8 @@ class Lesson:
         return f"{self.task}-{self.method}"
 
 
-TRAINING: Mapping[str, Any] = {"epochs": 8, "pooling": "mean", "progress": False}
+TRAINING: Mapping[str, Any] = {"epochs": 6, "pooling": "mean", "progress": False}
+"""Training settings of all lessons; the rest are the usual ones."""
 
 LESSONS = (
     Lesson(task="sentiment", method="lora"),
@@ -140,8 +137,14 @@ def run_demo(
         quick: one epoch on a few rows, to see that everything runs; the scores mean nothing then.
         backbone: by default "minilm".
         report: called with a line of progress now and then.
+
+    Raises:
+        ConfigError: something in `out` that is not an adapter stands where one would go.
     """
     start = perf_counter()
+    for folder in (Path(out) / lesson.name for lesson in lessons):
+        if folder.exists() and not (folder / CONFIG_FILE).exists():
+            raise ConfigError(f"{folder} would be replaced, and is not an adapter; give another folder with --out")
     backbone = backbone or Backbone.load("minilm")
     report(f"backbone {backbone.name}: {backbone.num_parameters:,} frozen parameters")
     tasks = {lesson.task: load_task(f"demo/{lesson.task}") for lesson in lessons}
@@ -171,24 +174,16 @@ def run_demo(
 
 
 def _learn(backbone: Backbone, lesson: Lesson, data: TaskData, out: Path, quick: bool) -> DemoAdapter:
-    """Train one adapter, save it, and judge it on the held-out rows."""
-    chosen = {**TRAINING, **lesson.training}
-    rows, judges = split_table(data.train, CHOSEN_BY, seed=0, label=data.task.label)
-    held_out = data.validation
+    """Train one adapter, judge it on the held-out rows, save it."""
+    rows, held_out, chosen = data.train, data.validation, dict(TRAINING)
     if quick:
-        chosen |= {"epochs": 1}
-        rows, judges, held_out = (table.select(range(min(16, len(table)))) for table in (rows, judges, held_out))
+        rows, held_out, chosen = rows.select(range(16)), held_out.select(range(16)), chosen | {"epochs": 1}
     method = get_method(lesson.method).from_settings(lesson.method_settings)
+    # The best epoch is chosen by the training rows: the held-out rows are looked at once, here, and choose nothing.
+    result = train(backbone, replace(data, train=rows, validation=rows), method, name=lesson.name, **chosen)
+    scores = evaluate(backbone, result.adapter, held_out)
     path = out / lesson.name
-    result = train(
-        backbone,
-        replace(data, train=rows, validation=judges),
-        method,
-        path,
-        name=lesson.name,
-        overwrite=True,
-        **chosen,
-    )
+    replace(result.adapter, metrics=scores).save(path)
     return DemoAdapter(
         name=lesson.name,
         task=data.task.name,
@@ -197,7 +192,7 @@ def _learn(backbone: Backbone, lesson: Lesson, data: TaskData, out: Path, quick:
         with_head=result.num_method_parameters + result.num_head_parameters,
         num_bytes=sum((path / file).stat().st_size for file in (CONFIG_FILE, TENSOR_FILE)),
         metric=data.task.metric,
-        score=evaluate(backbone, path, held_out)[data.task.metric],
+        score=scores[data.task.metric],
         baseline=_baseline(data.task, rows, held_out),
         seconds=result.seconds,
         path=path,

@@ -6,8 +6,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from multitune.errors import ConfigError
 
 # The only way to read the mask is to set it, which must not happen while other threads create files.
 _UMASK = os.umask(0o022)
@@ -30,8 +32,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
-def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary folder beside `path`, then move it into place, replacing what is there."""
+def replace_folder(path: Path, write: Callable[[Path], object], *, ours: Iterable[str] | None = None) -> None:
+    """Let `write` fill a temporary folder beside `path`, then move it into place, replacing what is there.
+
+    Args:
+        ours: names of the files that may be replaced; `None` replaces whatever is there.
+
+    Raises:
+        ConfigError: `path` is a file, or a folder that holds anything else.
+    """
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; give a folder")
+    inside = [p.name for p in path.iterdir()] if path.exists() and ours is not None else []
+    foreign = sorted(set(inside) - set(ours or ()))
+    if foreign:
+        raise ConfigError(
+            f"{path} holds other files ({', '.join(foreign[:3])}), which would be lost; give a new folder"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = temporary.with_name(temporary.name + ".old")

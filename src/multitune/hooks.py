@@ -48,7 +48,7 @@ def wrap_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Undo:
 
 
 def strip(model: nn.Module) -> None:
-    """Take the hooks off a deep copy of an instrumented model, which has copies of them; other hooks stay."""
+    """Take hooks and wrappers off a deep copy of an instrumented model, which has copies of them; other hooks stay."""
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "__module__", None) == __name__:
             del module.__dict__["forward"]  # it would run the original's weights
@@ -103,6 +103,10 @@ def _norm(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
+def _reads_input(steps: list[Step]) -> bool:
+    return any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps)
+
+
 def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     assert site.enters is not None
     name = site.name
@@ -110,7 +114,7 @@ def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = current_call()
         steps = call.plan.steps.get(name)
-        if steps and any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps):
+        if steps and _reads_input(steps):
             call.captured[name] = args[0] if args else kwargs["hidden_states"]
 
     def make(original: Forward) -> Forward:
@@ -120,7 +124,8 @@ def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
             steps = call.plan.steps.get(name)
             if steps is None:
                 return y
-            return _run(steps, call.captured.pop(name, y), y, module, call.plan.num_rows)
+            x = call.captured.pop(name) if _reads_input(steps) else y
+            return _run(steps, x, y, module, call.plan.num_rows)
 
         return forward
 

@@ -17,6 +17,12 @@ from multitune.plan import DeltaSet, Plan
 
 HEAD_FILE = "head.safetensors"
 
+#: Files of an earlier merge, which a new one may replace.
+_MERGED = (
+    HEAD_FILE, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "spm.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
@@ -26,9 +32,10 @@ class MergeReport:
     """Folder of the checkpoint."""
     num_deltas: int
     """Deltas folded into weights."""
-    max_difference: float
-    """Largest absolute difference of the last hidden states, merged against attached, on probe inputs."""
-    max_magnitude: float
+    max_difference: float | None
+    """Largest absolute difference of the last hidden states, merged against attached, on probe inputs; `None` for
+    full fine-tuning, whose weights are the checkpoint's and have no attached form."""
+    max_magnitude: float | None
     """Largest absolute value of those hidden states, to judge the difference by."""
 
 
@@ -55,7 +62,9 @@ def merge_deltas(backbone: Backbone, deltas: DeltaSet) -> Backbone:
     with torch.no_grad():
         for site, of_site in deltas.by_site.items():
             module: nn.Module = merged.model.get_submodule(modules[site])
-            for delta in of_site:  # in the order they apply: a scale comes after the low-rank update it scales
+            # In the order they apply, so that a scale finds the low-rank update it scales; what changes the input
+            # comes last, because it acts on all that reads the input.
+            for delta in sorted(of_site, key=lambda d: d.changes_input):
                 delta.merge(module)
     return merged
 
@@ -91,7 +100,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
             ) from error
         num_deltas = sum(len(d) for d in deltas.by_site.values())
         attached = backbone
-    difference, magnitude = _compare(attached or merged, deltas, merged)
+    difference, magnitude = (None, None) if attached is None else _compare(attached, deltas, merged)
     folder = Path(output_dir)
     merged.detach()  # a checkpoint must not record the instrumented attention
 
@@ -101,7 +110,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
             backbone.tokenizer.save_pretrained(temporary)
         save_file({k: t.cpu().contiguous() for k, t in adapter.head_params.items()}, temporary / HEAD_FILE)
 
-    replace_folder(folder, write)
+    replace_folder(folder, write, ours=_MERGED)
     return MergeReport(path=folder, num_deltas=num_deltas, max_difference=difference, max_magnitude=magnitude)
 
 
@@ -113,6 +122,7 @@ def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone) -> tuple[fl
     ids[ids == attached.pad_id] = attached.placeholder_id  # some models derive positions from padding ids
     ids = ids.to(attached.device)
     with torch.no_grad():
-        expected: Tensor = attached.run(Plan([deltas] * len(ids)), ids)
+        served = deltas.fused(attached.dtype, attached.device)
+        expected: Tensor = attached.run(Plan([served] * len(ids)), ids)
         found = merged.run(Plan([None] * len(ids)), ids)
     return float((expected - found).abs().max()), float(expected.abs().max())

@@ -123,5 +123,7 @@ def merge_command(
         print_json({"checkpoint": str(report.path), **values, "max_magnitude": report.max_magnitude})
         return
     columns = ("checkpoint", "deltas folded in", "largest difference", "of values up to")
-    cells = (report.path, report.num_deltas, f"{report.max_difference:.1e}", f"{report.max_magnitude:.1f}")
+    difference = "not compared" if report.max_difference is None else f"{report.max_difference:.1e}"
+    magnitude = "" if report.max_magnitude is None else f"{report.max_magnitude:.1f}"
+    cells = (report.path, report.num_deltas, difference, magnitude)
     show(shared.table([cells], columns, right=columns[1:]))

@@ -64,6 +64,10 @@ def predict(
         raise ConfigError(f"window={window} is not possible; give at least 1")
     if texts and (input_ != "-" or output is not None):
         raise ConfigError("a row on the command line is answered alone, on standard output; drop --input and --output")
+    if output is not None and input_ != "-" and output.resolve() == Path(input_).resolve():
+        raise ConfigError(
+            f"--output {output} is the input, which would be emptied before it is read; give another file"
+        )
     first = Adapter.load(next(iter(folders.values())))
     bank = Bank(shared.backbone_of(first, backbone, device, dtype), aot_store=aot_store)  # type: ignore[arg-type]
     for name, folder in folders.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
 
 from multitune.deltas.base import Delta
+from multitune.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,3 +28,11 @@ class Prompt(Delta):
     """`[P, E]`"""
     at: tuple[int, ...]
     """For each vector, the word it stands in front of; non-decreasing, or all -1."""
+
+    def __post_init__(self) -> None:
+        ordered = all(a <= b for a, b in pairwise(self.at)) and (min(self.at) >= 0 or set(self.at) == {-1})
+        if len(self.at) != self.vectors.shape[0] or not ordered:
+            raise ConfigError(
+                f"a prompt of {self.vectors.shape[0]} vectors needs as many places, non-decreasing from 0 or all -1, "
+                f"not at={self.at}"
+            )
