@@ -15,6 +15,7 @@ from multitune import (
     AoTKronecker,
     BackboneError,
     Bank,
+    ConfigError,
     FullFineTuning,
     LoRA,
     MultituneError,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from multitune import ConfigError
 from multitune.cli import app
 from multitune.demo import LESSONS, TOLERANCE, DemoResult, DemoRow, run_demo
 

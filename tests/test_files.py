@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,14 +70,15 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     program = f"""
-import importlib.util, pathlib
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})  # without the rest, which loads slowly
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import pathlib, sys, types
+package = types.ModuleType("multitune")  # the file alone: the package around it loads slowly
+package.__path__ = [{str(Path(files.__file__).parent)!r}]
+sys.modules["multitune"] = package
+from multitune.files import replace_file
 i = 0
 while True:
     i += 1
-    module.replace_file(pathlib.Path({str(tmp_path / "a")!r}), lambda t: t.write_text(str(i) * 200_000))
+    replace_file(pathlib.Path({str(tmp_path / "a")!r}), lambda t: t.write_text(str(i) * 200_000))
     if i == 1:
         print("ready", flush=True)
 """

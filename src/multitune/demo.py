@@ -13,12 +13,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE
 from multitune.backbone import Backbone
 from multitune.bank import Bank, Prediction
 from multitune.errors import ConfigError
 from multitune.methods import get_method
-from multitune.tasks import Task, TaskData, compute, load_task
+from multitune.tasks import Task, compute, load_task
 from multitune.training import evaluate, train
 
 TOLERANCE = 1e-4
@@ -126,6 +128,7 @@ def run_demo(
     out: str | Path,
     *,
     quick: bool = False,
+    threads: int = 1,
     backbone: Backbone | None = None,
     lessons: Sequence[Lesson] = LESSONS,
     report: Callable[[str], None] = lambda line: None,
@@ -135,6 +138,8 @@ def run_demo(
     Args:
         out: folder for the adapters, one folder each; adapters of an earlier demo are replaced.
         quick: one epoch on a few rows, to see that everything runs; the scores mean nothing then.
+        threads: CPU threads. The scores depend on their number in the last digits; and on a machine that has
+            other work, one is faster than two.
         backbone: by default "minilm".
         report: called with a line of progress now and then.
 
@@ -142,30 +147,29 @@ def run_demo(
         ConfigError: something in `out` that is not an adapter stands where one would go.
     """
     start = perf_counter()
+    if threads < 1:
+        raise ConfigError(f"threads={threads} is not possible; give at least 1")
     for folder in (Path(out) / lesson.name for lesson in lessons):
         if folder.exists() and not (folder / CONFIG_FILE).exists():
             raise ConfigError(f"{folder} would be replaced, and is not an adapter; give another folder with --out")
-    backbone = backbone or Backbone.load("minilm")
-    report(f"backbone {backbone.name}: {backbone.num_parameters:,} frozen parameters")
-    tasks = {lesson.task: load_task(f"demo/{lesson.task}") for lesson in lessons}
-    trained = []
-    for number, lesson in enumerate(lessons, start=1):
-        made = _learn(backbone, lesson, tasks[lesson.task], Path(out), quick)
-        report(
-            f"[{number}/{len(lessons)}] {lesson.task} with {lesson.method}: {made.metric} {made.score:.3f} "
-            f"in {made.seconds:.1f} s"
-        )
-        trained.append(made)
-    rows = [row for lesson in lessons for row in _questions(lesson, tasks[lesson.task])]
-    rows.append(_Question(adapter=None, row=BARE_TEXT, text=BARE_TEXT, expected=None))
-    report(f"one batch: {len(rows)} rows, {len(trained)} adapters and the bare backbone, loaded from {out}")
-    bank = Bank(backbone)
-    for made in trained:
-        bank.add(made.name, made.path)
-    together = bank.predict([(q.adapter, q.row) for q in rows], batch_size=len(rows))
-    alone = _alone(backbone, {made.name: made.path for made in trained}, rows)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        backbone = backbone or Backbone.load("minilm")
+        report(f"backbone {backbone.name}: {backbone.num_parameters:,} frozen parameters")
+        adapters = _learn_all(backbone, lessons, Path(out), quick, report)
+        rows = [question for lesson in lessons for question in _questions(lesson)]
+        rows.append(_Question(adapter=None, row=BARE_TEXT, text=BARE_TEXT, expected=None))
+        report(f"one batch: {len(rows)} rows, {len(adapters)} adapters and the bare backbone, loaded from {out}")
+        bank = Bank(backbone)
+        for adapter in adapters:
+            bank.add(adapter.name, adapter.path)
+        together = bank.predict([(q.adapter, q.row) for q in rows], batch_size=len(rows))
+        alone = _alone(backbone, {adapter.name: adapter.path for adapter in adapters}, rows)
+    finally:
+        torch.set_num_threads(threads_before)
     return DemoResult(
-        adapters=tuple(trained),
+        adapters=tuple(adapters),
         rows=tuple(_compare(q, a, b) for q, a, b in zip(rows, together, alone, strict=True)),
         backbone_bytes=sum(p.numel() * p.element_size() for p in backbone.model.parameters()),
         bank_bytes=bank.resident_bytes,
@@ -173,8 +177,23 @@ def run_demo(
     )
 
 
-def _learn(backbone: Backbone, lesson: Lesson, data: TaskData, out: Path, quick: bool) -> DemoAdapter:
+def _learn_all(
+    backbone: Backbone, lessons: Sequence[Lesson], out: Path, quick: bool, report: Callable[[str], None]
+) -> list[DemoAdapter]:
+    adapters = []
+    for number, lesson in enumerate(lessons, start=1):
+        made = _learn(backbone, lesson, out, quick)
+        adapters.append(made)
+        report(
+            f"[{number}/{len(lessons)}] {lesson.task} with {lesson.method}: {made.metric} {made.score:.3f} "
+            f"in {made.seconds:.1f} s"
+        )
+    return adapters
+
+
+def _learn(backbone: Backbone, lesson: Lesson, out: Path, quick: bool) -> DemoAdapter:
     """Train one adapter, judge it on the held-out rows, save it."""
+    data = load_task(f"demo/{lesson.task}")
     rows, held_out, chosen = data.train, data.validation, dict(TRAINING)
     if quick:
         rows, held_out, chosen = rows.select(range(16)), held_out.select(range(16)), chosen | {"epochs": 1}
@@ -217,8 +236,9 @@ class _Question:
     expected: str | float | None
 
 
-def _questions(lesson: Lesson, data: TaskData) -> Iterator[_Question]:
+def _questions(lesson: Lesson) -> Iterator[_Question]:
     """Two held-out rows of a task: the first, and the next whose answer differs."""
+    data = load_task(f"demo/{lesson.task}")
     rows = [dict(row) for row in data.validation]
     label = data.task.label
     other = next(row for row in rows if row[label] != rows[0][label])

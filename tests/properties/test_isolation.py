@@ -136,11 +136,14 @@ def run(backbone, sets, rows, order=None):
         return backbone.run(Plan(sets), *rows.padded(order))
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["trainable", "fused"])
+@pytest.mark.parametrize("form", ["trainable", "fused", "fused, in pieces"])
 @draws(25)
 @given(mix=mixes())
-def test_each_row_equals_the_row_alone(backbone, delta_set, random_rows, close, fused, mix):
+def test_each_row_equals_the_row_alone(backbone, delta_set, random_rows, close, monkeypatch, form, mix):
     tasks, owners, lengths = mix
+    fused = form != "trainable"
+    if form == "fused, in pieces":
+        monkeypatch.setattr(plan, "SPLIT_POSITIONS", 0)
     made = make(backbone, delta_set, tasks, fused)
     sets = [None if o is None else made[o] for o in owners]
     rows = random_rows(backbone, lengths)

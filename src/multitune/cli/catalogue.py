@@ -85,7 +85,7 @@ def methods(name: MethodName = None, backbone: BackboneName = "minilm", as_json:
         (
             f.name,
             f.title,
-            ", ".join(f.deltas) or ("all weights" if not f.mixes else "none"),
+            " ".join(f.deltas) or ("all weights" if not f.mixes else "none"),
             "does not fit" if f.parameters is None else count(f.parameters),
             "" if f.percent is None else f"{f.percent:.2f}",
             "yes" if f.merges else "no",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +22,14 @@ def demo(
         bool, typer.Option("--quick", help="One epoch on a few rows, to see that everything runs.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the trained adapters.")] = Path("adapters-demo"),
+    threads: Annotated[
+        int, typer.Option(help="CPU threads. More are faster on an idle machine, and slower on a busy one.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train eight adapters with eight methods, then answer one batch that mixes them all; offline, in minutes."""
     backbone = shared.load_backbone("minilm")
-    result = run_demo(out, quick=quick, backbone=backbone, report=note)
+    result = run_demo(out, quick=quick, threads=threads, backbone=backbone, report=note)
     if as_json:
         values = asdict(result) | {"max_difference": result.max_difference, "agrees": result.agrees}
         print_json(values)
@@ -66,7 +70,7 @@ def _print(result: DemoResult, out: Path) -> None:
     show(
         f"Eight adapters on one frozen backbone, saved in {out}",
         shared.table(adapters, columns, right=("trained", "with head", "size", "score", "baseline", "seconds")),
-        *([f"Not learnt, less than 0.1 above the baseline: {', '.join(weak)}."] if weak else []),
+        *(textwrap.wrap(f"Less than 0.1 above the baseline: {', '.join(weak)}.", width=100) if weak else []),
         "",
         f"One batch of {len(rows)} rows",
         shared.table(rows, ("row", "task", "method", "answer", "expected", "vs alone"), right=("vs alone",)),
