@@ -128,7 +128,7 @@ def run_demo(
     out: str | Path,
     *,
     quick: bool = False,
-    threads: int = 1,
+    threads: int = 2,
     backbone: Backbone | None = None,
     lessons: Sequence[Lesson] = LESSONS,
     report: Callable[[str], None] = lambda line: None,

@@ -24,7 +24,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trained adapters.")] = Path("adapters-demo"),
     threads: Annotated[
         int, typer.Option(help="CPU threads. More are faster on an idle machine, and slower on a busy one.")
-    ] = 1,
+    ] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Train eight adapters with eight methods, then answer one batch that mixes them all; offline, in minutes."""
