@@ -128,7 +128,8 @@ def test_version() -> None:
     assert good("--version").out == f"multitune {__version__}\n"
 
 
-def test_as_a_process_data_and_errors_go_separate_ways() -> None:
+def test_as_a_process_data_and_errors_go_separate_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MULTITUNE_DATA", raising=False)  # more tasks are listed with it
     # one process that runs two commands, because importing torch takes longer than all else here
     program = (
         "import sys, subprocess\nfrom multitune.cli import main\n"
@@ -213,7 +214,8 @@ def test_tasks() -> None:
     assert "different, paraphrase" in good("tasks", "demo/paraphrase").out
 
 
-def test_tasks_in_a_folder(tmp_path: Path) -> None:
+def test_tasks_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MULTITUNE_DATA", raising=False)  # more tasks are listed with it
     assert "data_dir" in bad("tasks", "--data", tmp_path / "none")
     assert good("tasks", "--data", tmp_path).out.split() == list(list_tasks())
 
@@ -501,6 +503,15 @@ def test_a_fully_tuned_adapter_is_served_beside_the_others(adapters: Path, pair:
     assert found[0]["probabilities"] == pytest.approx(found[2]["probabilities"], abs=1e-5)
     only = good("predict", "--adapters", pair, "a b", "b a", "--json").json
     assert only["probabilities"] == pytest.approx(found[0]["probabilities"], abs=1e-4)
+
+
+def test_several_adapters_may_follow_one_option(adapters: Path) -> None:
+    both = (adapters / "topic", f"u={adapters / 'urgency'}")
+    rows = _lines({"adapter": "u", "text": "Help!"}, ROWS[0])
+    found = good("predict", "--adapters", *both, "--input", "-", input=rows).lines
+    assert [a["adapter"] for a in found] == ["u", "topic"]
+    long = "a very long text " * 500
+    assert good("predict", "--adapters", adapters / "topic", long, "--json").json["adapter"] == "topic"
 
 
 def test_predict_refuses_what_it_cannot_honour(adapters: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +30,8 @@ def predict(
     adapters: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]FOLDER",
-            help="An adapter, or a folder of adapters; may be repeated. An adapter goes by the name of its folder.",
+            metavar="[NAME=]FOLDER...",
+            help="Adapters, or a folder of adapters. An adapter goes by the name of its folder, or by NAME.",
             show_default=False,
         ),
     ] = None,
@@ -59,7 +60,10 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines out, in order."""
-    folders = adapter_folders(adapters or ())
+    # An option takes one value, so of `--adapters a b`, or `--adapters all/*`, the rest arrives among the texts.
+    more = [text for text in texts or () if adapters and _is_adapter(text)]
+    texts = [text for text in texts or () if text not in more]
+    folders = adapter_folders([*(adapters or ()), *more])
     if window < 1:
         raise ConfigError(f"window={window} is not possible; give at least 1")
     if texts and (input_ != "-" or output is not None):
@@ -97,6 +101,11 @@ def _one_row(bank: Bank, texts: Sequence[str], as_json: bool) -> None:
         show(shared.table([(n, f"{p:.1%}") for n, p in ranked], ("label", "probability"), right=("probability",)))
     else:
         print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
+
+
+def _is_adapter(text: str) -> bool:
+    # os.path, because a text may be too long for a path, which pathlib reports as an error
+    return any(os.path.isfile(os.path.join(place, CONFIG_FILE)) for place in (text, text.rpartition("=")[2]) if place)
 
 
 def adapter_folders(named: Iterable[str]) -> dict[str, Path]:
