@@ -195,7 +195,9 @@ def random_params():
         fresh = method.init(backbone, generator)
         if method.changes_weights:
             std = std / 10  # whole matrices move, and the model should still work
-        return {k: t + torch.randn(t.shape, generator=generator) * std for k, t in fresh.items()}
+        return {
+            k: t + torch.randn(t.shape, generator=generator) * std if method.trains(k) else t for k, t in fresh.items()
+        }
 
     return make
 

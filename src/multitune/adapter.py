@@ -80,7 +80,7 @@ class Adapter:
     @property
     def num_method_parameters(self) -> int:
         """Trained parameters without the head."""
-        return sum(t.numel() for t in self.params.values())
+        return sum(t.numel() for name, t in self.params.items() if self.method.trains(name))
 
     @property
     def num_head_parameters(self) -> int:

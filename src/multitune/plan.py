@@ -95,7 +95,7 @@ class DeltaSet:
         """A copy for serving: canonical, detached, in `dtype` on `device`, its packs already made."""
 
         def move(t: Tensor) -> Tensor:
-            return t.detach().to(device=device, dtype=dtype)
+            return t.detach().to(device=device, dtype=dtype if t.is_floating_point() else t.dtype)
 
         with torch.no_grad():
             served = DeltaSet(

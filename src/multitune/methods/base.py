@@ -59,12 +59,34 @@ class Method:
     """Whether fusing writes a table by token id."""
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
-        """The trainable tensors of a fresh adapter, float32 on the CPU, by name.
+        """The tensors of a fresh adapter by name, on the CPU; float32, or whole numbers where they are indices.
 
         Raises:
             ConfigError: the hyper-parameters do not fit this backbone.
         """
         raise NotImplementedError
+
+    def trains(self, name: str) -> bool:
+        """Whether the tensor `name` of `init` is trained; the others are saved with it but stay as they were."""
+        return True
+
+    def learning_rate_factor(self, name: str) -> float:
+        """What the learning rate is multiplied by for the tensor `name`."""
+        return 1.0
+
+    def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
+        """Change `params` in place after optimizer step `step` of `num_steps`, counted from 1; runs without gradients.
+
+        The gradients of the step are still there, as `params[name].grad`. What must survive a kill belongs into
+        tensors of `init` that are not trained: those are part of every checkpoint.
+        """
+
+    def finish(self, params: Mapping[str, Tensor], backbone: Backbone) -> tuple[Method, Mapping[str, Tensor]]:
+        """An equal method and tensors in their smallest form: what a finished run saves.
+
+        A reparametrisation that only training needs is computed once and dropped here.
+        """
+        return self, params
 
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         """The deltas that `params` yield, by site name; differentiable. Fusing is calling it once without gradients."""
@@ -72,7 +94,8 @@ class Method:
 
     def num_parameters(self, backbone: Backbone) -> int:
         """Trainable parameters on a backbone, the head excluded."""
-        return sum(t.numel() for t in self.init(backbone, torch.Generator().manual_seed(0)).values())
+        fresh = self.init(backbone, torch.Generator().manual_seed(0))
+        return sum(t.numel() for name, t in fresh.items() if self.trains(name))
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as JSON values."""

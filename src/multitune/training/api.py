@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,11 @@ def train(
         split: TaskRows(backbone, data.task, table, max_length=max_length, split=split)
         for split, table in (("train", data.train), ("validation", data.validation))
     }
-    facts = {"num_train": len(rows["train"]), "num_validation": len(rows["validation"])}
+    facts = {
+        "num_train": len(rows["train"]),
+        "num_validation": len(rows["validation"]),
+        "trained_parameters": model.num_trained,
+    }
     checkpoints = None
     if output is not None:
         checkpoints = Checkpoints(output)
@@ -128,7 +133,7 @@ def train(
         best_metric=adapter.metrics[data.task.metric],
         best_step=int(trainer.state.best_global_step or 0),
         num_steps=trainer.state.global_step,
-        num_method_parameters=adapter.num_method_parameters,
+        num_method_parameters=model.num_trained,
         num_head_parameters=adapter.num_head_parameters,
         peak_memory_bytes=_peak_memory(backbone.device),
     )
@@ -234,7 +239,7 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
 
 def _room(model: TuningModel, config: TrainConfig) -> int:
     """Tokens a text may have beside the prompt."""
-    params = {n: p.detach() for n, p in zip(model.names, model.params, strict=True)}
+    params = {n: p.detach() for n, p in model.own().items()}
     prompt = DeltaSet(model.method.deltas(params, model.backbone)).prompt_length
     return min(config.max_length, model.backbone.max_length - prompt)
 
@@ -259,15 +264,19 @@ def _adapter(
     facts: dict[str, int],
 ) -> Adapter:
     assert trainer.best is not None
-    params = {k.removeprefix("method."): t for k, t in trainer.best.items() if k.startswith("method.")}
+    params: Mapping[str, Tensor] = {
+        k.removeprefix("method."): t for k, t in trainer.best.items() if k.startswith("method.")
+    }
     if model.method.changes_weights:
         before = dict(backbone.model.named_parameters())
         params = {k: t for k, t in params.items() if not torch.equal(t, before[k].detach().float().cpu())}
+    with torch.no_grad():
+        method, params = model.method.finish(params, backbone)
     recipe = {k: v for k, v in trainer.config.to_dict().items() if k not in COSMETIC} | facts
     recipe |= {"steps": trainer.state.global_step, "best_step": trainer.state.best_global_step}
     return Adapter(
         name=name,
-        method=model.method,
+        method=method,
         params=params,
         head=model.head,
         head_params={k.removeprefix("head."): t for k, t in trainer.best.items() if k.startswith("head.")},

@@ -34,8 +34,8 @@ class TuningModel(nn.Module):
     ) -> None:
         """
         Args:
-            params: the method's tensors by name, float32; a tensor that is a parameter already (full fine-tuning:
-                one of the backbone's own) is trained in place.
+            params: the method's tensors by name; those that `method.trains` are float32. A tensor that is a parameter
+                already (full fine-tuning: one of the backbone's own) is trained in place.
             num_choices: multiple choice: sequences per row.
             autocast: dtype of mixed precision, `None` for none.
         """
@@ -48,8 +48,8 @@ class TuningModel(nn.Module):
         self.names = tuple(params)
         self.head_names = tuple(head_params)
         # Lists, because a module's parameter may not have a dot in its name and the methods' tensors do.
-        self.params = nn.ParameterList([_parameter(t, backbone) for t in params.values()])
-        self.head_params = nn.ParameterList([_parameter(t, backbone) for t in head_params.values()])
+        self.params = nn.ParameterList([_parameter(t, backbone, method.trains(n)) for n, t in params.items()])
+        self.head_params = nn.ParameterList([_parameter(t, backbone, True) for t in head_params.values()])
 
     def forward(
         self,
@@ -71,7 +71,7 @@ class TuningModel(nn.Module):
         ids, mask, types = (None if t is None else t.to(device) for t in (input_ids, attention_mask, token_type_ids))
         assert ids is not None
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            params = {name: p.to(backbone.dtype) for name, p in zip(self.names, self.params, strict=True)}
+            params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
             delta_set = DeltaSet(self.method.deltas(params, backbone))
             hidden = backbone.run(Plan([delta_set] * len(ids)), ids, mask, types)
             tensors = dict(zip(self.head_names, self.head_params, strict=True))
@@ -88,9 +88,18 @@ class TuningModel(nn.Module):
         self.backbone.model.train(mode)
         return self
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """The method's tensors by name, in float32 or whole numbers."""
+        return dict(zip(self.names, self.params, strict=True))
+
+    @property
+    def num_trained(self) -> int:
+        """Trained parameters without the head."""
+        return sum(p.numel() for p in self.params if p.requires_grad)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every trained tensor by its name in an adapter file; not copies."""
-        own = {f"method.{n}": p.detach() for n, p in zip(self.names, self.params, strict=True)}
+        """Every tensor by its name in an adapter file; not copies."""
+        own = {f"method.{n}": p.detach() for n, p in self.own().items()}
         return own | {f"head.{n}": p.detach() for n, p in zip(self.head_names, self.head_params, strict=True)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -104,5 +113,8 @@ class TuningModel(nn.Module):
         return {name: t.to("cpu", copy=True) for name, t in self.tensors().items()}
 
 
-def _parameter(t: Tensor, backbone: Backbone) -> nn.Parameter:
-    return t if isinstance(t, nn.Parameter) else nn.Parameter(t.detach().to(backbone.device, torch.float32, copy=True))
+def _parameter(t: Tensor, backbone: Backbone, trained: bool) -> nn.Parameter:
+    if isinstance(t, nn.Parameter):
+        return t
+    dtype = torch.float32 if t.is_floating_point() else t.dtype
+    return nn.Parameter(t.detach().to(backbone.device, dtype, copy=True), requires_grad=trained)

@@ -96,7 +96,7 @@ class TuningTrainer(Trainer):
         _ = args.device  # sets the number of GPUs, which must then be one: the backbone sits on one device
         args._n_gpu = min(args._n_gpu, 1)
         rhythm = _Rhythm(steps_per_epoch, self.max_steps, config.evaluations_per_epoch)
-        callbacks: list[TrainerCallback] = [rhythm]
+        callbacks: list[TrainerCallback] = [rhythm, _AfterStep(model, self.max_steps)]
         if config.progress:
             callbacks.append(_Bar(self.metric))
         super().__init__(model=model, args=args, train_dataset=train, callbacks=callbacks)
@@ -141,19 +141,23 @@ class TuningTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW. Deltas decay towards none, which is the backbone; of its own weights only matrices decay."""
         if self.optimizer is None:
-            tuned, config = self.tuned, self.config
-            decayed: list[nn.Parameter] = []
-            kept: list[nn.Parameter] = []
-            for name, p in zip(tuned.names, tuned.params, strict=True):
-                absolute = tuned.method.changes_weights and (p.ndim < 2 or name.endswith(".bias"))
-                (kept if absolute else decayed).append(p)
+            tuned, rate = self.tuned, self.config.learning_rate or 0.0
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, p in tuned.own().items():
+                if p.requires_grad:
+                    absolute = tuned.method.changes_weights and (p.ndim < 2 or name.endswith(".bias"))
+                    decay = 0.0 if absolute else self.config.weight_decay or 0.0
+                    groups.setdefault((decay, tuned.method.learning_rate_factor(name)), []).append(p)
             for name, p in zip(tuned.head_names, tuned.head_params, strict=True):
-                (decayed if name == "weight" else kept).append(p)
-            groups: list[dict[str, Any]] = [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": kept, "weight_decay": 0.0},
-            ]
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate or 0.0)
+                decay = (self.config.weight_decay or 0.0) if name == "weight" else 0.0
+                groups.setdefault((decay, 1.0), []).append(p)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": params, "weight_decay": decay, "lr": rate * factor}
+                    for (decay, factor), params in groups.items()
+                ],
+                lr=rate,
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -329,6 +333,18 @@ class _Rhythm(TrainerCallback):
         evaluate = in_epoch in self.in_epoch or step >= self.max_steps
         control.should_log = evaluate or step % self.log_every == 0
         control.should_evaluate = control.should_save = evaluate
+
+
+class _AfterStep(TrainerCallback):
+    """Lets the method change its tensors after each optimizer step, while the gradients are still there."""
+
+    def __init__(self, model: TuningModel, num_steps: int) -> None:
+        self.model = model
+        self.num_steps = num_steps
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self.model.method.after_step(self.model.own(), state.global_step + 1, self.num_steps)
 
 
 class _Bar(TrainerCallback):
