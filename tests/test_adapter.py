@@ -67,13 +67,13 @@ def test_save_then_load_is_bit_equal(bert, random_adapter, tmp_path, name):
     adapter = dataclasses.replace(adapter, seed=7)
     saved = adapter.save(tmp_path / "a")
     assert saved.path == tmp_path / "a"
-    assert dataclasses.replace(saved, path=None) == dataclasses.replace(adapter, path=None)
+    assert dataclasses.replace(saved, path=None, digest=None) == adapter
     for loaded in (Adapter.load(tmp_path / "a", bert), Adapter.load(str(tmp_path / "a"))):
         for one, two in ((loaded.params, adapter.params), (loaded.head_params, adapter.head_params)):
             assert one.keys() == two.keys()
             assert all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in two)
         for field in dataclasses.fields(Adapter):
-            if field.name not in ("params", "head_params", "path"):
+            if field.name not in ("params", "head_params", "path", "digest"):
                 assert getattr(loaded, field.name) == getattr(adapter, field.name), field.name
         assert loaded.path == tmp_path / "a"
         assert loaded.num_method_parameters == sum(t.numel() for t in adapter.params.values())
@@ -420,3 +420,20 @@ def test_every_fault_is_one_of_ours(bert, folder):
         except MultituneError:
             failed += 1
     assert failed > len(content) / 7 / 4
+
+
+def test_fusing_what_was_replaced_on_disk_is_refused(bert, random_adapter, tmp_path):
+    first = random_adapter(bert, AoTKronecker(r=2), 1).save(tmp_path / "a")
+    second = random_adapter(bert, AoTKronecker(r=2), 2).save(tmp_path / "a")
+    with pytest.raises(AdapterError, match="was replaced since adapter 'aot_kronecker-1' was loaded"):
+        first.fuse(bert)
+    assert second.fuse(bert).table is not None
+
+
+def test_a_relative_folder_is_found_from_another_one(bert, random_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = random_adapter(bert, LoRA(), 1).save("a")
+    loaded = Adapter.load("a", bert)
+    monkeypatch.chdir("/")
+    assert saved.path == loaded.path == tmp_path / "a"
+    assert loaded.reload(bert).digest == saved.digest

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import threading
 import weakref
 
 import pytest
@@ -146,13 +147,13 @@ def _with_pooling(adapter, pooling):
 def test_adding_touches_neither_the_backbone_nor_the_others(bert, random_adapter):
     bank = Bank(bert)
     bank.add("first", random_adapter(bert, LoRA(), 0))
-    entry = bank._entries["first"].delta_set
+    entry = bank._entries["first"].served
     bits = {k: t.clone() for k, t in bert.model.state_dict().items()}
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in bert.model.modules()]
     per_adapter = bank.resident_bytes
     for i in range(1, 30):
         bank.add(str(i), random_adapter(bert, LoRA(), i))
-    assert bank._entries["first"].delta_set is entry
+    assert bank._entries["first"].served is entry
     one = random_adapter(bert, LoRA(), 0)
     assert bank.resident_bytes == 30 * per_adapter == 30 * 4 * (one.num_method_parameters + one.num_head_parameters)
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in bert.model.modules()] == hooks
@@ -196,7 +197,7 @@ def test_removing_frees_the_tensors(bert, random_adapter):
     bank = Bank(bert)
     for _ in range(3):
         bank.add("a", random_adapter(bert, PTuningV2(), 1))
-        held = weakref.ref(bank._entries["a"].delta_set)
+        held = weakref.ref(bank._entries["a"].served.delta_set)
         assert bank.resident_bytes > 0
         bank.remove("a")
         gc.collect()
@@ -219,7 +220,7 @@ def test_the_budget_evicts_the_one_used_longest_ago_and_reloads_it(bert, saved, 
         assert bank.resident_bytes <= 2 * one
 
     def resident():
-        return {n for n, e in bank._entries.items() if e.delta_set is not None}
+        return {n for n, e in bank._entries.items() if e.served is not None}
 
     assert resident() == {"b", "c"}
     close(logits(bank, [("b", "good film")])[0], expected["b"])
@@ -243,7 +244,7 @@ def test_every_method_answers_the_same_after_eviction(bert, name, saved, close):
     before = bank.predict([("a", "good film")])[0]
     bank.add("b", saved("b", LoRA(), 2))
     bank.predict([("b", "good film")])
-    assert bank._entries["a"].delta_set is None
+    assert bank._entries["a"].served is None
     after = bank.predict([("a", "good film")])[0]
     close(after.logits, before.logits)
     assert after.label == before.label
@@ -255,8 +256,37 @@ def test_what_is_only_in_memory_is_never_evicted(bert, random_adapter, saved):
     bank.add("disk", saved("disk", LoRA(), 2))
     first = logits(bank, [("memory", "good film")])[0]
     bank.predict([("disk", "good film")])
-    assert bank._entries["memory"].delta_set is not None
+    assert bank._entries["memory"].served is not None
     assert torch.equal(logits(bank, [("memory", "good film")])[0], first)
+
+
+def test_a_folder_that_holds_another_adapter_after_eviction_is_refused(bert, saved, random_adapter):
+    bank = Bank(bert, memory_budget=0)
+    bank.add("a", saved("a", LoRA(), 1))
+    bank.add("b", saved("b", LoRA(), 2))
+    saved("a", LoRA(), 3)
+    with pytest.raises(AdapterError, match=r"a was replaced since adapter 'lora-1' was loaded from it"):
+        bank.predict([("a", "good film")])
+    bank.remove("a")
+    bank.add("a", folder := saved("a", LoRA(), 3))
+    assert bank.predict([("a", "good film")]) and bank.adapter("a").path == folder
+
+
+def test_rows_of_one_adapter_do_not_wait_while_another_is_read(bert, saved):
+    bank = Bank(bert)
+    for i, name in enumerate("ab"):
+        bank.add(name, saved(name, LoRA(), i))
+    answered = threading.Event()
+
+    def ask():
+        bank.predict([("b", "good film")])
+        answered.set()
+
+    with bank._entries["a"].loading:  # as a thread holds it that reads the folder of "a"
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert answered.wait(60)
+    thread.join()
 
 
 def test_a_folder_that_is_gone_after_eviction_is_named(bert, saved):

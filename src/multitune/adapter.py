@@ -73,7 +73,9 @@ class Adapter:
     version: str = __version__
     """Library version that wrote it."""
     path: Path | None = None
-    """Where it was loaded from or saved to."""
+    """Where it was loaded from or saved to; absolute."""
+    digest: str | None = None
+    """sha256 of its file of tensors; `None` if it is not on disk."""
     table: Mapping[str, Any] | None = None
     """If fused: dtype and sha256 of the table of token rows."""
 
@@ -141,7 +143,8 @@ class Adapter:
 
     def save(self, path: str | Path) -> Adapter:
         """Write the adapter folder atomically and return the adapter with its path. A table is not carried over."""
-        folder = Path(path)
+        folder = Path(path).absolute()
+        digests: list[str] = []
 
         def write(temporary: Path) -> None:
             tensors = {f"method.{k}": t.detach().cpu().contiguous() for k, t in self.params.items()}
@@ -149,9 +152,10 @@ class Adapter:
             save_file(tensors, temporary / TENSOR_FILE)
             config = self._config(sha256(temporary / TENSOR_FILE), table=None)
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            digests.append(config["tensors_sha256"])
 
         replace_folder(folder, write, ours=FILES)
-        return replace(self, path=folder, table=None)
+        return replace(self, path=folder, table=None, digest=digests[0])
 
     def fuse(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> Adapter:
         """Compute the table of token rows once and write it into the adapter's folder.
@@ -167,12 +171,14 @@ class Adapter:
         if self.path is None:
             raise AdapterError(f"adapter '{self.name}' is not on disk yet; save it first: adapter.save(FOLDER)")
         self.check_backbone(backbone)
+        self._check_unchanged(sha256(self.path / TENSOR_FILE) if (self.path / TENSOR_FILE).exists() else None)
         (delta,) = self.method.deltas({k: t.to(backbone.device) for k, t in self.params.items()}, backbone)["layers"]
         assert isinstance(delta, TokenBias)
         file = self.path / tables.TABLE_FILE
         tables.write_table(file, build_table(delta.source.served(), backbone.vocab_size, dtype))
         table = {"dtype": str(dtype).removeprefix("torch."), "sha256": sha256(file)}
-        config = self._config(sha256(self.path / TENSOR_FILE), table)
+        assert self.digest is not None
+        config = self._config(self.digest, table)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         replace_file(self.path / CONFIG_FILE, lambda temporary: temporary.write_text(text, "utf-8"))
         return replace(self, table=table)
@@ -208,7 +214,7 @@ class Adapter:
             AdapterError: a file is missing, damaged, of another format, or its tensors are not as expected.
             BackboneError: the adapter belongs to another backbone.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()
         config = _read_config(folder)
         try:
             unknown = [key for key in ("name", "fingerprint") if key not in config["backbone"]]
@@ -228,6 +234,7 @@ class Adapter:
                 seed=config["seed"],
                 version=config["multitune"],
                 path=folder,
+                digest=config["tensors_sha256"],
                 table=config["table"],
             )
         except (MultituneError, TypeError, KeyError) as error:
@@ -242,6 +249,24 @@ class Adapter:
         adapter = replace(adapter, params=params, head_params=head_params)
         adapter._check_tensors(folder / TENSOR_FILE, tensors, backbone)
         return adapter
+
+    def reload(self, backbone: Backbone) -> Adapter:
+        """This adapter with its tensors read again from its folder.
+
+        Raises:
+            AdapterError: as `load`; or the folder holds another adapter by now.
+        """
+        assert self.path is not None
+        fresh = Adapter.load(self.path, backbone)
+        self._check_unchanged(fresh.digest)
+        return fresh
+
+    def _check_unchanged(self, digest: str | None) -> None:
+        if digest != self.digest:
+            raise AdapterError(
+                f"{self.path} was replaced since adapter '{self.name}' was loaded from it (its tensors differ); "
+                f"load it again: Adapter.load({str(self.path)!r}), and in a bank remove and add it"
+            )
 
     def _check_tensors(self, file: Path, tensors: Mapping[str, Tensor], backbone: Backbone | None) -> None:
         problems = [f"'{k}' holds values that are not finite" for k, t in tensors.items() if not _finite(t)]

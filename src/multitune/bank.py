@@ -49,21 +49,44 @@ class Prediction:
         return out | {"label": label, "probabilities": self.probabilities}
 
 
+@dataclass(frozen=True, eq=False)
+class _Served:
+    """One adapter in memory, as a running batch sees it."""
+
+    name: str
+    adapter: Adapter
+    delta_set: DeltaSet
+    head_params: dict[str, Tensor]
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions its prompt adds to a row."""
+        return self.delta_set.prompt_length
+
+    def nbytes(self) -> int:
+        """Bytes in memory: deltas and head."""
+        return self.delta_set.nbytes() + sum(t.numel() * t.element_size() for t in self.head_params.values())
+
+    def texts(self, row: Any) -> tuple[tuple[str, ...], ...]:
+        """The sequences of a row; its label, if it has one, is not read."""
+        task = self.adapter.task
+        if isinstance(row, dict) and task.label in row:
+            row = {k: v for k, v in row.items() if k != task.label}
+        return task.encode(row).texts
+
+
 class _Entry:
     """One adapter in the bank: on disk, and in memory while the budget allows."""
 
     def __init__(self, name: str, adapter: Adapter) -> None:
         self.name = name
         self.adapter = adapter
-        self.delta_set: DeltaSet | None = None
-        self.head_params: dict[str, Tensor] = {}
-        self.prompt_length = 0
+        self.served: _Served | None = None
         self.last_used = 0
-
-    def nbytes(self) -> int:
-        """Bytes in memory: deltas and head."""
-        head = sum(t.numel() * t.element_size() for t in self.head_params.values())
-        return head + (self.delta_set.nbytes() if self.delta_set is not None else 0)
+        self.loading = threading.Lock()
+        """Held while this adapter is read or its backbone copied; taken before the bank's own lock, never under it."""
+        self.alone: Bank | None = None
+        """Fully tuned adapters: a bank on a backbone of their own, made when a row first asks for it."""
 
 
 class Bank:
@@ -102,7 +125,6 @@ class Bank:
         self._workspace = Workspace()
         self._clock = 0
         self._resident_bytes = 0
-        self._standalone: dict[str, Bank] = {}
 
     # ---------------------------------------------------------------- contents
 
@@ -117,12 +139,18 @@ class Bank:
             adapter = Adapter.load(adapter, self.backbone)
         adapter.check_backbone(self.backbone)
         adapter.head.check(self.backbone)
+        entry = _Entry(name, adapter)
+        self._check_free(name)
+        served = None if adapter.method.changes_weights else self._load(entry)
         with self._lock:
-            if name in self._entries:
-                raise AdapterError(f"the bank already has an adapter '{name}'; remove it first: bank.remove({name!r})")
-            entry = _Entry(name, adapter)
-            self._fill(entry)
+            self._check_free(name)
             self._entries[name] = entry
+            if served is not None:
+                self._keep(entry, served)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._entries:
+            raise AdapterError(f"the bank already has an adapter '{name}'; remove it first: bank.remove({name!r})")
 
     def remove(self, name: str) -> None:
         """Take an adapter out; batches that are running finish with it."""
@@ -130,7 +158,6 @@ class Bank:
             entry = self._find(name)
             self._drop(entry)
             del self._entries[name]
-            self._standalone.pop(name, None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,40 +193,51 @@ class Bank:
             )
         return entry
 
-    def _fill(self, entry: _Entry) -> None:
-        """Bring an adapter into memory, from its folder if the budget had dropped it."""
-        self._clock += 1
-        entry.last_used = self._clock
-        if entry.delta_set is not None or entry.adapter.method.changes_weights:
-            return
+    def _get(self, entry: _Entry) -> _Served:
+        """The adapter in memory, read again from its folder if the budget had dropped it."""
+        with entry.loading:  # the other adapters' rows do not wait for this one's file
+            with self._lock:
+                if entry.served is not None:
+                    self._touch(entry)
+                    return entry.served
+            served = self._load(entry)
+            with self._lock:
+                if self._entries.get(entry.name) is entry:  # it may have been removed meanwhile
+                    self._keep(entry, served)
+            return served
+
+    def _load(self, entry: _Entry) -> _Served:
+        """The served form of an adapter; leaves the entry only what cannot be read again."""
         adapter = entry.adapter
         if not adapter.head_params and adapter.path is not None:
-            adapter = Adapter.load(adapter.path, self.backbone)
+            adapter = adapter.reload(self.backbone)
+        delta_set = adapter.delta_set(self.backbone, aot_store=self.aot_store)
         device, dtype = self.backbone.device, self.backbone.dtype
-        entry.delta_set = adapter.delta_set(self.backbone, aot_store=self.aot_store)
-        entry.head_params = {k: t.to(device=device, dtype=dtype) for k, t in adapter.head_params.items()}
-        entry.prompt_length = entry.delta_set.prompt_length
+        head_params = {k: t.to(device=device, dtype=dtype) for k, t in adapter.head_params.items()}
         if adapter.path is not None:
-            # The served form is all that stays; the trained form can be read again.
             entry.adapter = replace(adapter, params={}, head_params={})
-        self._resident_bytes += entry.nbytes()
-        self._make_room(keep=entry)
+        return _Served(entry.name, entry.adapter, delta_set, head_params)
 
-    def _make_room(self, keep: _Entry) -> None:
+    def _touch(self, entry: _Entry) -> None:
+        self._clock += 1
+        entry.last_used = self._clock
+
+    def _keep(self, entry: _Entry, served: _Served) -> None:
+        """Count an adapter in, and drop others if the budget asks for it; under the lock."""
+        entry.served = served
+        self._touch(entry)
+        self._resident_bytes += served.nbytes()
         while self.memory_budget is not None and self._resident_bytes > self.memory_budget:
-            droppable = [
-                e
-                for e in self._entries.values()
-                if e is not keep and e.delta_set is not None and e.adapter.path is not None
-            ]
+            others = [e for e in self._entries.values() if e is not entry and e.served is not None]
+            droppable = [e for e in others if e.adapter.path is not None]
             if not droppable:
                 return
             self._drop(min(droppable, key=lambda e: e.last_used))
 
     def _drop(self, entry: _Entry) -> None:
-        if entry.delta_set is not None:
-            self._resident_bytes -= entry.nbytes()
-            entry.delta_set, entry.head_params = None, {}
+        if entry.served is not None:
+            self._resident_bytes -= entry.served.nbytes()
+            entry.served = None
 
     # ---------------------------------------------------------------- plans
 
@@ -213,26 +251,19 @@ class Bank:
         with torch.no_grad():
             return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self._workspace)
 
-    def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[_Snapshot | None]:
+    def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[_Served | None]:
         """The adapters of a batch as they are now, so that later removals do not reach it."""
-        found: dict[str, _Snapshot] = {}
-        out: list[_Snapshot | None] = []
+        entries: dict[str, _Entry] = {}
         with self._lock:
             for row, name in enumerate(names, start=first):
-                if name is None:
-                    out.append(None)
+                if name is None or name in entries:
                     continue
-                if name not in found:
-                    entry = self._find(name, f"row {row}: ")
-                    if entry.adapter.method.changes_weights:
-                        raise MixError(_cannot_mix(row, entry))
-                    self._fill(entry)
-                    assert entry.delta_set is not None
-                    found[name] = _Snapshot(
-                        name, entry.adapter, entry.delta_set, entry.head_params, entry.prompt_length
-                    )
-                out.append(found[name])
-        return out
+                entry = self._find(name, f"row {row}: ")
+                if entry.adapter.method.changes_weights:
+                    raise MixError(_cannot_mix(row, entry))
+                entries[name] = entry
+        found = {name: self._get(entry) for name, entry in entries.items()}
+        return [None if name is None else found[name] for name in names]
 
     # ---------------------------------------------------------------- prediction
 
@@ -268,7 +299,7 @@ class Bank:
         per_row: list[list[_Sequence]] = [[] for _ in rows]
         for s in sequences:
             per_row[s.row].append(s)
-        return [_read(snapshot, parts) for snapshot, parts in zip(found, per_row, strict=True)]
+        return [_read(served, parts) for served, parts in zip(found, per_row, strict=True)]
 
     def predict_stream(self, rows: Iterable[Row], *, batch_size: int = 32, window: int = 512) -> Iterator[Prediction]:
         """`predict` for rows without end: answers come in order, `window` rows are read ahead to pack by length."""
@@ -277,29 +308,29 @@ class Bank:
             yield from self._predict(chunk, batch_size, first)
             first += len(chunk)
 
-    def _encode(self, rows: Sequence[Row], found: Sequence[_Snapshot | None], first: int) -> list[_Sequence]:
+    def _encode(self, rows: Sequence[Row], found: Sequence[_Served | None], first: int) -> list[_Sequence]:
         """Tokenize all rows, those of equal settings in one call."""
-        pending: dict[tuple[int, bool], list[tuple[int, _Snapshot | None, tuple[str, ...]]]] = {}
-        for i, ((_, row), snapshot) in enumerate(zip(rows, found, strict=True)):
+        pending: dict[tuple[int, bool], list[tuple[int, _Served | None, tuple[str, ...]]]] = {}
+        for i, ((_, row), served) in enumerate(zip(rows, found, strict=True)):
             try:
-                texts = _bare_texts(row) if snapshot is None else snapshot.texts(row)
+                texts = _bare_texts(row) if served is None else served.texts(row)
             except MultituneError as error:
                 raise type(error)(f"row {first + i}: {error}") from error
             length, words = self.backbone.max_length, False
-            if snapshot is not None:
-                length = min(snapshot.adapter.max_length, length - snapshot.prompt_length)
-                words = snapshot.adapter.task.kind == "tagging"
-            pending.setdefault((length, words), []).extend((i, snapshot, t) for t in texts)
+            if served is not None:
+                length = min(served.adapter.max_length, length - served.prompt_length)
+                words = served.adapter.task.kind == "tagging"
+            pending.setdefault((length, words), []).extend((i, served, t) for t in texts)
         out = []
         for (length, words), items in pending.items():
             encoded = encode(self.backbone, [t for _, _, t in items], max_length=length, words=words)
-            for (i, snapshot, _), e in zip(items, encoded, strict=True):
+            for (i, served, _), e in zip(items, encoded, strict=True):
                 if len(e) > length:  # not even the special tokens fit
                     raise PlanError(
                         f"row {first + i}: {len(e)} tokens cannot be cut to the {length} that the backbone's "
                         f"{self.backbone.max_length} positions, the prompt and max_length leave; shorten the prompt"
                     )
-                out.append(_Sequence(i, snapshot, e))
+                out.append(_Sequence(i, served, e))
         return out
 
     def _forward(self, sequences: Sequence[_Sequence]) -> None:
@@ -308,11 +339,11 @@ class Bank:
         backbone = self.backbone
         batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
         with torch.no_grad():
-            plan = Plan([s.snapshot.delta_set if s.snapshot else None for s in sequences], self._workspace)
+            plan = Plan([s.served.delta_set if s.served else None for s in sequences], self._workspace)
             hidden = backbone.run(plan, batch.input_ids, batch.attention_mask, batch.token_type_ids)
-            own = [(s.snapshot.adapter.head, s.snapshot.head_params) if s.snapshot else None for s in sequences]
+            own = [(s.served.adapter.head, s.served.head_params) if s.served else None for s in sequences]
             values = heads.mixed_logits(backbone, own, hidden, batch.attention_mask)
-            bare = [i for i, s in enumerate(sequences) if s.snapshot is None]
+            bare = [i for i, s in enumerate(sequences) if s.served is None]
             if bare:
                 mask = None if batch.attention_mask is None else batch.attention_mask[bare]
                 pooled = heads.pool(backbone, hidden[bare], mask, "mean")
@@ -341,31 +372,14 @@ class Bank:
             if len(names) > 1:
                 row = next(i for i, (name, _) in enumerate(rows) if name in full)
                 raise MixError(_cannot_mix(first + row, self._entries[str(rows[row][0])]))
-            (name,) = full
-            if name not in self._standalone:
-                self._standalone[name] = _bank_of_full(self.backbone, self._entries[name])
-            return self._standalone[name]
+            entry = self._entries[full.pop()]
+        with entry.loading:
+            if entry.alone is None:
+                entry.alone = _bank_of_full(self.backbone, entry)
+            return entry.alone
 
     def _changes_weights(self, name: str) -> bool:
         return self._entries[name].adapter.method.changes_weights
-
-
-@dataclass(frozen=True, eq=False)
-class _Snapshot:
-    """One adapter as a running batch sees it."""
-
-    name: str
-    adapter: Adapter
-    delta_set: DeltaSet
-    head_params: dict[str, Tensor]
-    prompt_length: int
-
-    def texts(self, row: Any) -> tuple[tuple[str, ...], ...]:
-        """The sequences of a row; its label, if it has one, is not read."""
-        task = self.adapter.task
-        if isinstance(row, dict) and task.label in row:
-            row = {k: v for k, v in row.items() if k != task.label}
-        return task.encode(row).texts
 
 
 @dataclass(eq=False)
@@ -373,14 +387,14 @@ class _Sequence:
     """One sequence of one row on its way through a batch."""
 
     row: int
-    snapshot: _Snapshot | None
+    served: _Served | None
     encoded: Encoded
     values: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Positions it takes, its prompt included."""
-        return len(self.encoded) + (self.snapshot.prompt_length if self.snapshot is not None else 0)
+        return len(self.encoded) + (self.served.prompt_length if self.served is not None else 0)
 
 
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:
@@ -390,17 +404,17 @@ def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:
     return (parts,)
 
 
-def _read(snapshot: _Snapshot | None, parts: Sequence[_Sequence]) -> Prediction:
+def _read(served: _Served | None, parts: Sequence[_Sequence]) -> Prediction:
     values = [p.values for p in parts if p.values is not None]
-    if snapshot is None:
+    if served is None:
         return Prediction(adapter=None, label=None, probabilities={}, logits=None, embedding=values[0])
-    task = snapshot.adapter.task
+    task = served.adapter.task
     starts = parts[0].encoded.word_starts
     logits = torch.cat(values) if task.kind == "multiple_choice" else values[0]
     read = heads.answer(task, logits, starts)
     if task.kind == "tagging":
         logits = logits[list(starts)]
-    return Prediction(adapter=snapshot.name, label=read.label, probabilities=read.probabilities, logits=logits)
+    return Prediction(adapter=served.name, label=read.label, probabilities=read.probabilities, logits=logits)
 
 
 def _cannot_mix(row: int, entry: _Entry) -> str:
@@ -416,8 +430,6 @@ def _bank_of_full(backbone: Backbone, entry: _Entry) -> Bank:
     from multitune.methods.head import HeadOnly
 
     adapter = entry.adapter
-    if not adapter.head_params and adapter.path is not None:
-        adapter = Adapter.load(adapter.path, backbone)
     tuned = backbone.with_weights(adapter.params)
     bank = Bank(tuned)
     bank.add(entry.name, replace(adapter, method=HeadOnly(), params={}, backbone=tuned.describe(), path=None))

@@ -53,6 +53,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         ("scheduler", "step"),
         ("early_stopping", 0),
         ("seed", -1),
+        ("seed", 2**32),
         ("length_grouped", "perhaps"),
     ],
 )

@@ -307,7 +307,7 @@ def _publish(
 ) -> Adapter:
     """Put the finished adapter into the output folder; its `adapter.json` comes last and makes it one."""
     final = checkpoints.folder / "final"
-    adapter.save(final)
+    saved = adapter.save(final)
     for old in (CONFIG_FILE, TABLE_FILE):  # of the adapter that is replaced
         (output / old).unlink(missing_ok=True)
     text = json.dumps(history, indent=1) + "\n"
@@ -320,7 +320,7 @@ def _publish(
         if _stray(leftover):
             leftover.unlink()
     checkpoints.finish(keep=keep)
-    return replace(adapter, path=output)
+    return replace(adapter, path=output.absolute(), digest=saved.digest)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -89,6 +89,7 @@ class TrainConfig:
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             _require(value is None or value >= least, name, value, f"give at least {least}")
+        _require(self.seed < 2**32, "seed", self.seed, "give a number below 2**32, which is what NumPy takes")
         for name in _BELOW_ONE:
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, name, value, "give a number from 0 to below 1")
