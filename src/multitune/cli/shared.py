@@ -25,7 +25,7 @@ PIPE_WIDTH = 1000
 
 
 #: The commands in the order in which a newcomer meets them.
-COMMANDS = ("demo", "methods", "tasks", "train", "evaluate", "predict", "inspect", "fuse", "merge")
+COMMANDS = ("demo", "methods", "tasks", "plan", "train", "evaluate", "predict", "inspect", "fuse", "merge")
 
 
 class Group(TyperGroup):

@@ -1,0 +1,124 @@
+"""The planner: counted sizes are exact, the memory estimate follows what autograd keeps, limits are honoured."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from multitune import ConfigError, FullFineTuning, HeadOnly, LoRA, PromptTuning, get_method, method_names, planner
+from multitune.cli import app
+from multitune.cli.plan import num_bytes
+from multitune.plan import DeltaSet, Plan
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_file_size_is_that_of_a_saved_adapter(bert, name, random_adapter, tmp_path):
+    method = get_method(name)()
+    cost = planner.cost_of(bert, method, planner.Workload(length=8), rounds=0)
+    adapter = random_adapter(bert, method)
+    saved = (adapter.save(tmp_path / "a").path / "adapter.safetensors").stat().st_size
+    third_output = 4 * (bert.hidden_size + 1)  # the planner counts a head of two outputs, the adapter has three
+    header = saved - third_output - cost.file_bytes
+    assert 0 < header < 250 * (len(adapter.params) + 3)
+    assert cost.parameters == method.num_parameters(bert)
+
+
+@pytest.mark.parametrize("method", [LoRA(), PromptTuning(length=4), FullFineTuning()], ids=lambda m: m.name)
+def test_the_estimate_extrapolates_what_autograd_keeps(make_backbone, method):
+    backbone = make_backbone("bert")
+    tensors = method.init(backbone, torch.Generator().manual_seed(0))
+    rows, length = 6, 30
+    estimate = planner.activation_bytes(backbone, method, tensors, planner.Workload(rows=rows, length=length))
+    kept: dict[int, int] = {}
+    params = {k: t.requires_grad_(True) for k, t in tensors.items()}
+    own = [p.data_ptr() for p in [*backbone.model.parameters(), *backbone.model.buffers(), *params.values()]]
+    if method.changes_weights:
+        params = {}
+        backbone.model.requires_grad_(True)
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    backbone.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        deltas = DeltaSet({} if method.changes_weights else method.deltas(params, backbone))
+        hidden = backbone.run(Plan([deltas] * rows), torch.full((rows, length), 7))
+    measured = sum(size for pointer, size in kept.items() if pointer not in own)
+    assert hidden.requires_grad
+    assert estimate == pytest.approx(measured, rel=0.1)
+
+
+def test_the_backbone_is_left_as_it_was(bert):
+    before = {k: t.clone() for k, t in bert.model.state_dict().items()}
+    for method in (LoRA(), FullFineTuning()):
+        planner.cost_of(bert, method, planner.Workload(rows=2, length=8, tasks=2), rounds=1)
+    assert not bert.model.training
+    assert not any(p.requires_grad for p in bert.model.parameters())
+    assert all(torch.equal(t, before[k]) for k, t in bert.model.state_dict().items())
+
+
+def test_serving_counts_the_backbone_once_and_a_full_copy_per_fully_tuned_task(bert):
+    weights = sum(4 * p.numel() for p in bert.model.parameters())
+    one, three = (planner.Workload(length=8, tasks=k) for k in (1, 3))
+    lora = [planner.cost_of(bert, LoRA(), w, rounds=0).serving_bytes for w in (one, three)]
+    each = 4 * (LoRA().num_parameters(bert) + 2 * (bert.hidden_size + 1))
+    assert lora == [weights + each, weights + 3 * each]
+    assert planner.cost_of(bert, FullFineTuning(), three, rounds=0).serving_bytes == 4 * weights
+
+
+def test_limits_are_named(bert):
+    tight = planner.Workload(rows=4, length=8, tasks=2, memory=1000, must_merge=True, latency=1.0001)
+    cost = planner.cost_of(bert, PromptTuning(length=8), tight, rounds=2)
+    assert [p.split()[0] for p in cost.problems] == ["training", "serving", "a", "cannot"]
+    full = planner.cost_of(bert, FullFineTuning(), planner.Workload(length=8, tasks=2), rounds=2)
+    assert full.latency is None
+    assert full.problems == ("changes the backbone's weights, so every task needs a backbone and batches of its own",)
+    assert planner.cost_of(bert, HeadOnly(), planner.Workload(length=8), rounds=0).problems == ()
+
+
+@pytest.mark.parametrize("wrong", [dict(rows=0), dict(tasks=0), dict(length=0), dict(memory=0), dict(latency=1.0)])
+def test_an_impossible_workload_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
+        planner.Workload(**wrong)
+
+
+def test_rows_longer_than_the_backbone_are_refused(bert):
+    with pytest.raises(ConfigError, match="length=99 is not possible; the backbone has 40 positions"):
+        planner.cost_of(bert, LoRA(), planner.Workload(length=99))
+
+
+def test_amounts_of_memory():
+    assert [num_bytes(t) for t in ("8GB", "1.5 GiB", "500mb", "12")] == [8 * 10**9, 3 * 2**29, 5 * 10**8, 12]
+    with pytest.raises(ConfigError, match=r"'8GBB' is no amount of memory\. Did you mean 'GB'\?"):
+        num_bytes("8GBB")
+    with pytest.raises(ConfigError, match="'lots' is no amount"):
+        num_bytes("lots")
+
+
+def test_recommendations_come_from_measured_scores_alone(monkeypatch):
+    def cost(name, file_bytes, latency, problems=()):
+        return planner.Cost(
+            method=name, parameters=1, file_bytes=file_bytes, training_bytes=1, serving_bytes=1,
+            latency=latency, merges=True, mixes=True, problems=problems,
+        )  # fmt: skip
+
+    monkeypatch.setattr(planner, "SST2_ACCURACY", {"a": 90.0, "b": 89.5, "c": 89.2, "d": 80.0, "e": 95.0})
+    costs = [cost("a", 900, 1.3), cost("b", 10, 1.2), cost("c", 50, 1.1), cost("d", 1, 1.0), cost("new", 1, 1.0)]
+    costs.append(cost("e", 1, 1.0, problems=("cannot be folded into a checkpoint",)))
+    found = planner.recommend(costs)
+    assert [r.method for r in found] == ["a", "b", "c"]
+    assert "90.0 %" in found[0].reason and "1.10 times" in found[2].reason
+    assert planner.recommend(costs[-2:]) == []
+
+
+def test_the_command_prints_a_row_per_method(minilm):
+    options = ["plan", "--rows", "2", "--length", "8", "--rounds", "1", "--method", "lora", "--method", "head"]
+    result = CliRunner().invoke(app, [*options, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [m["method"] for m in found["methods"]] == ["lora", "head"]
+    assert all(m["latency"] > 0.3 and m["training_bytes"] > 80e6 for m in found["methods"])
+    refused = CliRunner().invoke(app, ["plan", "--latency", "1.1", "--rounds", "0"])
+    assert refused.exit_code == 1 and "--latency needs measured batches" in refused.stderr
