@@ -127,10 +127,11 @@ def pytest_collection_modifyitems(config, items):
             kept.append(item)
             continue
         order = methods.setdefault(method, len(methods))
-        ((kept if (order + turn) % ONE_IN == 0 else dropped)).append(item)
+        (kept if (order + turn) % ONE_IN == 0 else dropped).append(item)
     if dropped:
         items[:] = kept
         config.hook.pytest_deselected(items=dropped)
+
 
 #: dtype -> (relative, absolute). Another order of sums is all that may differ; never widened to make a test pass.
 TOLERANCES = {
@@ -218,6 +219,12 @@ def make_backbone():
 def backbone(request, make_backbone):
     """One tiny backbone of every supported architecture; shared, so never train, detach or change it."""
     return make_backbone(request.param)
+
+
+@pytest.fixture(scope="session", params=[*(name for name in CONFIGS if name not in NEWER), "newer"])
+def backbones(request, make_backbone):
+    """One tiny backbone, or all of the newer ones, of which each example of a property takes another."""
+    return [make_backbone(name) for name in (NEWER if request.param == "newer" else [request.param])]
 
 
 @pytest.fixture(scope="session")

@@ -340,7 +340,9 @@ def embeds_of(plain, ids, vectors, at):
 
 def by_hand(backbone, plain, embeds, lead=0):
     """The plain model's hidden states for one row's `inputs_embeds`, standing `lead` columns from the left."""
-    offset = backbone._position_offset or (0 if backbone.causal else lead)  # models that count positions from the padding id skip padding
+    offset = backbone._position_offset or (
+        0 if backbone.causal else lead
+    )  # models that count positions from the padding id skip padding
     positions = torch.arange(len(embeds)) + offset
     with torch.no_grad():
         return plain(inputs_embeds=embeds[None], position_ids=positions[None]).last_hidden_state[0]

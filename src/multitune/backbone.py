@@ -199,11 +199,10 @@ class Backbone:
         Which id it is never matters, since masks hide it.
         """
         config = self.model.config
-        end = getattr(config, "eos_token_id", None)
-        for candidate in (config.pad_token_id, end[0] if isinstance(end, list) and end else end):
-            if candidate is not None and 0 <= candidate < self.vocab_size:
-                return int(candidate)
-        return 0
+        end: Any = getattr(config, "eos_token_id", None)
+        ends = end if isinstance(end, list) else [end]
+        known = (i for i in (config.pad_token_id, *ends) if isinstance(i, int) and 0 <= i < self.vocab_size)
+        return next(known, 0)
 
     @property
     def placeholder_id(self) -> int:

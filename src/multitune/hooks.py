@@ -111,7 +111,9 @@ def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
         return []
     parts = [(site.name, slice(*site.part), frozen_view(module, site)) for site in sites if site.part is not None]
 
-    def part_of(x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str, frozen: nn.Module, own: slice) -> Tensor:
+    def part_of(
+        x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str, frozen: nn.Module, own: slice
+    ) -> Tensor:
         """One site's part of the output, its deltas applied; in place in `y` where they work so."""
         before, after = plan.input_steps.get(name), plan.steps.get(name)
         if before is not None:

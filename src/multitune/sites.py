@@ -90,7 +90,9 @@ def _linear_site(model: nn.Module, a: Architecture, role: str, layer: int, where
     part = None
     if isinstance(where, Part):
         if width_out % where.of:
-            raise BackboneError(f"the {width_out} outputs of '{path}' are not {where.of} equal parts; correct the table")
+            raise BackboneError(
+                f"the {width_out} outputs of '{path}' are not {where.of} equal parts; correct the table"
+            )
         width_out //= where.of
         part = (where.index * width_out, (where.index + 1) * width_out)
     return Site(

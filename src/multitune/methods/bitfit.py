@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
     from multitune.sites import Site
 
+
 @register
 @dataclass(frozen=True, kw_only=True)
 class BitFit(SiteMethod):
