@@ -71,7 +71,8 @@ NEWER = {
         "ModernBertConfig",
         "ModernBertModel",
         SMALL
-        | dict(max_position_embeddings=MAX_LENGTH, pad_token_id=0, local_attention=6, global_attn_every_n_layers=2),
+        | dict(max_position_embeddings=MAX_LENGTH, local_attention=6, global_attn_every_n_layers=2)
+        | dict(pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
     ),
     "gpt2": (
         "GPT2Config",

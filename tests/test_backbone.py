@@ -139,7 +139,22 @@ def test_shape_of_every_architecture(backbone):
 # ---- loading
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "deberta-v2/v3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "roberta",
+        "electra",
+        "distilbert",
+        "deberta-v2/v3",
+        "modernbert",
+        "gpt2",
+        "opt",
+        "llama",
+        "gemma2",
+        "gemma3_text",
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
 def test_load_a_folder(checkpoint, make_backbone, random_rows, name, dtype):
     folder = checkpoint(name)
@@ -341,7 +356,7 @@ def embeds_of(plain, ids, vectors, at):
 def by_hand(backbone, plain, embeds, lead=0):
     """The plain model's hidden states for one row's `inputs_embeds`, standing `lead` columns from the left."""
     offset = backbone._position_offset or (
-        0 if backbone.causal else lead
+        0 if backbone.architecture.own_positions else lead
     )  # models that count positions from the padding id skip padding
     positions = torch.arange(len(embeds)) + offset
     with torch.no_grad():

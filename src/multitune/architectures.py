@@ -71,7 +71,10 @@ class Architecture:
     position_offset: int | Literal["pad+1"] = 0
     """First position id: 0, or `pad+1` where positions count from the padding id."""
     causal: bool = False
-    """Whether a token sees only itself and what stands before it; positions then count a row's own tokens."""
+    """Whether a token sees only itself and what stands before it."""
+    own_positions: bool = False
+    """Whether positions count from a row's first real token when the row is padded on the left. Rotary models need
+    it although they see distances only: a memory has no position, so queries meet it at their absolute ones."""
     output_size: str = "hidden_size"
     """Attribute of the config that holds the width of the last hidden states."""
 
@@ -196,6 +199,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn": SubLayer(enters="mlp", leaves="mlp.Wo"),
         },
         attention="attn",
+        own_positions=True,
     ),
     Architecture(
         model_types=("gpt2",),
@@ -217,6 +221,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         attention="attn",
         causal=True,
+        own_positions=True,
     ),
     Architecture(
         model_types=("opt",),
@@ -238,6 +243,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         attention="self_attn",
         causal=True,
+        own_positions=True,
         # Its position table holds two rows more than there are positions, and the model adds the two itself.
         position_offset=0,
         output_size="word_embed_proj_dim",
@@ -253,6 +259,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sublayers=_LLAMA_SUBLAYERS,
         attention="self_attn",
         causal=True,
+        own_positions=True,
     ),
     Architecture(
         model_types=("gemma2", "gemma3_text"),
@@ -270,6 +277,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sublayers=_LLAMA_SUBLAYERS,
         attention="self_attn",
         causal=True,
+        own_positions=True,
     ),
 )
 

@@ -114,7 +114,9 @@ class Call:
         if types is not None and backbone.takes_token_types:
             self.inputs["token_type_ids"] = types
         if backbone.causal:
-            self.inputs |= {"use_cache": False} | _own_positions(mask)
+            self.inputs["use_cache"] = False
+        if backbone.architecture.own_positions:
+            self.inputs |= _own_positions(mask)
         self._bias = self._token_bias(ids)
 
     def steps(self, site: str) -> list[Step] | None:

@@ -1,7 +1,7 @@
 """BitFit (Ben-Zaken et al. 2021): every bias of the backbone is trained, y = x W + (b + δ).
 
 Linear maps without a bias get one, zero at first, as in the code of T-Few (Liu et al. 2022, arXiv 2205.05638) for T5;
-it cannot be merged. Norms without an offset get none: the linear map behind them adds the same and more.
+it cannot be merged. Norms without an offset stay without.
 """
 
 from __future__ import annotations
