@@ -29,6 +29,9 @@ DISENTANGLED = dict(
     max_position_embeddings=MAX_LENGTH,
     type_vocab_size=0,
 )
+#: Widths of heads are no quotient of the hidden size, and two query heads share a key and value head.
+GROUPED = SMALL | dict(max_position_embeddings=MAX_LENGTH, head_dim=6, num_key_value_heads=2)
+WINDOW = dict(sliding_window=5)  # shorter than most rows of the tests
 FROM_PAD = dict(max_position_embeddings=MAX_LENGTH + 2, type_vocab_size=1, pad_token_id=1)
 
 #: name -> (configuration class, model class, settings); the model type stands before the first "/".
@@ -62,6 +65,74 @@ CONFIGS = {
         SMALL | DISENTANGLED | dict(share_att_key=False, position_buckets=-1, conv_kernel_size=3, conv_act="gelu"),
     ),
 }
+#: Architectures whose sites have forms of their own, one of each kind; together they also meet every test.
+NEWER = {
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertModel",
+        SMALL
+        | dict(max_position_embeddings=MAX_LENGTH, local_attention=6, global_attn_every_n_layers=2)
+        | dict(pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
+    ),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2Model",
+        dict(n_embd=32, n_layer=2, n_head=4, n_inner=48, vocab_size=VOCAB_SIZE, n_positions=MAX_LENGTH, eos_token_id=3),
+    ),
+    "opt": (
+        "OPTConfig",
+        "OPTModel",
+        SMALL | dict(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=MAX_LENGTH, pad_token_id=1),
+    ),
+    "llama": ("LlamaConfig", "LlamaModel", GROUPED),
+    "mistral": ("MistralConfig", "MistralModel", GROUPED | WINDOW | dict(attn_implementation="eager")),
+    "qwen2": ("Qwen2Config", "Qwen2Model", GROUPED | WINDOW | dict(use_sliding_window=True, max_window_layers=1)),
+    "qwen3": ("Qwen3Config", "Qwen3Model", GROUPED),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2Model",
+        GROUPED | WINDOW | dict(query_pre_attn_scalar=6, attn_logit_softcapping=2.0),
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3TextModel",
+        GROUPED | WINDOW | dict(query_pre_attn_scalar=6, sliding_window_pattern=2),
+    ),
+}
+CONFIGS |= NEWER
+DROPOUTS = (
+    "dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop",
+)  # fmt: skip
+#: Of the tests of every method on every architecture, a newer architecture takes one method in so many, and the
+#: methods take turns; `--every` runs them all.
+ONE_IN = 3
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", action="store_true", help="every method on every architecture, without turns")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("every"):
+        return
+    methods: dict[str, int] = {}
+    architectures = {name: i for i, name in enumerate(NEWER)}
+    kept, dropped = [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        method = next((params[k] for k in ("method", "any_method", "name") if k in params), None)
+        method = getattr(method, "name", method)
+        turn = architectures.get(params.get("backbone"))
+        if turn is None or not isinstance(method, str):
+            kept.append(item)
+            continue
+        order = methods.setdefault(method, len(methods))
+        (kept if (order + turn) % ONE_IN == 0 else dropped).append(item)
+    if dropped:
+        items[:] = kept
+        config.hook.pytest_deselected(items=dropped)
+
 
 #: dtype -> (relative, absolute). Another order of sums is all that may differ; never widened to make a test pass.
 TOLERANCES = {
@@ -100,9 +171,9 @@ def _tokenizer(pad_id: int) -> transformers.PreTrainedTokenizerFast:
 def _model(name: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
     """A tiny model without dropout, all of whose weights are random, norms and biases included."""
     config_class, model_class, settings = CONFIGS[name]
-    off = {"dropout": 0.0, "attention_dropout": 0.0} if name == "distilbert" else {"hidden_dropout_prob": 0.0}
-    off |= {} if name == "distilbert" else {"attention_probs_dropout_prob": 0.0}
-    config = getattr(transformers, config_class)(**(off | settings | overrides))
+    make = getattr(transformers, config_class)
+    off = {key: 0.0 for key in DROPOUTS if hasattr(make(), key)}
+    config = make(**(off | settings | overrides))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config)
@@ -140,7 +211,7 @@ def make_backbone():
 
     def make(name: str = "bert", seed: int = 0, **overrides) -> Backbone:
         model = _model(name, seed, **overrides)
-        return Backbone(model, _tokenizer(int(model.config.pad_token_id)), name=name)
+        return Backbone(model, _tokenizer(int(model.config.pad_token_id or 0)), name=name)
 
     return make
 
@@ -149,6 +220,12 @@ def make_backbone():
 def backbone(request, make_backbone):
     """One tiny backbone of every supported architecture; shared, so never train, detach or change it."""
     return make_backbone(request.param)
+
+
+@pytest.fixture(scope="session", params=[*(name for name in CONFIGS if name not in NEWER), "newer"])
+def backbones(request, make_backbone):
+    """One tiny backbone, or all of the newer ones, of which each example of a property takes another."""
+    return [make_backbone(name) for name in (NEWER if request.param == "newer" else [request.param])]
 
 
 @pytest.fixture(scope="session")

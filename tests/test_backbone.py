@@ -24,7 +24,10 @@ from multitune import (
 from multitune.architectures import ARCHITECTURES, architecture_for, supported_model_types
 from multitune.sites import find_sites
 
-SUPPORTED = "bert, deberta-v2, distilbert, electra, roberta, xlm-roberta"
+SUPPORTED = (
+    "bert, deberta-v2, distilbert, electra, gemma2, gemma3_text, gpt2, llama, mistral, modernbert, opt, qwen2, qwen3, "
+    "roberta, xlm-roberta"
+)
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97)
 
 
@@ -49,16 +52,16 @@ def hooks_on(model):
 
 
 def test_every_supported_type_is_tested(make_model):
-    tested = {"bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2"}
-    assert set(supported_model_types()) == tested == set(SUPPORTED.split(", "))
+    tested = set(SUPPORTED.split(", "))
+    assert set(supported_model_types()) == tested
     assert len(supported_model_types()) == sum(len(row.model_types) for row in ARCHITECTURES)
     for name in [*sorted(tested - {"deberta-v2"}), "deberta-v2/v3", "deberta-v2/conv"]:
         assert make_model(name).config.model_type == name.split("/")[0]
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones(make_backbone, tmp_path):
-    model = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=97))
-    words = rf"architecture 'gpt2' is not supported\. Supported: {SUPPORTED}\. To add it, add one Architecture row to"
+    model = transformers.BloomModel(transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=97))
+    words = rf"architecture 'bloom' is not supported\. Supported: {SUPPORTED}\. To add it, add one Architecture row to"
     with pytest.raises(BackboneError, match=words):
         Backbone(model)
     assert hooks_on(model) == 0 and all(p.requires_grad for p in model.parameters())
@@ -80,20 +83,27 @@ def test_a_row_of_the_table_that_does_not_fit_says_which_path(make_model):
 
 
 def test_sites_of_every_architecture(backbone):
-    per_layer = [
-        ["query", "key", "value", "attention_output", "ffn_in", "ffn_out", "attention_norm", "ffn_norm"],
-        ["attention_sublayer", "ffn_sublayer", "attention"],
-    ]
-    names = ["embedding", "embedding_norm", "layers"]
-    names += [f"layer.{i}.{role}" for i in range(backbone.num_layers) for roles in per_layer for role in roles]
+    kind = backbone.model.config.model_type
+    gated = backbone.architecture.norm_kind == "rms" or kind == "modernbert"
+    linears = ["query", "key", "value", "attention_output", *(["ffn_gate"] if gated else []), "ffn_in", "ffn_out"]
+    norms = ["attention_norm", "ffn_norm"]
+    if kind.startswith("gemma"):
+        norms = ["attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"]
+    per_layer = [*linears, *norms, "attention_sublayer", "ffn_sublayer", "attention"]
+    names = ["embedding", "layers"] if backbone.causal else ["embedding", "embedding_norm", "layers"]
+    names += [f"layer.{i}.{role}" for i in range(backbone.num_layers) for role in per_layer]
+    names += ["final_norm"] if backbone.causal or kind == "modernbert" else []
+    if kind == "modernbert":
+        names.remove("layer.0.attention_norm")  # an identity there
     assert [s.name for s in backbone.sites] == names
     for site in backbone.sites:
-        module = backbone.model.get_submodule(site.module)
+        module = backbone.frozen(site.name)
         if site.kind == "linear":
-            assert (module.in_features, module.out_features) == (site.in_features, site.out_features)
-            assert (module.bias is not None) == site.bias
+            assert tuple(module.weight.shape) == (site.out_features, site.in_features)
         if site.kind == "norm":
             assert tuple(module.weight.shape) == (site.in_features,)
+        if site.kind in ("linear", "norm"):
+            assert (module.bias is not None) == site.bias
     assert {s.role for s in backbone.find_sites("linear", ("query", "value"), (1,))} == {"query", "value"}
     assert backbone.find_sites("sublayer", "ffn")[0].name == "layer.0.ffn_sublayer"  # a single role needs no tuple
 
@@ -107,7 +117,8 @@ def test_shape_of_every_architecture(backbone):
     assert backbone.hidden_size == 32
     assert tuple(backbone.word_embeddings.shape) == (97, width)
     assert backbone.vocab_size == 97
-    assert backbone.num_key_value_heads == 4
+    assert backbone.num_key_value_heads == getattr(backbone.model.config, "num_key_value_heads", 4)
+    assert backbone.output_size == 32
     assert backbone.max_length == 40
     assert backbone.takes_token_types == types
     assert backbone.placeholder_id != backbone.pad_id
@@ -128,7 +139,22 @@ def test_shape_of_every_architecture(backbone):
 # ---- loading
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "deberta-v2/v3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "roberta",
+        "electra",
+        "distilbert",
+        "deberta-v2/v3",
+        "modernbert",
+        "gpt2",
+        "opt",
+        "llama",
+        "gemma2",
+        "gemma3_text",
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
 def test_load_a_folder(checkpoint, make_backbone, random_rows, name, dtype):
     folder = checkpoint(name)
@@ -319,9 +345,9 @@ def test_the_fingerprint_is_of_the_weights(make_model, make_backbone):
 # ---- prompts: places, positions, masks
 
 
-def embeds_of(backbone, ids, vectors, at):
+def embeds_of(plain, ids, vectors, at):
     """`inputs_embeds [n + P, E]` of one row, built by hand: vectors in front of word `at` (-1: behind the last)."""
-    words = backbone.word_embeddings[ids]
+    words = plain.get_input_embeddings()(ids)
     place = len(ids) if at < 0 else min(at, len(ids))
     places = [i if i < place else i + len(vectors) for i in range(len(ids))]
     return torch.cat([words[:place], vectors, words[place:]]), places
@@ -329,7 +355,9 @@ def embeds_of(backbone, ids, vectors, at):
 
 def by_hand(backbone, plain, embeds, lead=0):
     """The plain model's hidden states for one row's `inputs_embeds`, standing `lead` columns from the left."""
-    offset = backbone._position_offset or lead  # models that count positions from the padding id skip padding
+    offset = backbone._position_offset or (
+        0 if backbone.architecture.own_positions else lead
+    )  # models that count positions from the padding id skip padding
     positions = torch.arange(len(embeds)) + offset
     with torch.no_grad():
         return plain(inputs_embeds=embeds[None], position_ids=positions[None]).last_hidden_state[0]
@@ -360,7 +388,7 @@ def test_prompts_at_any_place_equal_a_hand_built_row(prompted, close):
         hidden = backbone.run(Plan(sets), *rows.padded())
     assert hidden.shape == (len(rows), 9, 32)
     for i, (vectors, at) in enumerate(made):
-        embeds, places = embeds_of(backbone, rows.rows[i], vectors, at)
+        embeds, places = embeds_of(plain, rows.rows[i], vectors, at)
         expected = by_hand(backbone, plain, embeds)[places]
         close(hidden[i, : len(places)], expected)
 
@@ -374,7 +402,7 @@ def test_prompts_with_padding_on_the_left(prompted, close):
         hidden = backbone.run(Plan(sets), ids, mask)
     for i, (vectors, at) in enumerate(made):
         lead = width - len(rows.rows[i])
-        embeds, places = embeds_of(backbone, rows.rows[i], vectors, at)
+        embeds, places = embeds_of(plain, rows.rows[i], vectors, at)
         expected = by_hand(backbone, plain, embeds, lead=lead)[places]
         close(hidden[i, lead:], expected)
 
@@ -391,7 +419,7 @@ def test_pooling_reads_the_rows_own_tokens(prompted, tasks, random_adapter, clos
             adapter = random_adapter(backbone, method, i, pooling=pooling)
             bank.add(f"{pooling}{i}", adapter)
             (got,) = bank.predict([(f"{pooling}{i}", text)])
-            embeds, places = embeds_of(backbone, ids, adapter.params["vectors"], at)
+            embeds, places = embeds_of(plain, ids, adapter.params["vectors"], at)
             own = by_hand(backbone, plain, embeds)[places]
             pooled = own[0] if pooling == "cls" else own.mean(0)
             close(got.logits, adapter.head_params["weight"] @ pooled + adapter.head_params["bias"])
@@ -414,7 +442,7 @@ def test_token_types_and_token_biases_skip_the_prompt(bert, make_model, random_p
         layer.register_forward_pre_hook(lambda m, args, i=i: (args[0] + added[None, :, i], *args[1:]))
         for i, layer in enumerate(plain.encoder.layer)
     ]
-    embeds, where = embeds_of(bert, ids[0], prompt_params["vectors"], 2)
+    embeds, where = embeds_of(plain, ids[0], prompt_params["vectors"], 2)
     assert where == places
     with torch.no_grad():
         expected = plain(inputs_embeds=embeds[None], token_type_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]]))

@@ -278,7 +278,7 @@ class Adapter:
 
     def _expected(self, backbone: Backbone) -> dict[str, torch.Size]:
         shapes = {f"method.{k}": s for k, s in backbone.shapes_of(self.method).items()}
-        width = backbone.hidden_size
+        width = backbone.output_size
         head = {"head.weight": (self.head.num_outputs, width), "head.bias": (self.head.num_outputs,)}
         return shapes | {k: torch.Size(s) for k, s in head.items()}
 

@@ -13,6 +13,7 @@ from typing import Literal
 from multitune.errors import BackboneError, suggest
 
 AttentionKind = Literal["interface", "disentangled"]
+NormKind = Literal["layer", "rms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,18 @@ class SubLayer:
     """Module whose first argument is the sub-layer's input."""
     leaves: str
     """Module whose output is the sub-layer's output, before the residual sum and the norm."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several equally wide maps that a model computes with one module, side by side in its output."""
+
+    module: str
+    """Layer path of the module."""
+    index: int
+    """Which of them, from 0."""
+    of: int
+    """How many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +50,16 @@ class Architecture:
     """Model path of the word embedding."""
     embedding_norms: Mapping[str, str] = field(default_factory=dict)
     """Role -> model path of the norms in front of the first layer."""
-    linears: Mapping[str, str]
-    """Role -> layer path. Roles: query, key, value, attention_output, ffn_in, ffn_out."""
+    final_norms: Mapping[str, str] = field(default_factory=dict)
+    """Role -> model path of the norms behind the last layer."""
+    linears: Mapping[str, str | Part]
+    """Role -> layer path, or the part of a module. Roles: query, key, value, attention_output, ffn_in, ffn_out, and
+    where the feed-forward is gated ffn_gate, the branch that passes the activation."""
     norms: Mapping[str, str]
-    """Role -> layer path. Roles: attention_norm, ffn_norm."""
+    """Role -> layer path. Roles: attention_norm, ffn_norm, and where the sub-layers' outputs are normed too
+    attention_post_norm, ffn_post_norm. A layer whose module there has no gain (an identity) has no such site."""
+    norm_kind: NormKind = "layer"
+    """`layer`: subtract the mean, divide by the standard deviation; `rms`: divide by the root mean square."""
     sublayers: Mapping[str, SubLayer]
     """Role -> sub-layer. Roles: attention, ffn."""
     attention: str
@@ -51,6 +70,13 @@ class Architecture:
     """Model path of a pretrained pooler over the first token, if the model has one."""
     position_offset: int | Literal["pad+1"] = 0
     """First position id: 0, or `pad+1` where positions count from the padding id."""
+    causal: bool = False
+    """Whether a token sees only itself and what stands before it."""
+    own_positions: bool = False
+    """Whether positions count from a row's first real token when the row is padded on the left. Rotary models need
+    it although they see distances only: a memory has no position, so queries meet it at their absolute ones."""
+    output_size: str = "hidden_size"
+    """Attribute of the config that holds the width of the last hidden states."""
 
 
 _BERT_LINEARS = {
@@ -65,6 +91,19 @@ _BERT_NORMS = {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "outp
 _BERT_SUBLAYERS = {
     "attention": SubLayer(enters="attention.self", leaves="attention.output.dropout"),
     "ffn": SubLayer(enters="intermediate.dense", leaves="output.dropout"),
+}
+_LLAMA_LINEARS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_in": "mlp.up_proj",
+    "ffn_out": "mlp.down_proj",
+}
+_LLAMA_SUBLAYERS = {
+    "attention": SubLayer(enters="self_attn", leaves="self_attn.o_proj"),
+    "ffn": SubLayer(enters="mlp", leaves="mlp.down_proj"),
 }
 _EMBEDDING = "embeddings.word_embeddings"
 _EMBEDDING_NORM = {"embedding_norm": "embeddings.LayerNorm"}
@@ -138,6 +177,107 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         attention_kind="disentangled",
+    ),
+    Architecture(
+        model_types=("modernbert",),
+        layers="layers",
+        embedding="embeddings.tok_embeddings",
+        embedding_norms={"embedding_norm": "embeddings.norm"},
+        final_norms={"final_norm": "final_norm"},
+        linears={
+            "query": Part("attn.Wqkv", 0, 3),
+            "key": Part("attn.Wqkv", 1, 3),
+            "value": Part("attn.Wqkv", 2, 3),
+            "attention_output": "attn.Wo",
+            "ffn_gate": Part("mlp.Wi", 0, 2),
+            "ffn_in": Part("mlp.Wi", 1, 2),
+            "ffn_out": "mlp.Wo",
+        },
+        norms={"attention_norm": "attn_norm", "ffn_norm": "mlp_norm"},  # the first layer has no attention_norm
+        sublayers={
+            "attention": SubLayer(enters="attn", leaves="attn.out_drop"),
+            "ffn": SubLayer(enters="mlp", leaves="mlp.Wo"),
+        },
+        attention="attn",
+        own_positions=True,
+    ),
+    Architecture(
+        model_types=("gpt2",),
+        layers="h",
+        embedding="wte",
+        final_norms={"final_norm": "ln_f"},
+        linears={
+            "query": Part("attn.c_attn", 0, 3),
+            "key": Part("attn.c_attn", 1, 3),
+            "value": Part("attn.c_attn", 2, 3),
+            "attention_output": "attn.c_proj",
+            "ffn_in": "mlp.c_fc",
+            "ffn_out": "mlp.c_proj",
+        },
+        norms={"attention_norm": "ln_1", "ffn_norm": "ln_2"},
+        sublayers={
+            "attention": SubLayer(enters="attn", leaves="attn.resid_dropout"),
+            "ffn": SubLayer(enters="mlp", leaves="mlp.dropout"),
+        },
+        attention="attn",
+        causal=True,
+        own_positions=True,
+    ),
+    Architecture(
+        model_types=("opt",),
+        layers="decoder.layers",
+        embedding="decoder.embed_tokens",
+        final_norms={"final_norm": "decoder.final_layer_norm"},
+        linears={
+            "query": "self_attn.q_proj",
+            "key": "self_attn.k_proj",
+            "value": "self_attn.v_proj",
+            "attention_output": "self_attn.out_proj",
+            "ffn_in": "fc1",
+            "ffn_out": "fc2",
+        },
+        norms={"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"},
+        sublayers={
+            "attention": SubLayer(enters="self_attn", leaves="self_attn.out_proj"),
+            "ffn": SubLayer(enters="fc1", leaves="fc2"),
+        },
+        attention="self_attn",
+        causal=True,
+        own_positions=True,
+        # Its position table holds two rows more than there are positions, and the model adds the two itself.
+        position_offset=0,
+        output_size="word_embed_proj_dim",
+    ),
+    Architecture(
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        layers="layers",
+        embedding="embed_tokens",
+        final_norms={"final_norm": "norm"},
+        linears=_LLAMA_LINEARS,
+        norms={"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+        norm_kind="rms",
+        sublayers=_LLAMA_SUBLAYERS,
+        attention="self_attn",
+        causal=True,
+        own_positions=True,
+    ),
+    Architecture(
+        model_types=("gemma2", "gemma3_text"),
+        layers="layers",
+        embedding="embed_tokens",
+        final_norms={"final_norm": "norm"},
+        linears=_LLAMA_LINEARS,
+        norms={
+            "attention_norm": "input_layernorm",
+            "attention_post_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "ffn_post_norm": "post_feedforward_layernorm",
+        },
+        norm_kind="rms",
+        sublayers=_LLAMA_SUBLAYERS,
+        attention="self_attn",
+        causal=True,
+        own_positions=True,
     ),
 )
 

@@ -1,5 +1,9 @@
 """Attention sites: keys and values of a `Memory` in front of a row's own.
 
+A memory has no position: every query sees it, however narrow its window and wherever it stands in a causal row. Models
+with rotary positions rotate queries and keys before they call this code, so a memory's keys meet the rotated queries
+as they are. Models whose query heads share key and value heads get the memory in the shared heads.
+
 Two forms. Models that call transformers' attention interface get a function registered there that wraps the
 implementation they were loaded with. DeBERTa computes its disentangled attention itself and has its own form.
 
@@ -46,6 +50,9 @@ def _attend(
     """transformers' attention interface: `query [B, H, Q, K]` … to `[B, Q, H, K]` and maybe weights."""
     if name == "eager":  # every model file brings its own eager function
         base = sys.modules[type(module).__module__].eager_attention_forward
+        if attention_mask is not None and attention_mask.dtype == torch.float64:
+            # Models take the softmax in float32, where float64's least number is -inf and a row of padding NaN.
+            attention_mask = attention_mask.clamp(min=torch.finfo(torch.float32).min)
     else:
         base = ALL_ATTENTION_FUNCTIONS[name]
     call = current_call()

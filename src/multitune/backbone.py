@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from multitune import attention, hooks
 from multitune.architectures import Architecture, architecture_for
 from multitune.call import Call, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
+from multitune.frozen import frozen_view
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
@@ -138,6 +139,21 @@ class Backbone:
         """Width D of the hidden states."""
         return int(self.model.config.hidden_size)
 
+    @property
+    def output_size(self) -> int:
+        """Width of the last hidden states, which a few models project."""
+        return int(getattr(self.model.config, self.architecture.output_size))
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and what stands before it."""
+        return self.architecture.causal and not getattr(self.model.config, "use_bidirectional_attention", False)
+
+    @property
+    def default_pooling(self) -> Literal["cls", "last"]:
+        """The token that has seen its whole row: the first, or the last where attention is causal."""
+        return "last" if self.causal else "cls"
+
     @cached_property
     def num_layers(self) -> int:
         """Number of layers L."""
@@ -149,6 +165,16 @@ class Backbone:
         weight = self.model.get_submodule(self.architecture.embedding).weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What stands for token ids `[...]` where prompt vectors are inserted, `[..., E]`.
+
+        That is the word embeddings, multiplied by what the model multiplies them by.
+        """
+        with torch.no_grad():
+            module = self.model.get_submodule(self.architecture.embedding)
+            embedded: Tensor = module.forward(ids.to(self.device))  # not called: that would insert prompts
+            return embedded
 
     @property
     def vocab_size(self) -> int:
@@ -168,8 +194,15 @@ class Backbone:
 
     @property
     def pad_id(self) -> int:
-        """Token id that fills shorter rows."""
-        return int(self.model.config.pad_token_id or 0)
+        """Token id that fills shorter rows: the model's own, or where it has none the end of text.
+
+        Which id it is never matters, since masks hide it.
+        """
+        config = self.model.config
+        end: Any = getattr(config, "eos_token_id", None)
+        ends = end if isinstance(end, list) else [end]
+        known = (i for i in (config.pad_token_id, *ends) if isinstance(i, int) and 0 <= i < self.vocab_size)
+        return next(known, 0)
 
     @property
     def placeholder_id(self) -> int:
@@ -196,6 +229,11 @@ class Backbone:
     def site_names(self) -> frozenset[str]:
         """Names of all sites."""
         return frozenset(s.name for s in self.sites)
+
+    def frozen(self, site: str) -> nn.Module:
+        """The frozen module of a site by its name, in the form that deltas read and merge into."""
+        found = next(s for s in self.sites if s.name == site)
+        return frozen_view(self.model.get_submodule(found.module), found)
 
     def find_sites(
         self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None

@@ -14,7 +14,7 @@ import contextlib
 import functools
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -108,11 +108,15 @@ class Call:
                 self.prompts.token_type_ids,
             )
         _check_length(plan, backbone, ids, mask)
-        self.inputs = {"input_ids": ids}
+        self.inputs: dict[str, Any] = {"input_ids": ids}
         if mask is not None:
             self.inputs["attention_mask"] = mask
         if types is not None and backbone.takes_token_types:
             self.inputs["token_type_ids"] = types
+        if backbone.causal:
+            self.inputs["use_cache"] = False
+        if backbone.architecture.own_positions:
+            self.inputs |= _own_positions(mask)
         self._bias = self._token_bias(ids)
 
     def steps(self, site: str) -> list[Step] | None:
@@ -203,6 +207,17 @@ def _check_length(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | No
             f"row {row}: {int(ends[place])} positions, {prompt} of them its prompt, in a batch of {width}, but the "
             f"backbone has {backbone.max_length}; truncate its text to {backbone.max_length - prompt} tokens"
         )
+
+
+def _own_positions(mask: Tensor | None) -> dict[str, Tensor]:
+    """Positions that count from each row's first real token, where padding on the left would shift them.
+
+    Padding on the right shifts nothing, and the model's own positions serve.
+    """
+    if mask is None or bool((mask[:, 0] > 0).all()):
+        return {}
+    lead = ((mask > 0).cumsum(1) == 0).sum(1, keepdim=True)
+    return {"position_ids": (torch.arange(mask.shape[1], device=mask.device) - lead).clamp(min=0)}
 
 
 def _ends(mask: Tensor) -> Tensor:

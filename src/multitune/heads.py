@@ -20,7 +20,7 @@ from multitune.tasks import Task
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
-Pooling = Literal["cls", "mean", "pooler"]
+Pooling = Literal["cls", "mean", "pooler", "last"]
 
 #: Target that no loss or metric counts (words cut off by truncation).
 IGNORED = -100
@@ -35,7 +35,8 @@ class Head:
     num_outputs: int
     """Number of outputs C."""
     pooling: Pooling = "cls"
-    """First token, mean over real tokens, or the backbone's pretrained pooler; tagging reads every word."""
+    """First token, mean over real tokens, the backbone's pretrained pooler over the first token, or last real token
+    (`Backbone.default_pooling` says what suits a backbone); tagging reads every word."""
     dropout: float = 0.1
     """Probability of dropping an entry of the pooled vector, in training."""
 
@@ -57,7 +58,7 @@ class Head:
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh tensors `weight [C, D]` (normal, std 0.02) and `bias [C]` (zero), float32."""
         self.check(backbone)
-        weight = torch.randn(self.num_outputs, backbone.hidden_size, generator=generator) * 0.02
+        weight = torch.randn(self.num_outputs, backbone.output_size, generator=generator) * 0.02
         return {"weight": weight, "bias": torch.zeros(self.num_outputs)}
 
     def check(self, backbone: Backbone) -> None:
@@ -65,7 +66,7 @@ class Head:
         if self.pooling == "pooler" and backbone.pooler is None:
             raise ConfigError(
                 f"backbone '{backbone.name}' ({backbone.model.config.model_type}) has no pretrained pooler; "
-                f"use pooling='cls' or pooling='mean'"
+                f"use pooling='{backbone.default_pooling}' or pooling='mean'"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -81,12 +82,19 @@ def pool(backbone: Backbone, hidden: Tensor, mask: Tensor | None, pooling: str) 
         return pooled
     if pooling == "cls":
         return hidden[:, 0]
+    if pooling == "last":
+        return hidden[:, -1] if mask is None else hidden[torch.arange(len(hidden), device=hidden.device), _last(mask)]
     if mask is None:
         return hidden.mean(1)
     weights = mask.to(hidden.dtype).unsqueeze(-1)
     # where, not a product: padding may hold anything, and 0 times NaN is NaN.
     kept = hidden.masked_fill(weights == 0, 0)
     return kept.sum(1) / weights.sum(1).clamp(min=1)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """`mask [B, T]` to the column of each row's last real token, `[B]`."""
+    return ((mask > 0) * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
 
 def logits(

@@ -8,6 +8,7 @@ others are torch hooks.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from multitune.call import current_call
 from multitune.deltas import Bottleneck
-from multitune.plan import Step
+from multitune.frozen import frozen_view
+from multitune.plan import Plan, Step
 from multitune.sites import Site
 
 Undo = Callable[[], None]
@@ -27,9 +29,16 @@ Forward = Callable[..., Any]
 def install(model: nn.Module, sites: tuple[Site, ...]) -> list[Undo]:
     """Instrument every site except attention; the returned calls, run last to first, take everything off again."""
     undo: list[Undo] = []
+    shared: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
-        if site.kind in _INSTALLERS:
-            undo += _INSTALLERS[site.kind](model, model.get_submodule(site.module), site)
+        if site.part is not None:
+            shared[site.module].append(site)
+    for site in sites:
+        module = model.get_submodule(site.module)
+        if site.part is not None:
+            undo += _linear_parts(module, shared.pop(site.module, []))
+        elif site.kind in _INSTALLERS:
+            undo += _INSTALLERS[site.kind](model, module, site)
     return undo
 
 
@@ -60,6 +69,9 @@ def strip(model: nn.Module) -> None:
 
 
 def _run(steps: list[Step], x: Tensor, y: Tensor, module: nn.Module, num_rows: int) -> Tensor:
+    if x.ndim == 2:  # some models flatten rows and tokens in front of a linear map
+        x, y = (t.unflatten(0, (num_rows, -1)) for t in (x, y))
+        return _run(steps, x, y, module, num_rows).flatten(0, 1)
     if x.shape[0] == 1 and num_rows > 1 and steps[0].group.rows is not None:
         # A projection that the model applies once for all rows (DeBERTa's relative embeddings) differs by row here.
         x, y = (t.expand(num_rows, *t.shape[1:]).contiguous() for t in (x, y))
@@ -68,20 +80,61 @@ def _run(steps: list[Step], x: Tensor, y: Tensor, module: nn.Module, num_rows: i
     return y
 
 
+def _change_input(steps: list[Step], x: Tensor, frozen: nn.Module, num_rows: int, owns_input: bool) -> Tensor:
+    if not owns_input and not torch.is_grad_enabled():
+        x = x.clone()  # somebody else reads this tensor too, and serving works in place
+    return _run(steps, x, x, frozen, num_rows)
+
+
 def _linear(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     name, owns_input = site.name, site.owns_input
+    frozen = frozen_view(module, site)
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             plan = current_call().plan
             before = plan.input_steps.get(name)
             if before is not None:
-                if not owns_input and not torch.is_grad_enabled():
-                    x = x.clone()  # somebody else reads this tensor too, and serving works in place
-                x = _run(before, x, x, module, plan.num_rows)
+                x = _change_input(before, x, frozen, plan.num_rows, owns_input)
             y: Tensor = original(x)
             after = plan.steps.get(name)
-            return y if after is None else _run(after, x, y, module, plan.num_rows)
+            return y if after is None else _run(after, x, y, frozen, plan.num_rows)
+
+        return forward
+
+    return [wrap_forward(module, make)]
+
+
+def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
+    """One wrapper for all sites that are parts of `module`'s output."""
+    if not sites:
+        return []
+    parts = [(site.name, slice(*site.part), frozen_view(module, site)) for site in sites if site.part is not None]
+
+    def part_of(
+        x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str, frozen: nn.Module, own: slice
+    ) -> Tensor:
+        """One site's part of the output, its deltas applied; in place in `y` where they work so."""
+        before, after = plan.input_steps.get(name), plan.steps.get(name)
+        if before is not None:
+            x = _change_input(before, x, frozen, plan.num_rows, owns_input=False)
+            y = original(x)  # only this part reads the changed input
+        piece = y[..., own]
+        return piece if after is None else _run(after, x, piece, frozen, plan.num_rows)
+
+    def make(original: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = original(x)
+            plan = current_call().plan
+            for name, own, frozen in parts:
+                if name not in plan.steps and name not in plan.input_steps:
+                    continue
+                new = part_of(x, y, original, plan, name, frozen, own)
+                if torch.is_grad_enabled():
+                    y = y.slice_scatter(new.to(y.dtype), -1, own.start, own.stop)
+                elif new.data_ptr() != y[..., own].data_ptr():
+                    y[..., own] = new
+            return y
 
         return forward
 
@@ -89,14 +142,14 @@ def _linear(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
 
 
 def _norm(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    name = site.name
+    name, frozen = site.name, frozen_view(module, site)
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
             plan = current_call().plan
             steps = plan.steps.get(name)
-            return y if steps is None else _run(steps, x, y, module, plan.num_rows)
+            return y if steps is None else _run(steps, x, y, frozen, plan.num_rows)
 
         return forward
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
@@ -39,12 +39,13 @@ class MergeReport:
     """Largest absolute value of those hidden states, to judge the difference by."""
 
 
-def why_not_mergeable(deltas: DeltaSet) -> str | None:
-    """The reason why some delta cannot be folded into weights, or `None` if all can."""
+def why_not_mergeable(backbone: Backbone, deltas: DeltaSet) -> str | None:
+    """The reason why some delta cannot be folded into the backbone's weights, or `None` if all can."""
     for site, of_site in deltas.by_site.items():
         for delta in of_site:
-            if delta.cannot_merge is not None:
-                return f"its {delta.kind} at {site} cannot be folded into weights: {delta.cannot_merge}"
+            reason = delta.why_not_merge(backbone.frozen(site))
+            if reason is not None:
+                return f"its {delta.kind} at {site} cannot be folded into weights: {reason}"
     return None
 
 
@@ -54,14 +55,13 @@ def merge_deltas(backbone: Backbone, deltas: DeltaSet) -> Backbone:
     Raises:
         AdapterError: a delta that cannot be merged; names the site and the reason.
     """
-    reason = why_not_mergeable(deltas)
+    reason = why_not_mergeable(backbone, deltas)
     if reason is not None:
         raise AdapterError(reason)
     merged = backbone.clone()
-    modules = {site.name: site.module for site in merged.sites}
     with torch.no_grad():
         for site, of_site in deltas.by_site.items():
-            module: nn.Module = merged.model.get_submodule(modules[site])
+            module = merged.frozen(site)
             # In the order they apply, so that a scale finds the low-rank update it scales; what changes the input
             # comes last, because it acts on all that reads the input.
             for delta in sorted(of_site, key=lambda d: d.changes_input):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from multitune.architectures import Architecture
+from multitune.architectures import Architecture, Part
 from multitune.errors import BackboneError, ConfigError, suggest
 
 SiteKind = Literal["linear", "norm", "sublayer", "attention", "layers", "embedding"]
@@ -36,6 +37,12 @@ class Site:
     """Sub-layers only: path of the module whose first argument is the sub-layer's input."""
     owns_input: bool = False
     """Whether nothing else reads this linear's input, so that it may be changed in place when serving."""
+    part: tuple[int, int] | None = None
+    """Linears only: first and end of the module's output features that are this site's; `None` for all of them."""
+    transposed: bool = False
+    """Linears only: whether the module keeps its weight as `[I, O]`."""
+    centred: bool = True
+    """Norms only: whether the mean is subtracted."""
 
 
 def _get(model: nn.Module, path: str, architecture: Architecture) -> nn.Module:
@@ -48,13 +55,18 @@ def _get(model: nn.Module, path: str, architecture: Architecture) -> nn.Module:
         ) from error
 
 
-def _norm_site(model: nn.Module, a: Architecture, role: str, layer: int | None, path: str) -> Site:
-    norm = _get(model, path, a)
-    weight = norm.weight
+def _norm_sites(model: nn.Module, a: Architecture, role: str, layer: int | None, path: str) -> list[Site]:
+    """The site of one norm, or nothing where this model leaves that norm out or gives it no gain."""
+    parent, _, last = path.rpartition(".")
+    if getattr(_get(model, parent, a), last, 0) is None:
+        return []
+    weight = getattr(_get(model, path, a), "weight", None)
+    if weight is None:
+        return []
     assert isinstance(weight, nn.Parameter)
     prefix = "" if layer is None else f"layer.{layer}."
     width = weight.shape[0]
-    return Site(
+    site = Site(
         name=prefix + role,
         kind="norm",
         role=role,
@@ -62,23 +74,39 @@ def _norm_site(model: nn.Module, a: Architecture, role: str, layer: int | None, 
         module=path,
         in_features=width,
         out_features=width,
+        bias=getattr(model.get_submodule(path), "bias", None) is not None,
+        centred=a.norm_kind == "layer",
     )
+    return [site]
 
 
-def _linear_site(model: nn.Module, a: Architecture, role: str, layer: int, path: str) -> Site:
+def _linear_site(model: nn.Module, a: Architecture, role: str, layer: int, where: str | Part) -> Site:
+    path = f"{a.layers}.{layer}.{where.module if isinstance(where, Part) else where}"
     linear = _get(model, path, a)
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear | Conv1D):
         raise BackboneError(f"'{path}' is a {type(linear).__name__}, but the table calls it a linear '{role}'")
+    transposed = isinstance(linear, Conv1D)
+    width_out, width_in = linear.weight.shape[::-1] if transposed else linear.weight.shape
+    part = None
+    if isinstance(where, Part):
+        if width_out % where.of:
+            raise BackboneError(
+                f"the {width_out} outputs of '{path}' are not {where.of} equal parts; correct the table"
+            )
+        width_out //= where.of
+        part = (where.index * width_out, (where.index + 1) * width_out)
     return Site(
         name=f"layer.{layer}.{role}",
         kind="linear",
         role=role,
         layer=layer,
         module=path,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
+        in_features=width_in,
+        out_features=width_out,
         bias=linear.bias is not None,
         owns_input=role == "ffn_out",  # its input is the fresh output of the activation
+        part=part,
+        transposed=transposed,
     )
 
 
@@ -101,7 +129,8 @@ def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]
             in_features=width, out_features=width, bias=False,
         )
     ]  # fmt: skip
-    sites += [_norm_site(model, a, role, None, path) for role, path in a.embedding_norms.items()]
+    for role, path in a.embedding_norms.items():
+        sites += _norm_sites(model, a, role, None, path)
     sites.append(
         Site(
             name="layers", kind="layers", role="layers", layer=None, module=a.layers,
@@ -110,6 +139,8 @@ def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]
     )  # fmt: skip
     for i in range(len(layers)):
         sites += _layer_sites(model, a, i, hidden)
+    for role, path in a.final_norms.items():
+        sites += _norm_sites(model, a, role, None, path)
     return tuple(sites)
 
 
@@ -117,8 +148,9 @@ def _layer_sites(model: nn.Module, a: Architecture, i: int, hidden: int) -> list
     def at(path: str) -> str:
         return f"{a.layers}.{i}.{path}"
 
-    sites = [_linear_site(model, a, role, i, at(path)) for role, path in a.linears.items()]
-    sites += [_norm_site(model, a, role, i, at(path)) for role, path in a.norms.items()]
+    sites = [_linear_site(model, a, role, i, where) for role, where in a.linears.items()]
+    for role, path in a.norms.items():
+        sites += _norm_sites(model, a, role, i, at(path))
     for role, sub in a.sublayers.items():
         _get(model, at(sub.enters), a)
         _get(model, at(sub.leaves), a)

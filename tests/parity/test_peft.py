@@ -121,6 +121,44 @@ def test_lora(pair, targets, r, alpha, rank_stabilised):
     pair.compare(model, LoRA(r=r, alpha=alpha, targets=targets, rank_stabilised=rank_stabilised), params)
 
 
+@pytest.fixture(scope="module", params=["gpt2", "modernbert", "llama", "gemma2"])
+def newer(request, make_backbone, random_rows):
+    return Pair(make_backbone(request.param), random_rows)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_lora_on_a_module_of_several_parts(newer):
+    """PEFT has one A for a fused projection: the same A at each of its parts, and the part's own rows of B."""
+    targets = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
+    modules = list(dict.fromkeys(modules_of(newer.backbone, targets)))
+    model = newer.peft_model(peft.LoraConfig(r=3, lora_alpha=6.0, target_modules=modules))
+    params = {}
+    for site in newer.backbone.find_sites("linear", targets):
+        theirs = model.base_model.model.get_submodule(site.module)
+        own = slice(*site.part) if site.part is not None else slice(None)
+        if site.part is not None and site.role == "ffn_in":  # the gate beside it is a target of theirs, too
+            gate = slice(0, site.part[0])
+            with torch.no_grad():
+                theirs.lora_B["default"].weight[gate] = 0
+        params[f"{site.name}.A"] = theirs.lora_A["default"].weight.detach().T
+        params[f"{site.name}.B"] = theirs.lora_B["default"].weight.detach()[own].T
+    newer.compare(model, LoRA(r=3, alpha=6.0, targets=targets), params)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type .*Norm:UserWarning")
+def test_norms_without_offset(newer):
+    sites = [s for s in newer.backbone.find_sites("norm") if s.role != "embedding_norm"]
+    model = newer.peft_model(peft.LNTuningConfig(target_modules=[s.module for s in sites]))
+    params = {}
+    for site in sites:
+        theirs = model.base_model.model.get_submodule(site.module).ln_tuning_layers["default"]
+        frozen = newer.plain.get_submodule(site.module)
+        params[f"{site.name}.gain"] = (theirs.weight - frozen.weight).detach()
+        if site.bias:
+            params[f"{site.name}.offset"] = (theirs.bias - frozen.bias).detach()
+    newer.compare(model, LayerNormTuning(), params)
+
+
 # ---- rescaled activations
 
 

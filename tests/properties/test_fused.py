@@ -10,8 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multitune import AoTFC, AoTKronecker, Backbone, Bank, DeltaSet, Plan, PTuningV2, get_method, method_names
+from multitune import (
+    AdapterError,
+    AoTFC,
+    AoTKronecker,
+    Backbone,
+    Bank,
+    DeltaSet,
+    Plan,
+    PTuningV2,
+    get_method,
+    method_names,
+)
 from multitune.deltas import TableRows, TokenBias, build_table
+from multitune.merge import merge_deltas
 from multitune.tables import map_table, write_table
 
 SMAPS = Path("/proc/self/smaps_rollup")
@@ -92,21 +104,17 @@ def test_bfloat16_serves_what_float32_trained(name, make_model, random_params, r
 
 def merged_model(backbone, sets):
     """A plain transformers model with the deltas in its weights."""
-    copied = backbone.clone()
-    modules = {site.name: copied.model.get_submodule(site.module) for site in copied.sites}
-    with torch.no_grad():
-        for site, deltas in sets.by_site.items():
-            for delta in deltas:
-                delta.merge(modules[site])
-    copied.detach()
-    return copied.model
+    merged = merge_deltas(backbone, sets)
+    merged.detach()
+    return merged.model
 
 
 def test_merged_equals_attached_or_merging_is_refused(backbone, method, random_params, random_rows, close):
     sets = DeltaSet(method.deltas(random_params(backbone, method, 1), backbone))
-    kinds = {d.kind: d.cannot_merge for deltas in sets.by_site.values() for d in deltas}
-    if any(kinds.values()):
-        with pytest.raises(NotImplementedError, match=next(filter(None, kinds.values()))):
+    frozen = {site: backbone.frozen(site) for site in sets.by_site}
+    reasons = [d.why_not_merge(frozen[site]) for site, deltas in sets.by_site.items() for d in deltas]
+    if any(reasons):
+        with pytest.raises(AdapterError, match=next(filter(None, reasons))):
             merged_model(backbone, sets)
         return
     before = {k: t.clone() for k, t in backbone.model.state_dict().items()}

@@ -41,6 +41,10 @@ class Delta:
         """
         raise NotImplementedError(type(self).__name__)
 
+    def why_not_merge(self, module: nn.Module) -> str | None:
+        """Why it cannot be folded into this frozen module, or `None` if it can."""
+        return self.cannot_merge
+
     def merge(self, module: nn.Module) -> None:
         """Fold this delta into `module`, which must be a copy of the frozen module."""
         raise NotImplementedError(f"{self.kind} cannot be merged: {self.cannot_merge}")

@@ -27,5 +27,8 @@ class Bias(Delta):
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         return y + self.b if torch.is_grad_enabled() else y.add_(self.b)
 
+    def why_not_merge(self, module: nn.Module) -> str | None:
+        return "the frozen linear map has no bias to add it to" if module.bias is None else None
+
     def merge(self, module: nn.Module) -> None:
         weight_of(module, "bias").add_(self.b)

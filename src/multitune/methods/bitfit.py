@@ -1,4 +1,8 @@
-"""BitFit (Ben-Zaken et al. 2021): every bias of the backbone is trained, y = x W + (b + δ)."""
+"""BitFit (Ben-Zaken et al. 2021): every bias of the backbone is trained, y = x W + (b + δ).
+
+Linear maps without a bias get one, zero at first, as in the code of T-Few (Liu et al. 2022, arXiv 2205.05638) for T5;
+it cannot be merged. Norms without an offset stay without.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,6 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
     from multitune.sites import Site
 
-LINEARS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
-NORMS = ("attention_norm", "ffn_norm", "embedding_norm")
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,15 @@ class BitFit(SiteMethod):
         learning_rate=3e-3, source="sweep on small tasks (docs/results.md); the released code uses 1e-3"
     )
 
-    subset: Roles = LINEARS + NORMS
-    """Roles of the linears and norms whose bias is trained."""
+    subset: Roles | None = None
+    """Roles of the linears and norms whose bias is trained; none stands for all that the backbone has."""
     layers: Layers = None
-    """Layers to adapt; none stands for all and the embedding norm."""
+    """Layers to adapt; none stands for all and the norms in front of and behind them."""
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
         known = {s.role for s in backbone.sites if s.kind in ("linear", "norm")}
-        unknown = [role for role in self.subset if role not in known]
+        subset = known if self.subset is None else self.subset
+        unknown = [role for role in subset if role not in known]
         check(
             not unknown,
             self,
@@ -53,8 +55,8 @@ class BitFit(SiteMethod):
             s
             for s in backbone.sites
             if s.kind in ("linear", "norm")
-            and s.role in self.subset
-            and s.bias
+            and s.role in subset
+            and (s.bias or s.kind == "linear")
             and (self.layers is None or s.layer in self.layers)
         ]
         check(bool(chosen), self, "this backbone has no bias there", "choose other roles or layers")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class LayerNormTuning(SiteMethod):
-    """Trains the change of gain and offset of the norms inside the layers; zero at first."""
+    """Trains the change of gain and offset of the norms; zero at first. A norm without offset gets none."""
 
     name: ClassVar[str] = "layernorm"
     title: ClassVar[str] = "LayerNorm tuning"
@@ -29,16 +29,16 @@ class LayerNormTuning(SiteMethod):
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3, source="sweep on small tasks (docs/results.md)")
 
     layers: Layers = None
-    """Layers whose norms are trained; none stands for all."""
+    """Layers whose norms are trained; none stands for all and the norm behind the last, where there is one."""
     embedding_norm: bool = False
     """Also train the norm behind the embeddings."""
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
-        chosen = backbone.find_sites("norm", ("attention_norm", "ffn_norm"), self.layers)
+        chosen = tuple(s for s in backbone.find_sites("norm", layers=self.layers) if s.role != "embedding_norm")
         return chosen + (backbone.find_sites("norm", ("embedding_norm",)) if self.embedding_norm else ())
 
     def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"gain": torch.zeros(site.in_features), "offset": torch.zeros(site.in_features)}
+        return {key: torch.zeros(site.in_features) for key in (("gain", "offset") if site.bias else ("gain",))}
 
     def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
-        return Affine(gain=params["gain"], offset=params["offset"])
+        return Affine(gain=params["gain"], offset=params.get("offset"))

@@ -38,7 +38,8 @@ class LoRA(SiteMethod):
     dropout: float = 0.0
     """Probability of dropping an entry of the input of A, in training."""
     targets: Roles = ("query", "value")
-    """Roles of the linear sites to adapt: query, key, value, attention_output, ffn_in, ffn_out."""
+    """Roles of the linear sites to adapt: query, key, value, attention_output, ffn_in, ffn_out,
+    and where the feed-forward is gated ffn_gate."""
     layers: Layers = None
     """Layers to adapt; none stands for all."""
     rank_stabilised: bool = False

@@ -48,7 +48,7 @@ class PromptTuning(Method):
         if self.start == "uniform":
             return {"vectors": torch.rand(self.length, words.shape[1], generator=generator) - 0.5}
         ids = torch.randint(words.shape[0], (self.length,), generator=generator)
-        return {"vectors": words.detach()[ids.to(words.device)].float().cpu().clone()}
+        return {"vectors": backbone.embed(ids).float().cpu().clone()}
 
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         return {"embedding": [Prompt(vectors=params["vectors"], at=(self.position,) * self.length)]}

@@ -33,13 +33,13 @@ class SerialAdapter(SiteMethod):
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
         chosen = backbone.find_sites("sublayer", self.sublayers, self.layers)
-        norms = ("attention_norm", "ffn_norm")
-        return chosen + (backbone.find_sites("norm", norms, self.layers) if self.layer_norms else ())
+        norms = backbone.find_sites("norm", layers=self.layers) if self.layer_norms else ()
+        return chosen + tuple(s for s in norms if s.layer is not None)
 
     def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         d = site.in_features
         if site.kind == "norm":
-            return {"gain": torch.zeros(d), "offset": torch.zeros(d)}
+            return {key: torch.zeros(d) for key in (("gain", "offset") if site.bias else ("gain",))}
         m = self.width(backbone)
         down = torch.empty(d, m)
         # The released code draws both matrices with std 1e-3; an exactly zero second matrix is the identity.
@@ -48,7 +48,7 @@ class SerialAdapter(SiteMethod):
 
     def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
         if site.kind == "norm":
-            return Affine(gain=params["gain"], offset=params["offset"])
+            return Affine(gain=params["gain"], offset=params.get("offset"))
         return Bottleneck(
             down=params["down"],
             down_bias=params["down_bias"],

@@ -92,6 +92,7 @@ def train(
     start = time.perf_counter()
     chosen = get_method(method)() if isinstance(method, str) else method
     config = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides}).resolve(chosen)
+    config = replace(config, pooling=config.pooling or backbone.default_pooling)
     output = None if output_dir is None else Path(output_dir)
     if output is not None:
         _check_folder(output, overwrite)
@@ -218,6 +219,7 @@ def _stray(path: Path) -> bool:
 
 def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConfig) -> TuningModel:
     """Fresh tensors around the backbone; for full fine-tuning around a copy of it."""
+    assert config.pooling is not None
     head = Head.for_task(data.task, pooling=config.pooling, dropout=config.head_dropout)
     head_params = head.init(backbone, torch.Generator().manual_seed(config.seed + 2**32))
     params: dict[str, Tensor] = method.init(backbone, torch.Generator().manual_seed(config.seed))

@@ -68,8 +68,9 @@ class TrainConfig:
     """Stop after this many evaluations in a row without a better validation metric."""
     evaluations_per_epoch: int = 1
     """Evaluations, and checkpoints, per epoch; the last step is always evaluated."""
-    pooling: Pooling = "cls"
-    """What the head reads: the first token, the mean over real tokens, or the backbone's pretrained pooler."""
+    pooling: Pooling | None = None
+    """What the head reads: the first token (cls), the mean over real tokens, the backbone's pretrained pooler, or the
+    last token; by default last where attention is causal and cls elsewhere."""
     head_dropout: float = 0.1
     """Probability of dropping an entry of the head's input, in training."""
     gradient_checkpointing: bool = False
