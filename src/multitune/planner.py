@@ -125,7 +125,7 @@ def cost_of(
         training_bytes=training,
         serving_bytes=serving,
         latency=latency,
-        merges=why_not_mergeable(deltas) is None,
+        merges=why_not_mergeable(backbone, deltas) is None,
         mixes=not method.changes_weights,
         problems=(),
     )
