@@ -82,7 +82,7 @@ def test_a_row_of_the_table_that_does_not_fit_says_which_path(make_model):
 def test_sites_of_every_architecture(backbone):
     per_layer = [
         ["query", "key", "value", "attention_output", "ffn_in", "ffn_out", "attention_norm", "ffn_norm"],
-        ["attention_sublayer", "ffn_sublayer", "attention"],
+        ["attention_sublayer", "ffn_sublayer", "block_sublayer", "attention"],
     ]
     names = ["embedding", "embedding_norm", "layers"]
     names += [f"layer.{i}.{role}" for i in range(backbone.num_layers) for roles in per_layer for role in roles]
