@@ -89,7 +89,7 @@ def test_sites_of_every_architecture(backbone):
     norms = ["attention_norm", "ffn_norm"]
     if kind.startswith("gemma"):
         norms = ["attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"]
-    per_layer = [*linears, *norms, "attention_sublayer", "ffn_sublayer", "attention"]
+    per_layer = [*linears, *norms, "attention_sublayer", "ffn_sublayer", "block_sublayer", "attention"]
     names = ["embedding", "layers"] if backbone.causal else ["embedding", "embedding_norm", "layers"]
     names += [f"layer.{i}.{role}" for i in range(backbone.num_layers) for role in per_layer]
     names += ["final_norm"] if backbone.causal or kind == "modernbert" else []

@@ -12,6 +12,7 @@ from multitune import Backbone, DeltaSet, Plan, PTuningV2
 from multitune.deltas import (
     ACTIVATIONS,
     ORDER,
+    SOFTMAX,
     Affine,
     Bias,
     Bottleneck,
@@ -45,6 +46,7 @@ FUNCTIONS = {
     "silu": lambda v: v / (1 + torch.exp(-v)),
     "tanh": lambda v: (torch.exp(v) - torch.exp(-v)) / (torch.exp(v) + torch.exp(-v)),
     "identity": lambda v: v,
+    "gelu_new": lambda v: v * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
 }
 
 
@@ -90,11 +92,18 @@ def affine_twin(d, x, y, module):
     return rows_of(out)
 
 
+def softmax_twin(values, groups):
+    width = len(values) // groups
+    runs = [[torch.exp(v) for v in values[k : k + width]] for k in range(0, len(values), width)]
+    return [e / sum(run) for run in runs for e in run]
+
+
 def bottleneck_twin(d, x, y, module):
     out = []
     for t in range(len(y)):
         z = y[t] if d.placement == "serial" else x[t]
-        h = [FUNCTIONS[d.activation](dot(z, d.down[:, m]) + d.down_bias[m]) for m in range(d.down.shape[1])]
+        h = [dot(z, d.down[:, m]) + d.down_bias[m] for m in range(d.down.shape[1])]
+        h = softmax_twin(h, d.groups) if d.activation == SOFTMAX else [FUNCTIONS[d.activation](v) for v in h]
         out.append([y[t, i] + d.scale * (dot(h, d.up[:, i]) + d.up_bias[i]) for i in range(y.shape[1])])
     return rows_of(out)
 
@@ -120,6 +129,11 @@ CASES = {
     "affine_offset": (lambda g: Affine(offset=normal(g, O)), affine_twin),
     **{f"bottleneck_{name}": (partial(bottleneck, activation=name), bottleneck_twin) for name in ACTIVATIONS},
     "bottleneck_scaled": (lambda g: bottleneck(g, m=5, scale=2.5), bottleneck_twin),
+    "bottleneck_softmax": (lambda g: bottleneck(g, m=3, activation=SOFTMAX), bottleneck_twin),
+    "bottleneck_softmax_in_groups": (
+        lambda g: bottleneck(g, m=6, activation=SOFTMAX, groups=2, scale=0.5, placement="parallel"),
+        bottleneck_twin,
+    ),
     "bottleneck_parallel": (lambda g: bottleneck(g, placement="parallel", scale=0.5), bottleneck_twin),
 }
 

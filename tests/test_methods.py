@@ -10,11 +10,16 @@ import torch
 import transformers
 
 from multitune import (
+    DRA,
     IA3,
+    MAM,
     AoTFC,
     AoTKronecker,
+    AttnScale,
     Backbone,
     BitFit,
+    Compacter,
+    CompacterPP,
     ConfigError,
     DeltaSet,
     FullFineTuning,
@@ -23,12 +28,14 @@ from multitune import (
     LayerNormTuning,
     LoRA,
     Method,
+    ParallelAdapter,
     Pfeiffer,
     Plan,
     PromptTuning,
     PTuningV2,
     Recipe,
     SiteMethod,
+    UTuning,
     get_method,
     method_names,
     methods,
@@ -205,8 +212,9 @@ def test_neighbours_and_position_do_not_matter(backbone, method, delta_set, rand
 
 
 def trainable(backbone, method, random_params, seed):
+    """Tensors to train, and a function that makes their deltas: a new graph for every backward pass."""
     params = {k: t.double().requires_grad_() for k, t in random_params(backbone, method, seed).items()}
-    return params, DeltaSet(method.deltas(params, backbone))
+    return params, lambda: DeltaSet(method.deltas(params, backbone))
 
 
 def test_gradients_in_a_mixed_batch_equal_those_alone(
@@ -232,7 +240,8 @@ def test_gradients_in_a_mixed_batch_equal_those_alone(
         for params, _ in made.values():
             for t in params.values():
                 t.grad = None
-        sets = [made[owners[i]][1] if owners[i] else None for i in wanted]
+        deltas = {owner: make() for owner, (_, make) in made.items()}
+        sets = [deltas[owners[i]] if owners[i] else None for i in wanted]
         hidden = double.run(Plan(sets), *rows.padded(wanted))
         loss = sum((hidden[k, : lengths[i]] * weights[i]).sum() for k, i in enumerate(wanted))
         if loss.requires_grad:
@@ -305,6 +314,14 @@ SETTINGS = [
     PTuningV2(length=5, layers=(1, 2), std=0.5),
     AoTFC(r=3, activation="relu", dropout=0.1),
     AoTKronecker(r=3, a=10, b=12, dropout=0.1),
+    ParallelAdapter(bottleneck=3, scale=4.0, learn_scale=True, activation="silu", sublayers=("block",), layers=(1,)),
+    MAM(prefix_length=3, bottleneck=5, scale=4.0, learn_scale=True, activation="tanh", layers=(0, 2)),
+    Compacter(bottleneck=12, phm_dim=2, rank=3, activation="relu", layers=(0,), layer_norms=True),
+    CompacterPP(bottleneck=8, phm_dim=8, layer_norms=True),
+    UTuning(operations=("block",), tuner="prefix", width=3, layers=(2,)),
+    UTuning(activation="tanh", width=5),
+    DRA(targets=("ffn_out",), layers=(1,)),
+    AttnScale(layers=(0,)),
     *[get_method(name)() for name in method_names()],
 ]
 
@@ -362,6 +379,13 @@ def test_an_unknown_hyper_parameter_names_the_nearest(any_method):
         (PromptTuning, {"position": -2}, "position=-2 is not possible; give -1, 0, 1"),
         (PTuningV2, {"length": 0}, "length=0 is not possible"),
         (IA3, {"outputs": ["key"], "inputs": ["key"]}, r"\['key'\] are in outputs and in inputs"),
+        (ParallelAdapter, {"bottleneck": 0}, "bottleneck=0 is not possible"),
+        (MAM, {"prefix_length": 0}, "prefix_length=0 is not possible"),
+        (Compacter, {"bottleneck": 10}, "bottleneck=10 is not a multiple of phm_dim=4; give for example 8"),
+        (CompacterPP, {"rank": 0}, "rank=0 is not possible"),
+        (UTuning, {"width": 0}, "width=0 is not possible"),
+        (UTuning, {"tuner": "prompt"}, "tuner='prompt' .*choose one of bottleneck, low_rank, prefix"),
+        (UTuning, {"tuner": "prefix", "activation": "relu"}, "tuner=prefix has no use for activation=relu"),
         (LoRA, {"r": "eight"}, "r='eight' is not of type int"),
         (LoRA, {"r": 2.5}, "r=2.5 is not of type int .not a whole number"),
         (LoRA, {"r": True}, "r=True is not of type int"),
@@ -393,6 +417,9 @@ def test_a_bad_value_says_what_is_wrong(method, settings, words):
         (BitFit(subset=("query", "kee")), r"no linear or norm has the role \['kee'\]; choose from .*key"),
         (BitFit(subset=("embedding_norm",), layers=(0,)), "no bias there"),
         (AoTKronecker(a=4, b=5), r"a·b = 20 rows do not cover 97 ids; give larger factors"),
+        (Compacter(bottleneck=12, phm_dim=6), r"phm_dim=6 does not divide the width 32; give one of \[1, 2, 4\]"),
+        (UTuning(operations=("blok",)), "no sublayer site has the role 'blok'. Did you mean 'block'"),
+        (ParallelAdapter(sublayers=()), "no sublayer site matches"),
         (PromptTuning(length=39), "length=39 leaves no room; give at most 38"),
     ],
     ids=str,
@@ -460,6 +487,17 @@ COUNTS = [
     (AoTFC(r=256), 4_730_880),
     (AoTFC(r=512), 9_452_544),
     (HeadOnly(), 0),
+    (ParallelAdapter(bottleneck=384), 7_091_712),
+    (ParallelAdapter(bottleneck=512), 9_452_544),
+    (ParallelAdapter(bottleneck=512, learn_scale=True), 9_452_556),
+    (MAM(), 599_232),
+    (Compacter(), 57_088),
+    (CompacterPP(), 28_576),
+    (UTuning(), 912_960),
+    (UTuning(tuner="low_rank"), 884_736),
+    (UTuning(tuner="prefix", operations=("attention",)), 294_912),
+    (DRA(), 18_432),
+    (AttnScale(), 144),
 ]
 
 

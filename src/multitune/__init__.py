@@ -15,34 +15,56 @@ from multitune.errors import (
 )
 from multitune.heads import Head
 from multitune.merge import MergeReport, merge
-from multitune.methods import Method, Recipe, SiteMethod, get_method, method_names, register
+from multitune.methods import (
+    Combined,
+    Method,
+    Recipe,
+    SiteMethod,
+    get_method,
+    make_method,
+    method_names,
+    register,
+)
 from multitune.methods.aot_fc import AoTFC
 from multitune.methods.aot_kronecker import AoTKronecker
+from multitune.methods.attn_scale import AttnScale
 from multitune.methods.bitfit import BitFit
+from multitune.methods.compacter import Compacter
+from multitune.methods.compacter_pp import CompacterPP
+from multitune.methods.dra import DRA
 from multitune.methods.full import FullFineTuning
 from multitune.methods.head import HeadOnly
 from multitune.methods.houlsby import Houlsby
 from multitune.methods.ia3 import IA3
 from multitune.methods.layernorm import LayerNormTuning
 from multitune.methods.lora import LoRA
+from multitune.methods.mam import MAM
+from multitune.methods.parallel import ParallelAdapter
 from multitune.methods.pfeiffer import Pfeiffer
 from multitune.methods.prompt_tuning import PromptTuning
 from multitune.methods.ptuning_v2 import PTuningV2
+from multitune.methods.u_tuning import UTuning
 from multitune.plan import DeltaSet, Plan
 from multitune.tasks import Task, infer_task, load_task, read_table
 from multitune.training import TrainConfig, TrainResult, evaluate, train
 from multitune.version import __version__
 
 __all__ = [
+    "DRA",
     "IA3",
+    "MAM",
     "Adapter",
     "AdapterError",
     "AoTFC",
     "AoTKronecker",
+    "AttnScale",
     "Backbone",
     "BackboneError",
     "Bank",
     "BitFit",
+    "Combined",
+    "Compacter",
+    "CompacterPP",
     "ConfigError",
     "DataError",
     "DeltaSet",
@@ -57,6 +79,7 @@ __all__ = [
     "MixError",
     "MultituneError",
     "PTuningV2",
+    "ParallelAdapter",
     "Pfeiffer",
     "Plan",
     "PlanError",
@@ -68,11 +91,13 @@ __all__ = [
     "TaskError",
     "TrainConfig",
     "TrainResult",
+    "UTuning",
     "__version__",
     "evaluate",
     "get_method",
     "infer_task",
     "load_task",
+    "make_method",
     "merge",
     "method_names",
     "read_table",

@@ -8,7 +8,7 @@ first and names every difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ from multitune.deltas import TableRows, TokenBias, build_table
 from multitune.errors import AdapterError, BackboneError, MultituneError, suggest
 from multitune.files import replace_file, replace_folder, sha256
 from multitune.heads import Head
-from multitune.methods import Method, get_method
+from multitune.layer_drop import without_layers
+from multitune.methods import Method, make_method
 from multitune.plan import DeltaSet
 from multitune.tasks import Task
 from multitune.version import __version__
@@ -103,11 +104,15 @@ class Adapter:
                 f"Backbone.load({mine['name']!r})"
             )
 
-    def delta_set(self, backbone: Backbone, *, aot_store: str = "factors") -> DeltaSet:
+    def delta_set(self, backbone: Backbone, *, aot_store: str = "factors", drop_layers: Sequence[int] = ()) -> DeltaSet:
         """The deltas for serving: fused, in the backbone's dtype, on its device.
 
         Args:
             aot_store: where token rows come from: "factors" (computed per batch), "ram" or "mmap" (a table).
+            drop_layers: layers in which the adapter is left out (AdapterDrop).
+
+        Raises:
+            ConfigError: a layer in which there is nothing to leave out.
         """
         self.check_backbone(backbone)
         with torch.no_grad():
@@ -117,7 +122,9 @@ class Adapter:
                 rows = self._table(backbone, verify=aot_store == "ram")
                 if aot_store == "ram":
                     rows = replace(rows, table=rows.table.clone().to(backbone.device), mapped=False)
-                deltas = {"layers": [TokenBias(source=rows)]}
+                deltas = {**deltas, "layers": [TokenBias(source=rows)]}
+            if drop_layers:
+                deltas = without_layers(deltas, drop_layers, backbone, self.name)
             return DeltaSet(deltas).fused(backbone.dtype, backbone.device)
 
     def _table(self, backbone: Backbone, verify: bool) -> TableRows:
@@ -222,7 +229,7 @@ class Adapter:
                 raise AdapterError(f"'backbone' does not say {unknown}")
             adapter = cls(
                 name=config["name"],
-                method=get_method(config["method"]["name"]).from_settings(config["method"]["settings"]),
+                method=make_method(config["method"]["name"], config["method"]["settings"]),
                 params={},
                 head=Head(**config["head"]),
                 head_params={},

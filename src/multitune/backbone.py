@@ -182,6 +182,11 @@ class Backbone:
         return self.word_embeddings.shape[0]
 
     @property
+    def num_attention_heads(self) -> int:
+        """Heads of queries."""
+        return int(self.model.config.num_attention_heads)
+
+    @property
     def num_key_value_heads(self) -> int:
         """Heads of keys and values."""
         config = self.model.config

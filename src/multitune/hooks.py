@@ -160,8 +160,30 @@ def _reads_input(steps: list[Step]) -> bool:
     return any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps)
 
 
+def _block(module: nn.Module, name: str) -> list[Undo]:
+    """A whole layer as one operation: hidden states are its first argument, and its output or the first of several."""
+
+    def make(original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            plan = current_call().plan
+            steps = plan.steps.get(name)
+            if steps is None:
+                return output
+            x = args[0] if args else kwargs["hidden_states"]
+            if isinstance(output, Tensor):
+                return _run(steps, x, output, module, plan.num_rows)
+            return (_run(steps, x, output[0], module, plan.num_rows), *output[1:])
+
+        return forward
+
+    return [wrap_forward(module, make)]
+
+
 def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     assert site.enters is not None
+    if site.enters == site.module:
+        return _block(module, site.name)
     name = site.name
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

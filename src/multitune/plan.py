@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multitune.deltas import ORDER, Bottleneck, Delta, Memory, Prompt, TableRows, TokenBias
+from multitune.deltas import ORDER, Delta, Prompt, TableRows, TokenBias
 from multitune.deltas.base import stack_view
 from multitune.errors import ConfigError
 from multitune.workspace import Workspace
@@ -64,9 +64,10 @@ class DeltaSet:
             site: tuple(sorted(deltas, key=lambda d: ORDER.index(type(d)))) for site, deltas in by_site.items()
         }
         for site, deltas in self.by_site.items():
-            for kind in (Memory, Prompt, Bottleneck, TokenBias):
-                if sum(isinstance(d, kind) for d in deltas) > 1:
-                    raise ConfigError(f"an adapter has one {kind.kind} at a site, but {site} would get several")
+            only = [d.kind for d in deltas if d.one_per_site]
+            twice = [kind for kind in only if only.count(kind) > 1]
+            if twice:
+                raise ConfigError(f"an adapter has one {twice[0]} at a site, but {site} would get several")
         self.prompt_length = sum(d.vectors.shape[0] for _, d in self.of(Prompt) if isinstance(d, Prompt))
         """How many vectors this adapter inserts into a row."""
         self.tables: tuple[TableRows, ...] = tuple(

@@ -22,7 +22,8 @@ class Site:
     name: str
     kind: SiteKind
     role: str
-    """What it does in the model: a key of the architecture's `linears`, `norms` or `sublayers`, or its kind."""
+    """What it does in the model: a key of the architecture's `linears`, `norms` or `sublayers`, or its kind; the whole
+    layer, seen as one sub-layer, is the sub-layer `block`."""
     layer: int | None
     """Layer index, `None` for sites outside the layers."""
     module: str
@@ -160,6 +161,13 @@ def _layer_sites(model: nn.Module, a: Architecture, i: int, hidden: int) -> list
                 module=at(sub.leaves), enters=at(sub.enters), in_features=hidden, out_features=hidden,
             )
         )  # fmt: skip
+    layer = f"{a.layers}.{i}"
+    sites.append(
+        Site(
+            name=f"layer.{i}.block_sublayer", kind="sublayer", role="block", layer=i,
+            module=layer, enters=layer, in_features=hidden, out_features=hidden,
+        )
+    )  # fmt: skip
     _get(model, at(a.attention), a)
     key, value = (next(s for s in sites if s.role == role) for role in ("key", "value"))
     sites.append(

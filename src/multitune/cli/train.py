@@ -29,7 +29,8 @@ from multitune.cli.shared import (
     written,
 )
 from multitune.errors import ConfigError, DataError, TaskError, suggest
-from multitune.methods import get_method
+from multitune.methods import make_method
+from multitune.methods.combined import part_names
 from multitune.tasks import TaskData, infer_task, list_splits, load_task, read_table, split_table
 from multitune.training import TrainConfig, evaluate, train
 
@@ -57,8 +58,17 @@ def _setting(field: Field) -> Any:
 #: Every option of a training run, and so every key of a recipe.
 OPTIONS: dict[str, Any] = {
     "task": _option(_TASK, "Task to train by name, as `multitune tasks` lists them.", metavar="NAME"),
-    "method": _option(_TASK, "Tuning method, as `multitune methods` lists them.", metavar="NAME"),
-    "set": _option(_TASK, "A setting of the method, such as r=16; may be repeated.", list[str], metavar="NAME=VALUE"),
+    "method": _option(
+        _TASK,
+        "Tuning method, as `multitune methods` lists them, or several in one adapter, such as lora+bitfit.",
+        metavar="NAME",
+    ),
+    "set": _option(
+        _TASK,
+        "A setting of the method, such as r=16, or of one of several, such as lora.r=16; may be repeated.",
+        list[str],
+        metavar="NAME=VALUE",
+    ),
     "out": _option(_TASK, "Folder to write the adapter to.", metavar="FOLDER"),
     "overwrite": _option(_TASK, "Replace an adapter that is there already.", bool, "--overwrite"),
     "backbone": _option(
@@ -121,7 +131,8 @@ def train_command(
     if not isinstance(chosen.get("overwrite", False), bool):
         raise ConfigError(f"'overwrite' in the recipe is true or false, not {chosen['overwrite']!r}")
     config = TrainConfig.from_dict({f.name: chosen[f.name] for f in SETTINGS if f.name in chosen})
-    method = get_method(str(chosen["method"])).from_settings(chosen.get("set", {}))
+    name, inline = read_method(chosen["method"])
+    method = make_method(name, {**inline, **flat_settings(chosen.get("set", {}))})
     data = task_data(chosen, config.seed)
     place = {key: str(chosen[key]) for key in ("device", "dtype") if key in chosen}
     backbone = shared.load_backbone(str(chosen.get("backbone", "minilm")), **place)
@@ -168,6 +179,36 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def read_method(given: Any) -> tuple[str, dict[str, Any]]:
+    """A recipe's `method` as a name for `make_method` and the settings it brings.
+
+    Args:
+        given: a name, `lora+bitfit`, or a list of names, or of one-entry mappings of a name to its settings.
+    """
+    if not isinstance(given, list):
+        return str(given), {}
+    entries = [dict(e) if isinstance(e, Mapping) else {str(e): {}} for e in given]
+    if not entries or any(len(e) != 1 or not isinstance(next(iter(e.values())), Mapping | None) for e in entries):
+        raise ConfigError(
+            f"'method' in the recipe is a name, or a list of names or of names with settings, such as "
+            f"[lora: {{r: 4}}, bitfit], not {given!r}"
+        )
+    names = [str(name) for e in entries for name in e]
+    own = [dict(settings or {}) for e in entries for settings in e.values()]
+    if len(names) == 1:
+        return names[0], own[0]
+    by_part = zip(part_names(names), own, strict=True)
+    return "+".join(names), {f"{part}.{key}": value for part, settings in by_part for key, value in settings.items()}
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose values may be mappings, `{lora: {r: 4}}`, as `{"lora.r": 4}`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The options in a YAML file, by name.
 
@@ -198,7 +239,7 @@ def override(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, A
     if "train" in flags:
         kept.pop("task", None)
     if isinstance(kept.get("set"), Mapping) and "set" in flags:
-        flags = {**flags, "set": {**kept["set"], **flags["set"]}}
+        flags = {**flags, "set": {**flat_settings(kept["set"]), **flags["set"]}}
     return {**kept, **flags}
 
 
@@ -250,6 +291,13 @@ def _task_of(adapter: Adapter, name: str | None) -> TaskData:
         ) from error
 
 
+def _layers(given: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in given.split(",")) if given is not None else ()
+    except ValueError:
+        raise ConfigError(f"--drop-layers takes layer numbers, such as 0,1, not '{given}'") from None
+
+
 @app.command("evaluate")
 def evaluate_command(
     adapters: Annotated[
@@ -263,6 +311,14 @@ def evaluate_command(
     ] = None,
     split: Annotated[str, typer.Option(help="Split to judge by, where there are several.")] = "validation",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 32,
+    drop_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="Layers in which the adapters are left out, from 0, such as 0,1 (AdapterDrop).",
+            show_default=False,
+        ),
+    ] = None,
     backbone: OptionalBackboneName = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -271,12 +327,13 @@ def evaluate_command(
     """Judge adapters on rows with labels."""
     if task is not None and data is not None:
         raise ConfigError("--task and --data both say what to judge by; give one of them")
+    dropped = _layers(drop_layers)
     loaded = [Adapter.load(folder) for folder in adapters]
     tables = [_any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
     found: list[dict[str, Any]] = []
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):
-        scores = evaluate(on, folder, table, split=split, batch_size=batch_size)
+        scores = evaluate(on, folder, table, split=split, batch_size=batch_size, drop_layers=dropped)
         found.append({"adapter": str(folder), "method": adapter.method.name, "task": adapter.task.name, **scores})
     if as_json:
         print_json(found)

@@ -3,7 +3,7 @@
 from multitune.deltas.affine import Affine
 from multitune.deltas.base import Delta
 from multitune.deltas.bias import Bias
-from multitune.deltas.bottleneck import ACTIVATIONS, Bottleneck
+from multitune.deltas.bottleneck import ACTIVATIONS, SOFTMAX, Bottleneck
 from multitune.deltas.low_rank import LowRank
 from multitune.deltas.memory import Memory
 from multitune.deltas.prompt import Prompt
@@ -27,6 +27,7 @@ ORDER: tuple[type[Delta], ...] = (
 __all__ = [
     "ACTIVATIONS",
     "ORDER",
+    "SOFTMAX",
     "Affine",
     "Bias",
     "Bottleneck",

@@ -22,6 +22,7 @@ class Affine(Delta):
 
     kind: ClassVar[str] = "Affine"
     site_kind: ClassVar[str] = "norm"
+    attaches: ClassVar[str] = "serial"
 
     gain: Tensor | None = None
     """`[D]`, added to γ; `None` leaves γ alone."""

@@ -31,6 +31,11 @@ class Delta:
     """Kind of site it applies at."""
     changes_input: ClassVar[bool] = False
     """Whether it changes what goes into the site instead of what comes out."""
+    one_per_site: ClassVar[bool] = False
+    """Whether an adapter can have only one of this kind at a site; the others add up or follow one another."""
+    attaches: ClassVar[str] = "parallel"
+    """How it is attached to the frozen operation: `parallel` (adds to its output what it makes of its input),
+    `serial` (changes its output), `input` (changes what goes in), or `inside`."""
     cannot_merge: ClassVar[str | None] = None
     """Why it cannot be folded into the frozen weights, or `None` if it can."""
 

@@ -17,9 +17,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "tanh": torch.tanh,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "identity": lambda x: x,
 }
 """Activation functions by name; every one of them maps 0 to 0, so that padded columns stay silent."""
+
+SOFTMAX = "softmax"
+"""The one activation beside them: over the columns of each of `groups` equal parts, where a bias of -inf is silence."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +36,8 @@ class Bottleneck(Delta):
 
     kind: ClassVar[str] = "Bottleneck"
     site_kind: ClassVar[str] = "sublayer"
-    cannot_merge: ClassVar[str | None] = "it has a non-linearity between its two matrices"
+    one_per_site: ClassVar[bool] = True
+    cannot_merge: ClassVar[str | None] = "it is a network around a whole sub-layer, not a change of one linear map"
 
     down: Tensor
     """`[D, M]`"""
@@ -43,28 +48,40 @@ class Bottleneck(Delta):
     up_bias: Tensor
     """`[D]`"""
     activation: str = "gelu"
-    """A key of `ACTIVATIONS`."""
+    """A key of `ACTIVATIONS`, or `SOFTMAX`."""
     placement: Literal["serial", "parallel"] = "serial"
     """Whether it reads the sub-layer's output or its input."""
     scale: float = 1.0
     """The branch is multiplied by this."""
+    groups: int = 1
+    """Softmax only: the M columns are this many runs of M / groups columns, with a softmax over each (heads)."""
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.activation == SOFTMAX:
+            return hidden.unflatten(-1, (self.groups, -1)).softmax(-1).flatten(-2)
+        return ACTIVATIONS[self.activation](hidden)
 
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         z = y if self.placement == "serial" else x
-        hidden = ACTIVATIONS[self.activation](z @ self.down + self.down_bias)
+        hidden = self._activate(z @ self.down + self.down_bias)
         if self.up.ndim == 3 and not torch.is_grad_enabled():
             return y.baddbmm_(hidden, self.up, alpha=self.scale).add_(self.up_bias, alpha=self.scale)
         update = hidden @ self.up + self.up_bias
         return y + (update if self.scale == 1.0 else update * self.scale)
 
     def canonical(self) -> Self:
-        width = self.down.shape[1]
+        width = self.down.shape[1] // self.groups
         pad = round_up_power_of_two(width) - width
+        silent = -torch.inf if self.activation == SOFTMAX else 0.0
+
+        def widen(t: Tensor, value: float = 0.0) -> Tensor:  # along the last dimension, in each group
+            return F.pad(t.unflatten(-1, (self.groups, width)), (0, pad), value=value).flatten(-2)
+
         return replace(
             self,
-            down=F.pad(self.down, (0, pad)),
-            down_bias=F.pad(self.down_bias, (0, pad)),
-            up=F.pad(self.up * self.scale, (0, 0, 0, pad)),
+            down=widen(self.down),
+            down_bias=widen(self.down_bias, silent),
+            up=widen((self.up * self.scale).T).T,
             up_bias=self.up_bias * self.scale,
             scale=1.0,
         )

@@ -21,6 +21,8 @@ class Memory(Delta):
 
     kind: ClassVar[str] = "Memory"
     site_kind: ClassVar[str] = "attention"
+    one_per_site: ClassVar[bool] = True
+    attaches: ClassVar[str] = "inside"
     cannot_merge: ClassVar[str | None] = "attention over extra keys and values is not a change of any weight"
 
     keys: Tensor

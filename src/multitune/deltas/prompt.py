@@ -22,6 +22,8 @@ class Prompt(Delta):
 
     kind: ClassVar[str] = "Prompt"
     site_kind: ClassVar[str] = "embedding"
+    one_per_site: ClassVar[bool] = True
+    attaches: ClassVar[str] = "input"
     cannot_merge: ClassVar[str | None] = "it lengthens the sequence"
 
     vectors: Tensor

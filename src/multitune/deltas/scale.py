@@ -20,6 +20,7 @@ class Scale(Delta):
 
     kind: ClassVar[str] = "Scale"
     site_kind: ClassVar[str] = "linear"
+    attaches: ClassVar[str] = "serial"
 
     s: Tensor
     """`[F]`; 0 leaves the row unchanged."""
@@ -44,6 +45,7 @@ class InputScale(Scale):
 
     kind: ClassVar[str] = "InputScale"
     changes_input: ClassVar[bool] = True
+    attaches: ClassVar[str] = "input"
 
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         # Both arguments are the site's input; it is changed in place only where the site owns it.

@@ -21,6 +21,8 @@ class TokenBias(Delta):
 
     kind: ClassVar[str] = "TokenBias"
     site_kind: ClassVar[str] = "layers"
+    one_per_site: ClassVar[bool] = True
+    attaches: ClassVar[str] = "input"
     cannot_merge: ClassVar[str | None] = "it depends on the token and enters the residual stream of every layer"
 
     source: TokenRows

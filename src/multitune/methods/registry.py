@@ -64,5 +64,10 @@ def get_method(name: str) -> type[Method]:
     _discover()
     if name not in _METHODS:
         known = sorted(_METHODS)
+        if "+" in name:
+            raise ConfigError(
+                f"'{name}' is several methods in one adapter, which make_method({name!r}) and "
+                f"`multitune train --method {name}` take; here name one of them"
+            )
         raise ConfigError(f"no method is called '{name}'.{suggest(name, known)} Methods: {', '.join(known)}")
     return _METHODS[name]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
     from multitune.sites import Site
 
-Activation = Literal["gelu", "relu", "silu", "tanh"]
+Activation = Literal["gelu", "relu", "silu", "tanh", "gelu_new"]
 
 
 class SerialAdapter(SiteMethod):

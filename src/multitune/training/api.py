@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from multitune.bank import Bank
 from multitune.errors import ConfigError, DataError
 from multitune.files import replace_file
 from multitune.heads import Head
-from multitune.methods import Method, get_method
+from multitune.methods import Method, make_method
 from multitune.plan import DeltaSet
 from multitune.tables import TABLE_FILE
 from multitune.tasks import TaskData, compute
@@ -78,7 +78,7 @@ def train(
 
     Args:
         data: the task with its tables of training and validation rows.
-        method: a method, or the name of one with its usual hyper-parameters.
+        method: a method, or the name of one with its usual hyper-parameters, or of several joined by "+".
         output_dir: where the adapter and, while it runs, its checkpoints go. A run that was killed is resumed
             by the same call. `None` saves nothing.
         config: training settings; `overrides` are fields of it.
@@ -90,7 +90,7 @@ def train(
         DataError: a row that does not fit the task.
     """
     start = time.perf_counter()
-    chosen = get_method(method)() if isinstance(method, str) else method
+    chosen = make_method(method) if isinstance(method, str) else method
     config = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides}).resolve(chosen)
     config = replace(config, pooling=config.pooling or backbone.default_pooling)
     output = None if output_dir is None else Path(output_dir)
@@ -146,12 +146,14 @@ def evaluate(
     data: TaskData | Any,
     split: str = "validation",
     batch_size: int = 32,
+    drop_layers: Sequence[int] = (),
 ) -> dict[str, float]:
     """Metrics of an adapter, by the path that serves it.
 
     Args:
         data: a task's data, of which `split` is read; or a table of labelled rows.
         split: "train", "validation" or "test".
+        drop_layers: layers in which the adapter is left out, see `Bank.add`.
 
     Raises:
         DataError: no such split, no rows, or a row that does not fit the adapter's task.
@@ -165,7 +167,7 @@ def evaluate(
     if not targets:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)
-    bank.add(adapter.name, adapter)
+    bank.add(adapter.name, adapter, drop_layers=drop_layers)
     predictions = []
     for answer in bank.predict([(adapter.name, dict(row)) for row in table], batch_size=batch_size):
         assert answer.logits is not None
