@@ -9,14 +9,15 @@ others are torch hooks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from multitune.call import current_call
+from multitune.call import Call, current_call, recompute_context
 from multitune.deltas import Bottleneck
 from multitune.frozen import frozen_view
 from multitune.plan import Plan, Step
@@ -24,22 +25,33 @@ from multitune.sites import Site
 
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
+NameAt = Callable[[Call], str]
 
 
 def install(model: nn.Module, sites: tuple[Site, ...]) -> list[Undo]:
     """Instrument every site except attention; the returned calls, run last to first, take everything off again."""
     undo: list[Undo] = []
-    shared: dict[str, list[Site]] = defaultdict(list)
-    for site in sites:
-        if site.part is not None:
-            shared[site.module].append(site)
-    for site in sites:
-        module = model.get_submodule(site.module)
-        if site.part is not None:
-            undo += _linear_parts(module, shared.pop(site.module, []))
-        elif site.kind in _INSTALLERS:
-            undo += _INSTALLERS[site.kind](model, module, site)
+    for (kind, path), here in by_module(sites).items():
+        if kind in _INSTALLERS:
+            undo += _INSTALLERS[kind](model, model.get_submodule(path), here)
     return undo
+
+
+def by_module(sites: Sequence[Site]) -> dict[tuple[str, str], list[Site]]:
+    """Sites by kind and module: several where one module runs as several layers."""
+    found: dict[tuple[str, str], list[Site]] = defaultdict(list)
+    for site in sites:
+        found[site.kind, site.module].append(site)
+    return found
+
+
+def name_at(sites: Sequence[Site]) -> NameAt:
+    """Which of one module's sites a call is at: it has several where the module runs as several layers."""
+    if len(sites) == 1:
+        only = sites[0].name
+        return lambda call: only
+    names = {site.layer: site.name for site in sites}
+    return lambda call: names[call.layer]
 
 
 def wrap_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Undo:
@@ -86,13 +98,16 @@ def _change_input(steps: list[Step], x: Tensor, frozen: nn.Module, num_rows: int
     return _run(steps, x, x, frozen, num_rows)
 
 
-def _linear(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    name, owns_input = site.name, site.owns_input
-    frozen = frozen_view(module, site)
+def _linear(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    if sites[0].part is not None:
+        return _linear_parts(module, sites)
+    here, owns_input = name_at(sites), sites[0].owns_input
+    frozen = frozen_view(module, sites[0])
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            plan = current_call().plan
+            call = current_call()
+            plan, name = call.plan, here(call)
             before = plan.input_steps.get(name)
             if before is not None:
                 x = _change_input(before, x, frozen, plan.num_rows, owns_input)
@@ -105,11 +120,19 @@ def _linear(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
+def _by_part(sites: Sequence[Site]) -> dict[tuple[int, int], list[Site]]:
+    found: dict[tuple[int, int], list[Site]] = defaultdict(list)
+    for site in sites:
+        assert site.part is not None
+        found[site.part].append(site)
+    return found
+
+
 def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
     """One wrapper for all sites that are parts of `module`'s output."""
-    if not sites:
-        return []
-    parts = [(site.name, slice(*site.part), frozen_view(module, site)) for site in sites if site.part is not None]
+    parts = [
+        (name_at(of_part), slice(*part), frozen_view(module, of_part[0])) for part, of_part in _by_part(sites).items()
+    ]
 
     def part_of(
         x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str, frozen: nn.Module, own: slice
@@ -125,8 +148,10 @@ def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
-            plan = current_call().plan
-            for name, own, frozen in parts:
+            call = current_call()
+            plan = call.plan
+            for here, own, frozen in parts:
+                name = here(call)
                 if name not in plan.steps and name not in plan.input_steps:
                     continue
                 new = part_of(x, y, original, plan, name, frozen, own)
@@ -141,15 +166,15 @@ def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
-def _norm(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    name, frozen = site.name, frozen_view(module, site)
+def _norm(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    here, frozen = name_at(sites), frozen_view(module, sites[0])
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
-            plan = current_call().plan
-            steps = plan.steps.get(name)
-            return y if steps is None else _run(steps, x, y, frozen, plan.num_rows)
+            call = current_call()
+            steps = call.plan.steps.get(here(call))
+            return y if steps is None else _run(steps, x, y, frozen, call.plan.num_rows)
 
         return forward
 
@@ -160,12 +185,13 @@ def _reads_input(steps: list[Step]) -> bool:
     return any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps)
 
 
-def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    assert site.enters is not None
-    name = site.name
+def _sublayer(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    assert sites[0].enters is not None
+    here = name_at(sites)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = current_call()
+        name = here(call)
         steps = call.plan.steps.get(name)
         if steps and _reads_input(steps):
             call.captured[name] = args[0] if args else kwargs["hidden_states"]
@@ -174,6 +200,7 @@ def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
             call = current_call()
+            name = here(call)
             steps = call.plan.steps.get(name)
             if steps is None:
                 return y
@@ -182,12 +209,12 @@ def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
 
         return forward
 
-    entry = model.get_submodule(site.enters)
+    entry = model.get_submodule(sites[0].enters)
     handle = entry.register_forward_pre_hook(enter, with_kwargs=True)
     return [handle.remove, wrap_forward(module, make)]
 
 
-def _embedding(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
+def _embedding(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         prompts = current_call().prompts
         return None if prompts is None else prompts.insert(output)
@@ -195,23 +222,43 @@ def _embedding(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     return [module.register_forward_hook(after).remove]
 
 
-def _layers(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
+def _layers(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
     def before(
-        index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        indices: tuple[int, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = current_call()
+        index = call.enter_layer(indices)
         if not call.has_token_bias:
             return None
         if args:
             return (call.add_token_bias(index, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": call.add_token_bias(index, kwargs["hidden_states"])}
 
-    assert isinstance(module, nn.ModuleList)
-    handles = [layer.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, layer in enumerate(module)]
+    indices: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    for i, path in enumerate(sites[0].layers):
+        indices[path] += (i,)
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(partial(before, of), with_kwargs=True)
+        for path, of in indices.items()
+    ]
     return [handle.remove for handle in handles]
 
 
-_INSTALLERS: dict[str, Callable[[nn.Module, nn.Module, Site], list[Undo]]] = {
+def checkpoint_layers(model: nn.Module, layers: Sequence[str]) -> list[Undo]:
+    """Have the layers at these paths recomputed in the backward pass, for models that cannot do so themselves."""
+
+    def make(original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            return checkpoint(original, *args, use_reentrant=False, context_fn=recompute_context, **kwargs)
+
+        return forward
+
+    return [wrap_forward(model.get_submodule(path), make) for path in dict.fromkeys(layers)]
+
+
+_INSTALLERS: dict[str, Callable[[nn.Module, nn.Module, list[Site]], list[Undo]]] = {
     "linear": _linear,
     "norm": _norm,
     "sublayer": _sublayer,

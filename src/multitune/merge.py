@@ -41,9 +41,12 @@ class MergeReport:
 
 def why_not_mergeable(backbone: Backbone, deltas: DeltaSet) -> str | None:
     """The reason why some delta cannot be folded into the backbone's weights, or `None` if all can."""
+    shared = {site.name for site in backbone.sites if site.shared}
     for site, of_site in deltas.by_site.items():
         for delta in of_site:
             reason = delta.why_not_merge(backbone.frozen(site))
+            if reason is None and site in shared:
+                reason = "other layers run with the same weights, which cannot differ from layer to layer"
             if reason is not None:
                 return f"its {delta.kind} at {site} cannot be folded into weights: {reason}"
     return None
