@@ -96,6 +96,12 @@ CONFIGS = {
 #: Architectures whose sites have forms of their own, one of each kind; together they also meet every test.
 NEWER = {
     "albert": ("AlbertConfig", "AlbertModel", SMALL | SHARED | dict(max_position_embeddings=MAX_LENGTH)),
+    "deberta": ("DebertaConfig", "DebertaModel", SMALL | DISENTANGLED),
+    "deberta/talking": (
+        "DebertaConfig",
+        "DebertaModel",
+        SMALL | DISENTANGLED | dict(pos_att_type=["c2p"], position_biased_input=True, talking_head=True),
+    ),
     "mpnet": ("MPNetConfig", "MPNetModel", SMALL | dict(max_position_embeddings=MAX_LENGTH + 2)),
     "bart": ("BartConfig", "BartModel", ENCODER_DECODER),
     "t5": ("T5Config", "T5Model", T5),

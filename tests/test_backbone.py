@@ -26,8 +26,8 @@ from multitune.architectures import ARCHITECTURES, architecture_for, supported_m
 from multitune.sites import find_sites
 
 SUPPORTED = (
-    "albert, bart, bert, deberta-v2, distilbert, electra, gemma2, gemma3_text, gpt2, llama, mistral, modernbert, "
-    "mpnet, opt, qwen2, qwen3, roberta, t5, xlm-roberta"
+    "albert, bart, bert, deberta, deberta-v2, distilbert, electra, gemma2, gemma3_text, gpt2, llama, mistral, "
+    "modernbert, mpnet, opt, qwen2, qwen3, roberta, t5, xlm-roberta"
 )
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from multitune.errors import BackboneError, suggest
 
-AttentionKind = Literal["interface", "biased", "disentangled"]
+AttentionKind = Literal["interface", "biased", "disentangled", "disentangled_fused"]
 NormKind = Literal["layer", "rms"]
 
 
@@ -28,7 +28,10 @@ class SubLayer:
 
 @dataclass(frozen=True)
 class Part:
-    """One of several equally wide maps that a model computes with one module, side by side in its output."""
+    """One of several equally wide maps that a model computes with one module, side by side in its output.
+
+    Either each map's features lie together, or the maps take turns head by head.
+    """
 
     module: str
     """Layer path of the module."""
@@ -36,6 +39,10 @@ class Part:
     """Which of them, from 0."""
     of: int
     """How many there are."""
+    heads: str | None = None
+    """Where they take turns head by head: attribute of the config that counts the heads."""
+    bias: str | None = None
+    """Layer path of this part's bias, where the model keeps it outside the module and adds it later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class Architecture:
     """Layer path of the module that computes attention from query, key and value."""
     attention_kind: AttentionKind = "interface"
     """`interface`: goes through transformers' attention interface; `biased`: the model's own, with a position bias
-    that its encoder hands down; `disentangled`: DeBERTa's own."""
+    that its encoder hands down; `disentangled`: DeBERTa-v2's own; `disentangled_fused`: that of the first DeBERTa."""
     pooler: str | None = None
     """Model path of a pretrained pooler over the first token, if the model has one."""
     pooler_activation: str | None = None
@@ -154,6 +161,7 @@ _T5 = Architecture(
     max_length=2048,
     first_token=False,
 )
+_DEBERTA_FUSED = "attention.self.in_proj"
 _EMBEDDING = "embeddings.word_embeddings"
 _EMBEDDING_NORM = {"embedding_norm": "embeddings.LayerNorm"}
 
@@ -226,6 +234,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         attention_kind="disentangled",
+    ),
+    Architecture(
+        model_types=("deberta",),
+        layers="encoder.layer",
+        embedding=_EMBEDDING,
+        embedding_norms=_EMBEDDING_NORM,
+        linears=_BERT_LINEARS
+        | {
+            "query": Part(_DEBERTA_FUSED, 0, 3, heads="num_attention_heads", bias="attention.self.q_bias"),
+            "key": Part(_DEBERTA_FUSED, 1, 3, heads="num_attention_heads"),
+            "value": Part(_DEBERTA_FUSED, 2, 3, heads="num_attention_heads", bias="attention.self.v_bias"),
+        },
+        norms=_BERT_NORMS,
+        sublayers=_BERT_SUBLAYERS,
+        attention="attention.self",
+        attention_kind="disentangled_fused",
     ),
     Architecture(
         model_types=("albert",),

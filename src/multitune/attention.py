@@ -206,6 +206,48 @@ def disentangled_attention(
     return _attend_scores(module, steps, query, scores, value, scale), None
 
 
+def disentangled_fused_attention(
+    module: Any,
+    original: Callable[..., tuple[Tensor, Tensor | None]],
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the first DeBERTa (He et al. 2020, arXiv 2006.03654, eq. 4) with memory.
+
+    The model's own forward serves every call without a memory here: its relative terms have projections of their own,
+    which are no sites.
+    """
+    call = current_call()
+    steps = call.steps(call.backbone.attention_names[module](call))
+    if not steps:
+        return original(
+            hidden_states,
+            attention_mask,
+            output_attentions,
+            query_states=query_states,
+            relative_pos=relative_pos,
+            rel_embeddings=rel_embeddings,
+        )
+    assert query_states is None, "the model reads its own hidden states"
+    split = module.transpose_for_scores
+    query, key, value = split(module.in_proj(hidden_states)).chunk(3, dim=-1)
+    query, value = query + split(module.q_bias[None, None]), value + split(module.v_bias[None, None])
+    num_terms = 1 + len(module.pos_att_type)
+    query = query / torch.tensor(float(query.shape[-1] * num_terms)).sqrt().to(query)
+    scores = query @ key.transpose(-1, -2)
+    if module.relative_attention:
+        assert relative_pos is not None and rel_embeddings is not None
+        rel_embeddings = module.pos_dropout(rel_embeddings)
+        scores = scores + module.disentangled_att_bias(query, key, relative_pos, rel_embeddings, num_terms)
+    talk = (module.head_logits_proj, module.head_weights_proj)
+    scores = _over_heads(talk[0], scores).masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
+    return _attend_scores(module, steps, query, scores, value, 1.0, talk), None
+
+
 def biased_attention(
     module: Any,
     original: Callable[..., tuple[Tensor, ...]],
@@ -235,23 +277,40 @@ def biased_attention(
 
 
 def _attend_scores(
-    module: Any, steps: list[Step], query: Tensor, scores: Tensor, value: Tensor, scale: Tensor | float
+    module: Any,
+    steps: list[Step],
+    query: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    scale: Tensor | float,
+    talk: tuple[nn.Module | None, nn.Module | None] = (None, None),
 ) -> Tensor:
-    """Values weighted by masked `scores [B, H, Q, S]`, those of a memory in front; `[B, Q, H*K]`."""
+    """Values weighted by masked `scores [B, H, Q, S]`, those of a memory in front; `[B, Q, H*K]`.
+
+    `talk` holds what mixes scores and weights over the heads (DeBERTa's talking heads); `scores` are mixed already.
+    """
 
     def attend(rows: slice | Tensor | None, memory: Memories | None) -> Tensor:
         q, s, v = (t if rows is None else t[rows] for t in (query, scores, value))
         if memory is not None:
             keys, values, is_open = memory
-            front = q @ (keys.to(q.dtype).transpose(-1, -2) / scale)
+            front = _over_heads(talk[0], q @ (keys.to(q.dtype).transpose(-1, -2) / scale))
             front = front.masked_fill(~(is_open > 0)[:, None, None, :], torch.finfo(front.dtype).min)
             s = torch.cat([front, s], dim=-1)
             v = torch.cat([values.to(v.dtype), v], dim=2)
-        out: Tensor = module.dropout(s.softmax(dim=-1)) @ v
+        out: Tensor = _over_heads(talk[1], module.dropout(s.softmax(dim=-1))) @ v
         return out.transpose(1, 2)
 
     out = _by_rows(steps, query.shape[0], attend) if steps else attend(None, None)
     return out.reshape(*out.shape[:2], -1)
+
+
+def _over_heads(mix: nn.Module | None, t: Tensor) -> Tensor:
+    """`t [B, H, Q, S]` with its heads mixed linearly, or as it is."""
+    if mix is None:
+        return t
+    mixed: Tensor = mix(t.movedim(1, -1))
+    return mixed.movedim(-1, 1)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

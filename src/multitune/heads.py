@@ -66,7 +66,8 @@ class Head:
         if self.pooling == "pooler" and backbone.pooler is None:
             others = " or ".join(f"pooling='{p}'" for p in dict.fromkeys((backbone.default_pooling, "mean")))
             raise ConfigError(
-                f"backbone '{backbone.name}' ({backbone.model.config.model_type}) has no pretrained pooler; use {others}"
+                f"backbone '{backbone.name}' ({backbone.model.config.model_type}) has no pretrained pooler; "
+                f"use {others}"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multitune.call import Call, current_call, recompute_context
 from multitune.deltas import Bottleneck
+from multitune.deltas.base import weight_of
 from multitune.frozen import frozen_view
 from multitune.plan import Plan, Step
 from multitune.sites import Site
@@ -100,9 +102,9 @@ def _change_input(steps: list[Step], x: Tensor, frozen: nn.Module, num_rows: int
 
 def _linear(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
     if sites[0].part is not None:
-        return _linear_parts(module, sites)
+        return _linear_parts(model, module, sites)
     here, owns_input = name_at(sites), sites[0].owns_input
-    frozen = frozen_view(module, sites[0])
+    frozen = frozen_view(model, sites[0])
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
@@ -120,45 +122,75 @@ def _linear(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo
     return [wrap_forward(module, make)]
 
 
-def _by_part(sites: Sequence[Site]) -> dict[tuple[int, int], list[Site]]:
-    found: dict[tuple[int, int], list[Site]] = defaultdict(list)
-    for site in sites:
-        assert site.part is not None
-        found[site.part].append(site)
-    return found
+@dataclass(frozen=True)
+class _Part:
+    """One part of a module's output: one site, or several where the module runs as several layers."""
 
+    here: NameAt
+    frozen: nn.Module
+    own: slice
+    blocks: int
+    bias_apart: bool
+    """Whether the model adds this part's bias later."""
 
-def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
-    """One wrapper for all sites that are parts of `module`'s output."""
-    parts = [
-        (name_at(of_part), slice(*part), frozen_view(module, of_part[0])) for part, of_part in _by_part(sites).items()
-    ]
+    @classmethod
+    def of(cls, model: nn.Module, sites: Sequence[Site]) -> _Part:
+        first = sites[0]
+        assert first.part is not None
+        frozen = frozen_view(model, first)
+        return cls(name_at(sites), frozen, slice(*first.part), first.blocks, first.bias_path is not None)
 
-    def part_of(
-        x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str, frozen: nn.Module, own: slice
-    ) -> Tensor:
-        """One site's part of the output, its deltas applied; in place in `y` where they work so."""
+    def take(self, y: Tensor) -> Tensor:
+        """This part `[..., O]` of the module's output: a view, or a copy where it takes turns with others."""
+        if self.blocks == 1:
+            return y[..., self.own]
+        return y.unflatten(-1, (self.blocks, -1))[..., self.own].flatten(-2)
+
+    def put(self, y: Tensor, new: Tensor) -> Tensor:
+        """`y` with this part replaced; in place when gradients are off."""
+        start, stop = self.own.start, self.own.stop
+        if self.blocks > 1:
+            y, new = (t.unflatten(-1, (self.blocks, -1)) for t in (y, new))
+        if torch.is_grad_enabled():
+            y = y.slice_scatter(new.to(y.dtype), -1, start, stop)
+        elif new.data_ptr() != y[..., self.own].data_ptr():
+            y[..., self.own] = new
+        return y if self.blocks == 1 else y.flatten(-2)
+
+    def changed(self, x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str) -> Tensor:
+        """This part with its deltas applied; in place in `y` where they work so."""
         before, after = plan.input_steps.get(name), plan.steps.get(name)
         if before is not None:
-            x = _change_input(before, x, frozen, plan.num_rows, owns_input=False)
+            x = _change_input(before, x, self.frozen, plan.num_rows, owns_input=False)
             y = original(x)  # only this part reads the changed input
-        piece = y[..., own]
-        return piece if after is None else _run(after, x, piece, frozen, plan.num_rows)
+        piece = self.take(y)
+        if after is None:
+            return piece
+        if not self.bias_apart:
+            return _run(after, x, piece, self.frozen, plan.num_rows)
+        # The deltas act on the map's output with its bias, which is not there yet: what they change is added to the
+        # output without it, so that deltas that change nothing leave every bit.
+        full = piece + weight_of(self.frozen, "bias")
+        return piece + (_run(after, x, full.clone(), self.frozen, plan.num_rows) - full)
+
+
+def _linear_parts(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    """One wrapper for all sites that are parts of `module`'s output."""
+    by_part: dict[tuple[int, int], list[Site]] = defaultdict(list)
+    for site in sites:
+        assert site.part is not None
+        by_part[site.part].append(site)
+    parts = [_Part.of(model, of_part) for of_part in by_part.values()]
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
             call = current_call()
             plan = call.plan
-            for here, own, frozen in parts:
-                name = here(call)
-                if name not in plan.steps and name not in plan.input_steps:
-                    continue
-                new = part_of(x, y, original, plan, name, frozen, own)
-                if torch.is_grad_enabled():
-                    y = y.slice_scatter(new.to(y.dtype), -1, own.start, own.stop)
-                elif new.data_ptr() != y[..., own].data_ptr():
-                    y[..., own] = new
+            for part in parts:
+                name = part.here(call)
+                if name in plan.steps or name in plan.input_steps:
+                    y = part.put(y, part.changed(x, y, original, plan, name))
             return y
 
         return forward
@@ -167,7 +199,7 @@ def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
 
 
 def _norm(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
-    here, frozen = name_at(sites), frozen_view(module, sites[0])
+    here, frozen = name_at(sites), frozen_view(model, sites[0])
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:

@@ -44,6 +44,10 @@ class Site:
     """Whether nothing else reads this linear's input, so that it may be changed in place when serving."""
     part: tuple[int, int] | None = None
     """Linears only: first and end of the module's output features that are this site's; `None` for all of them."""
+    blocks: int = 1
+    """Linears only: in how many equal blocks the module's output features lie, `part` being the same in each."""
+    bias_path: str | None = None
+    """Linears only: path of the bias, where the model keeps it outside the module and adds it later."""
     transposed: bool = False
     """Linears only: whether the module keeps its weight as `[I, O]`."""
     centred: bool = True
@@ -97,14 +101,17 @@ def _linear_site(
         raise BackboneError(f"'{path}' is a {type(linear).__name__}, but the table calls it a linear '{role}'")
     transposed = isinstance(linear, Conv1D)
     width_out, width_in = linear.weight.shape[::-1] if transposed else linear.weight.shape
-    part = None
+    part, blocks, bias_path = None, 1, None
     if isinstance(where, Part):
-        if width_out % where.of:
+        blocks = 1 if where.heads is None else int(getattr(model.config, where.heads))
+        if width_out % (where.of * blocks):
             raise BackboneError(
                 f"the {width_out} outputs of '{path}' are not {where.of} equal parts; correct the table"
             )
         width_out //= where.of
-        part = (where.index * width_out, (where.index + 1) * width_out)
+        width = width_out // blocks
+        part = (where.index * width, (where.index + 1) * width)
+        bias_path = None if where.bias is None else f"{inside}.{where.bias}"
     return Site(
         name=f"layer.{layer}.{role}",
         kind="linear",
@@ -113,9 +120,11 @@ def _linear_site(
         module=path,
         in_features=width_in,
         out_features=width_out,
-        bias=linear.bias is not None,
+        bias=linear.bias is not None or bias_path is not None,
         owns_input=role == "ffn_out",  # its input is the fresh output of the activation
         part=part,
+        blocks=blocks,
+        bias_path=bias_path,
         transposed=transposed,
         shared=shared,
     )
