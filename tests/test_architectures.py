@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from multitune import (
+    IA3,
     AdapterError,
     Backbone,
+    BitFit,
     DeltaSet,
     FullFineTuning,
     LoRA,
     Plan,
+    PTuningV2,
     get_method,
     method_names,
 )
-from multitune.merge import merge_deltas
+from multitune.merge import merge, merge_deltas
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 
@@ -133,7 +136,7 @@ def test_only_the_encoder_runs_and_is_trained(encoder_decoder):
     assert "shared.weight" in names and not any(n.startswith("decoder.") for n in names)
 
 
-def test_an_encoder_decoder_is_kept_whole(encoder_decoder, make_model, tmp_path):
+def test_an_encoder_decoder_is_kept_whole(encoder_decoder, make_model, random_adapter, delta_set, close, tmp_path):
     backbone = encoder_decoder
     plain = make_model(backbone.name).eval()
     assert list(backbone.model.state_dict()) == list(plain.state_dict())
@@ -142,8 +145,133 @@ def test_an_encoder_decoder_is_kept_whole(encoder_decoder, make_model, tmp_path)
     loaded = Backbone.load(tmp_path)
     assert type(loaded.model) is type(plain)
     assert loaded.fingerprint == backbone.fingerprint
-    backbone.detach()
     ids = torch.tensor([[5, 6, 7, 8]])
+    report = merge(random_adapter(loaded, LoRA(r=2), 1), loaded, tmp_path / "merged")
+    assert report.max_difference < 1e-4 * report.max_magnitude
+    merged = type(plain).from_pretrained(report.path).eval()
+    sets = delta_set(loaded, LoRA(r=2), 1)
+    with torch.no_grad():
+        close(merged.encoder(input_ids=ids).last_hidden_state, loaded.run(Plan([sets]), ids))
+    backbone.detach()
     words = dict(input_ids=ids) | (dict(decoder_input_ids=ids) if hasattr(plain, "decoder") else {})
     with torch.no_grad():  # decoder and all
         assert torch.equal(backbone.model(**words).last_hidden_state, plain(**words).last_hidden_state)
+
+
+def test_the_longest_row_of_a_model_without_a_position_table(make_model):
+    """T5's buckets of distances serve any length; the limit is the table's unless the config has one."""
+    model = make_model("t5")
+    del model.config.max_position_embeddings
+    backbone = Backbone(model)
+    assert backbone.max_length == 2048
+    model.config.max_position_embeddings = 64
+    assert backbone.max_length == 64
+
+
+def test_the_pooling_that_suits_a_backbone(make_backbone):
+    suits = {name: make_backbone(name).default_pooling for name in ("albert", "bart", "t5", "t5/gated", "mpnet")}
+    assert suits == {"albert": "cls", "bart": "cls", "t5": "mean", "t5/gated": "mean", "mpnet": "cls"}
+
+
+# ---- the first DeBERTa: query, key and value take turns head by head in one module, two of three with a bias apart
+
+
+def split_by_hand(attention, head, which):
+    """Weight `[K, I]` and bias `[K]` of one head's query, key or value, as the model's code lays them out."""
+    width = attention.attention_head_size
+    start = (3 * head + ("query", "key", "value").index(which)) * width
+    bias = {"query": attention.q_bias, "value": attention.v_bias}.get(which, torch.zeros(attention.all_head_size))
+    return attention.in_proj.weight[start : start + width], bias[head * width : (head + 1) * width]
+
+
+def attention_by_hand(attention, rel_embeddings, x, mask, deltas):
+    """One row `x [T, D]`: eq. 4 of arXiv 2006.03654, entry by entry, with a change of each kind; `[T, H*K]`."""
+    tokens, heads, width = x.shape[0], attention.num_attention_heads, attention.attention_head_size
+    terms = 1 + len(attention.pos_att_type)
+    memory = len(deltas["keys"])
+    span = min(tokens, attention.max_relative_positions)
+    middle = attention.max_relative_positions
+    rel = rel_embeddings[middle - span : middle + span]
+    scores = torch.zeros(heads, tokens, memory + tokens, dtype=x.dtype)
+    values = []
+    for h in range(heads):
+        own = slice(h * width, (h + 1) * width)
+        q, k, v = (x @ w.T + b for w, b in (split_by_hand(attention, h, r) for r in ("query", "key", "value")))
+        q = q + (x @ deltas["query.A"] @ deltas["query.B"])[:, own] * 2.0
+        k = k + deltas["key.b"][own]
+        v = v * (1 + deltas["value.s"][own])
+        values.append(torch.cat([deltas["values"][:, own], v]))
+        for i in range(tokens):
+            scores[h, i, :memory] = deltas["keys"][:, own] @ q[i]
+            for j in range(tokens):
+                where = min(max(i - j + span, 0), 2 * span - 1)
+                scores[h, i, memory + j] = q[i] @ k[j]
+                if "c2p" in attention.pos_att_type:
+                    scores[h, i, memory + j] += q[i] @ attention.pos_proj(rel)[where, own]
+                if "p2c" in attention.pos_att_type:
+                    scores[h, i, memory + j] += k[j] @ attention.pos_q_proj(rel)[where, own]
+    scores = scores / torch.tensor(float(width * terms)).sqrt()  # in float32, as the model's code has it
+    if attention.talking_head:
+        scores = torch.einsum("gh,hqs->gqs", attention.head_logits_proj.weight, scores)
+    scores[:, :, memory:][:, :, ~mask.bool()] = -torch.inf
+    weights = scores.softmax(-1)
+    if attention.talking_head:
+        weights = torch.einsum("gh,hqs->gqs", attention.head_weights_proj.weight, weights)
+    return torch.cat([weights[h] @ values[h] for h in range(heads)], dim=-1)
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta/talking"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_projections_that_take_turns(name, gradients, make_model, random_params, random_rows, close):
+    backbone = Backbone(make_model(name).double())
+    methods = {
+        "low rank": LoRA(r=2, alpha=4.0, targets=("query",)),
+        "scale": IA3(outputs=("value",), inputs=()),
+        "bias": BitFit(subset=("key",)),
+        "memory": PTuningV2(length=3),
+    }
+    params, by_site = {}, {}
+    for seed, method in enumerate(methods.values()):
+        own = {k: t.double() for k, t in random_params(backbone, method, seed, std=0.5).items()}
+        params |= {k.removeprefix("layer.0.").removeprefix("attention."): t for k, t in own.items() if "layer.0." in k}
+        by_site |= method.deltas(own, backbone)
+    sets = DeltaSet(by_site)
+    width = backbone.hidden_size
+    none = {k: t * 0 for k, t in params.items()} | {k: torch.zeros(0, width).double() for k in ("keys", "values")}
+    attention = backbone.model.encoder.layer[0].attention
+    seen = {}
+    handles = [
+        attention.register_forward_pre_hook(lambda m, args: seen.update(hidden=args[0])),
+        attention.output.dense.register_forward_pre_hook(lambda m, args: seen.update(attended=args[0])),
+    ]
+    ids, mask = random_rows(backbone, [5, 3, 4]).padded()
+    plan = Plan([sets, sets, None])
+    with torch.set_grad_enabled(gradients):
+        backbone.run(plan, ids, mask)
+    for handle in handles:
+        handle.remove()
+    order = range(3) if plan.order is None else plan.order.tolist()
+    backbone.detach()
+    with torch.no_grad():
+        for place, row in enumerate(order):
+            rel, x = backbone.model.encoder.get_rel_embedding(), seen["hidden"][place]
+            expected = attention_by_hand(attention.self, rel, x, mask[row], params if row < 2 else none)
+            real = mask[row].bool()
+            close(seen["attended"][place][real], expected[real])
+
+
+def test_parts_that_take_turns_merge(make_backbone, random_params):
+    backbone = make_backbone("deberta")
+    method = LoRA(r=2, alpha=4.0, targets=("query", "value"))
+    params = random_params(backbone, method, 1)
+    merged = merge_deltas(backbone, DeltaSet(method.deltas(params, backbone)))
+    width, site = 8, "layer.0.value"
+    update = (2.0 * params[f"{site}.A"] @ params[f"{site}.B"]).T
+    for h in range(4):
+        new, old = (split_by_hand(b.model.encoder.layer[0].attention.self, h, "value")[0] for b in (merged, backbone))
+        torch.testing.assert_close(new, old + update[h * width : (h + 1) * width])
+        new, old = (split_by_hand(b.model.encoder.layer[0].attention.self, h, "key")[0] for b in (merged, backbone))
+        assert torch.equal(new, old)
+    with pytest.raises(AdapterError, match=r"its Bias at layer\.0\.key cannot be folded .*has no bias to add it to"):
+        method = BitFit(subset=("key", "query"))
+        merge_deltas(backbone, DeltaSet(method.deltas(method.init(backbone, torch.Generator()), backbone)))

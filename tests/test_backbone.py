@@ -156,6 +156,8 @@ def test_shape_of_every_architecture(backbone):
         "llama",
         "gemma2",
         "gemma3_text",
+        "albert",
+        "t5/gated",
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
@@ -460,17 +462,22 @@ def test_token_types_and_token_biases_skip_the_prompt(bert, make_model, random_p
         handle.remove()
 
 
-def test_a_memory_does_not_move_positions(bert, delta_set, random_rows, close):
-    """Keys and values in front, but no positions: a memory whose values are what attention gave changes nothing."""
-    rows = random_rows(bert, [6])
+@pytest.mark.parametrize(
+    "name", ["bert", "deberta-v2/v3", "deberta", "deberta/talking", "mpnet", "albert", "t5", "t5/eager"]
+)
+def test_a_memory_that_is_never_open_changes_nothing(name, make_backbone, random_params, random_rows, close):
+    """Keys and values in front, but no positions: what they do is up to attention alone."""
+    backbone = make_backbone(name)
     method = PTuningV2(length=4)
-    far = {k: t * 0 - 50 * (k.endswith("keys")) for k, t in method.init(bert, torch.Generator()).items()}
-    closed = DeltaSet(method.deltas(far, bert))
-    (delta,) = closed.by_site["layer.0.attention"]
-    never = DeltaSet({s: [type(delta)(keys=d.keys, values=d.values, open=d.open * 0) for d in ds]
-                      for s, ds in closed.by_site.items()})  # fmt: skip
+    made = method.deltas(random_params(backbone, method, 1, std=3.0), backbone)
+    never = DeltaSet({s: [type(d)(keys=d.keys, values=d.values, open=d.open * 0) for d in ds]
+                      for s, ds in made.items()})  # fmt: skip
+    rows = random_rows(backbone, [6, 4])
+    real = rows.padded()[1].bool()
     with torch.no_grad():
-        close(bert.run(Plan([never]), rows.one(0)), bert.run(Plan([None]), rows.one(0)))
+        bare = backbone.run(Plan([None, None]), *rows.padded())
+        for sets in ([never, never], [never, None]):
+            close(backbone.run(Plan(sets), *rows.padded())[real], bare[real])
 
 
 # ---- lengths
