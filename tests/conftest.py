@@ -32,6 +32,33 @@ DISENTANGLED = dict(
 #: Widths of heads are no quotient of the hidden size, and two query heads share a key and value head.
 GROUPED = SMALL | dict(max_position_embeddings=MAX_LENGTH, head_dim=6, num_key_value_heads=2)
 WINDOW = dict(sliding_window=5)  # shorter than most rows of the tests
+#: Every layer of two groups of two runs twice, so that layers 0, 2 and 1, 3 share their weights, and 4, 6 and 5, 7.
+SHARED = dict(num_hidden_layers=4, num_hidden_groups=2, inner_group_num=2, embedding_size=20)
+ENCODER_DECODER = dict(
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=40,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=MAX_LENGTH,
+    scale_embedding=True,
+)
+#: Heads are wider together than the model, and distances above 6 share a bucket.
+T5 = dict(
+    d_model=32,
+    num_layers=2,
+    num_decoder_layers=1,
+    num_heads=4,
+    d_kv=10,
+    d_ff=48,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=6,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=MAX_LENGTH,
+)
 FROM_PAD = dict(max_position_embeddings=MAX_LENGTH + 2, type_vocab_size=1, pad_token_id=1)
 
 #: name -> (configuration class, model class, settings); the model type stands before the first "/".
@@ -52,7 +79,8 @@ CONFIGS = {
     "distilbert": (
         "DistilBertConfig",
         "DistilBertModel",
-        dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=VOCAB_SIZE, max_position_embeddings=MAX_LENGTH),
+        dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=VOCAB_SIZE, max_position_embeddings=MAX_LENGTH)
+        | dict(dropout=0.0, attention_dropout=0.0),
     ),
     "deberta-v2/v3": (
         "DebertaV2Config",
@@ -67,6 +95,18 @@ CONFIGS = {
 }
 #: Architectures whose sites have forms of their own, one of each kind; together they also meet every test.
 NEWER = {
+    "albert": ("AlbertConfig", "AlbertModel", SMALL | SHARED | dict(max_position_embeddings=MAX_LENGTH)),
+    "deberta": ("DebertaConfig", "DebertaModel", SMALL | DISENTANGLED),
+    "deberta/talking": (
+        "DebertaConfig",
+        "DebertaModel",
+        SMALL | DISENTANGLED | dict(pos_att_type=["c2p"], position_biased_input=True, talking_head=True),
+    ),
+    "mpnet": ("MPNetConfig", "MPNetModel", SMALL | dict(max_position_embeddings=MAX_LENGTH + 2)),
+    "bart": ("BartConfig", "BartModel", ENCODER_DECODER),
+    "t5": ("T5Config", "T5Model", T5),
+    "t5/gated": ("T5Config", "T5Model", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "t5/eager": ("T5Config", "T5EncoderModel", T5 | dict(attn_implementation="eager")),
     "modernbert": (
         "ModernBertConfig",
         "ModernBertModel",
@@ -102,7 +142,7 @@ NEWER = {
 CONFIGS |= NEWER
 DROPOUTS = (
     "dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate",
 )  # fmt: skip
 #: Of the tests of every method on every architecture, a newer architecture takes one method in so many, and the
 #: methods take turns; `--every` runs them all.

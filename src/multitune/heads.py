@@ -64,9 +64,10 @@ class Head:
     def check(self, backbone: Backbone) -> None:
         """Raise `ConfigError` if the backbone cannot pool this way."""
         if self.pooling == "pooler" and backbone.pooler is None:
+            others = " or ".join(f"pooling='{p}'" for p in dict.fromkeys((backbone.default_pooling, "mean")))
             raise ConfigError(
                 f"backbone '{backbone.name}' ({backbone.model.config.model_type}) has no pretrained pooler; "
-                f"use pooling='{backbone.default_pooling}' or pooling='mean'"
+                f"use {others}"
             )
 
     def settings(self) -> dict[str, Any]:

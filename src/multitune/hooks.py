@@ -9,37 +9,51 @@ others are torch hooks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from multitune.call import current_call
+from multitune.call import Call, current_call, recompute_context
 from multitune.deltas import Bottleneck
+from multitune.deltas.base import weight_of
 from multitune.frozen import frozen_view
 from multitune.plan import Plan, Step
 from multitune.sites import Site
 
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
+NameAt = Callable[[Call], str]
 
 
 def install(model: nn.Module, sites: tuple[Site, ...]) -> list[Undo]:
     """Instrument every site except attention; the returned calls, run last to first, take everything off again."""
     undo: list[Undo] = []
-    shared: dict[str, list[Site]] = defaultdict(list)
-    for site in sites:
-        if site.part is not None:
-            shared[site.module].append(site)
-    for site in sites:
-        module = model.get_submodule(site.module)
-        if site.part is not None:
-            undo += _linear_parts(module, shared.pop(site.module, []))
-        elif site.kind in _INSTALLERS:
-            undo += _INSTALLERS[site.kind](model, module, site)
+    for (kind, path), here in by_module(sites).items():
+        if kind in _INSTALLERS:
+            undo += _INSTALLERS[kind](model, model.get_submodule(path), here)
     return undo
+
+
+def by_module(sites: Sequence[Site]) -> dict[tuple[str, str], list[Site]]:
+    """Sites by kind and module: several where one module runs as several layers."""
+    found: dict[tuple[str, str], list[Site]] = defaultdict(list)
+    for site in sites:
+        found[site.kind, site.module].append(site)
+    return found
+
+
+def name_at(sites: Sequence[Site]) -> NameAt:
+    """Which of one module's sites a call is at: it has several where the module runs as several layers."""
+    if len(sites) == 1:
+        only = sites[0].name
+        return lambda call: only
+    names = {site.layer: site.name for site in sites}
+    return lambda call: names[call.layer]
 
 
 def wrap_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Undo:
@@ -86,13 +100,16 @@ def _change_input(steps: list[Step], x: Tensor, frozen: nn.Module, num_rows: int
     return _run(steps, x, x, frozen, num_rows)
 
 
-def _linear(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    name, owns_input = site.name, site.owns_input
-    frozen = frozen_view(module, site)
+def _linear(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    if sites[0].part is not None:
+        return _linear_parts(model, module, sites)
+    here, owns_input = name_at(sites), sites[0].owns_input
+    frozen = frozen_view(model, sites[0])
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            plan = current_call().plan
+            call = current_call()
+            plan, name = call.plan, here(call)
             before = plan.input_steps.get(name)
             if before is not None:
                 x = _change_input(before, x, frozen, plan.num_rows, owns_input)
@@ -105,35 +122,75 @@ def _linear(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
-def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
-    """One wrapper for all sites that are parts of `module`'s output."""
-    if not sites:
-        return []
-    parts = [(site.name, slice(*site.part), frozen_view(module, site)) for site in sites if site.part is not None]
+@dataclass(frozen=True)
+class _Part:
+    """One part of a module's output: one site, or several where the module runs as several layers."""
 
-    def part_of(
-        x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str, frozen: nn.Module, own: slice
-    ) -> Tensor:
-        """One site's part of the output, its deltas applied; in place in `y` where they work so."""
+    here: NameAt
+    frozen: nn.Module
+    own: slice
+    blocks: int
+    bias_apart: bool
+    """Whether the model adds this part's bias later."""
+
+    @classmethod
+    def of(cls, model: nn.Module, sites: Sequence[Site]) -> _Part:
+        first = sites[0]
+        assert first.part is not None
+        frozen = frozen_view(model, first)
+        return cls(name_at(sites), frozen, slice(*first.part), first.blocks, first.bias_path is not None)
+
+    def take(self, y: Tensor) -> Tensor:
+        """This part `[..., O]` of the module's output: a view, or a copy where it takes turns with others."""
+        if self.blocks == 1:
+            return y[..., self.own]
+        return y.unflatten(-1, (self.blocks, -1))[..., self.own].flatten(-2)
+
+    def put(self, y: Tensor, new: Tensor) -> Tensor:
+        """`y` with this part replaced; in place when gradients are off."""
+        start, stop = self.own.start, self.own.stop
+        if self.blocks > 1:
+            y, new = (t.unflatten(-1, (self.blocks, -1)) for t in (y, new))
+        if torch.is_grad_enabled():
+            y = y.slice_scatter(new.to(y.dtype), -1, start, stop)
+        elif new.data_ptr() != y[..., self.own].data_ptr():
+            y[..., self.own] = new
+        return y if self.blocks == 1 else y.flatten(-2)
+
+    def changed(self, x: Tensor, y: Tensor, original: Forward, plan: Plan, name: str) -> Tensor:
+        """This part with its deltas applied; in place in `y` where they work so."""
         before, after = plan.input_steps.get(name), plan.steps.get(name)
         if before is not None:
-            x = _change_input(before, x, frozen, plan.num_rows, owns_input=False)
+            x = _change_input(before, x, self.frozen, plan.num_rows, owns_input=False)
             y = original(x)  # only this part reads the changed input
-        piece = y[..., own]
-        return piece if after is None else _run(after, x, piece, frozen, plan.num_rows)
+        piece = self.take(y)
+        if after is None:
+            return piece
+        if not self.bias_apart:
+            return _run(after, x, piece, self.frozen, plan.num_rows)
+        # The deltas act on the map's output with its bias, which is not there yet: what they change is added to the
+        # output without it, so that deltas that change nothing leave every bit.
+        full = piece + weight_of(self.frozen, "bias")
+        return piece + (_run(after, x, full.clone(), self.frozen, plan.num_rows) - full)
+
+
+def _linear_parts(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    """One wrapper for all sites that are parts of `module`'s output."""
+    by_part: dict[tuple[int, int], list[Site]] = defaultdict(list)
+    for site in sites:
+        assert site.part is not None
+        by_part[site.part].append(site)
+    parts = [_Part.of(model, of_part) for of_part in by_part.values()]
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
-            plan = current_call().plan
-            for name, own, frozen in parts:
-                if name not in plan.steps and name not in plan.input_steps:
-                    continue
-                new = part_of(x, y, original, plan, name, frozen, own)
-                if torch.is_grad_enabled():
-                    y = y.slice_scatter(new.to(y.dtype), -1, own.start, own.stop)
-                elif new.data_ptr() != y[..., own].data_ptr():
-                    y[..., own] = new
+            call = current_call()
+            plan = call.plan
+            for part in parts:
+                name = part.here(call)
+                if name in plan.steps or name in plan.input_steps:
+                    y = part.put(y, part.changed(x, y, original, plan, name))
             return y
 
         return forward
@@ -141,15 +198,15 @@ def _linear_parts(module: nn.Module, sites: list[Site]) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
-def _norm(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    name, frozen = site.name, frozen_view(module, site)
+def _norm(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    here, frozen = name_at(sites), frozen_view(model, sites[0])
 
     def make(original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
-            plan = current_call().plan
-            steps = plan.steps.get(name)
-            return y if steps is None else _run(steps, x, y, frozen, plan.num_rows)
+            call = current_call()
+            steps = call.plan.steps.get(here(call))
+            return y if steps is None else _run(steps, x, y, frozen, call.plan.num_rows)
 
         return forward
 
@@ -160,13 +217,14 @@ def _reads_input(steps: list[Step]) -> bool:
     return any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps)
 
 
-def _block(module: nn.Module, name: str) -> list[Undo]:
+def _block(module: nn.Module, here: NameAt) -> list[Undo]:
     """A whole layer as one operation: hidden states are its first argument, and its output or the first of several."""
 
     def make(original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            call = current_call()
+            plan, name = call.plan, here(call)
             output = original(*args, **kwargs)
-            plan = current_call().plan
             steps = plan.steps.get(name)
             if steps is None:
                 return output
@@ -180,14 +238,15 @@ def _block(module: nn.Module, name: str) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
-def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
-    assert site.enters is not None
-    if site.enters == site.module:
-        return _block(module, site.name)
-    name = site.name
+def _sublayer(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
+    assert sites[0].enters is not None
+    here = name_at(sites)
+    if sites[0].enters == sites[0].module:
+        return _block(module, here)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = current_call()
+        name = here(call)
         steps = call.plan.steps.get(name)
         if steps and _reads_input(steps):
             call.captured[name] = args[0] if args else kwargs["hidden_states"]
@@ -196,6 +255,7 @@ def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
         def forward(x: Tensor) -> Tensor:
             y: Tensor = original(x)
             call = current_call()
+            name = here(call)
             steps = call.plan.steps.get(name)
             if steps is None:
                 return y
@@ -204,12 +264,12 @@ def _sublayer(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
 
         return forward
 
-    entry = model.get_submodule(site.enters)
+    entry = model.get_submodule(sites[0].enters)
     handle = entry.register_forward_pre_hook(enter, with_kwargs=True)
     return [handle.remove, wrap_forward(module, make)]
 
 
-def _embedding(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
+def _embedding(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         prompts = current_call().prompts
         return None if prompts is None else prompts.insert(output)
@@ -217,23 +277,43 @@ def _embedding(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
     return [module.register_forward_hook(after).remove]
 
 
-def _layers(model: nn.Module, module: nn.Module, site: Site) -> list[Undo]:
+def _layers(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
     def before(
-        index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        indices: tuple[int, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = current_call()
+        index = call.enter_layer(indices)
         if not call.has_token_bias:
             return None
         if args:
             return (call.add_token_bias(index, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": call.add_token_bias(index, kwargs["hidden_states"])}
 
-    assert isinstance(module, nn.ModuleList)
-    handles = [layer.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, layer in enumerate(module)]
+    indices: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    for i, path in enumerate(sites[0].layers):
+        indices[path] += (i,)
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(partial(before, of), with_kwargs=True)
+        for path, of in indices.items()
+    ]
     return [handle.remove for handle in handles]
 
 
-_INSTALLERS: dict[str, Callable[[nn.Module, nn.Module, Site], list[Undo]]] = {
+def checkpoint_layers(model: nn.Module, layers: Sequence[str]) -> list[Undo]:
+    """Have the layers at these paths recomputed in the backward pass, for models that cannot do so themselves."""
+
+    def make(original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            return checkpoint(original, *args, use_reentrant=False, context_fn=recompute_context, **kwargs)
+
+        return forward
+
+    return [wrap_forward(model.get_submodule(path), make) for path in dict.fromkeys(layers)]
+
+
+_INSTALLERS: dict[str, Callable[[nn.Module, nn.Module, list[Site]], list[Undo]]] = {
     "linear": _linear,
     "norm": _norm,
     "sublayer": _sublayer,

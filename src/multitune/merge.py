@@ -13,6 +13,7 @@ from multitune.adapter import Adapter
 from multitune.backbone import Backbone
 from multitune.errors import AdapterError
 from multitune.files import replace_folder
+from multitune.frozen import writable
 from multitune.plan import DeltaSet, Plan
 
 HEAD_FILE = "head.safetensors"
@@ -41,9 +42,12 @@ class MergeReport:
 
 def why_not_mergeable(backbone: Backbone, deltas: DeltaSet) -> str | None:
     """The reason why some delta cannot be folded into the backbone's weights, or `None` if all can."""
+    shared = {site.name for site in backbone.sites if site.shared}
     for site, of_site in deltas.by_site.items():
         for delta in of_site:
             reason = delta.why_not_merge(backbone.frozen(site))
+            if reason is None and site in shared:
+                reason = "other layers run with the same weights, which cannot differ from layer to layer"
             if reason is not None:
                 return f"its {delta.kind} at {site} cannot be folded into weights: {reason}"
     return None
@@ -61,11 +65,11 @@ def merge_deltas(backbone: Backbone, deltas: DeltaSet) -> Backbone:
     merged = backbone.clone()
     with torch.no_grad():
         for site, of_site in deltas.by_site.items():
-            module = merged.frozen(site)
             # In the order they apply, so that a scale finds the low-rank update it scales; what changes the input
             # comes last, because it acts on all that reads the input.
-            for delta in sorted(of_site, key=lambda d: d.changes_input):
-                delta.merge(module)
+            with writable(merged.frozen(site)) as module:
+                for delta in sorted(of_site, key=lambda d: d.changes_input):
+                    delta.merge(module)
     return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,10 @@ class Site:
     """Layer index, `None` for sites outside the layers."""
     module: str
     """Path of the module in the model (for `layers`: the list of layers)."""
+    layers: tuple[str, ...] = ()
+    """Of the site `layers`: the path of every layer, in the order they run; a path may occur several times."""
+    shared: bool = False
+    """Whether the module runs as other layers too, so that its weights are not this site's alone."""
     in_features: int
     """Width of what goes in, I."""
     out_features: int
@@ -40,6 +45,10 @@ class Site:
     """Whether nothing else reads this linear's input, so that it may be changed in place when serving."""
     part: tuple[int, int] | None = None
     """Linears only: first and end of the module's output features that are this site's; `None` for all of them."""
+    blocks: int = 1
+    """Linears only: in how many equal blocks the module's output features lie, `part` being the same in each."""
+    bias_path: str | None = None
+    """Linears only: path of the bias, where the model keeps it outside the module and adds it later."""
     transposed: bool = False
     """Linears only: whether the module keeps its weight as `[I, O]`."""
     centred: bool = True
@@ -56,7 +65,9 @@ def _get(model: nn.Module, path: str, architecture: Architecture) -> nn.Module:
         ) from error
 
 
-def _norm_sites(model: nn.Module, a: Architecture, role: str, layer: int | None, path: str) -> list[Site]:
+def _norm_sites(
+    model: nn.Module, a: Architecture, role: str, layer: int | None, path: str, shared: bool = False
+) -> list[Site]:
     """The site of one norm, or nothing where this model leaves that norm out or gives it no gain."""
     parent, _, last = path.rpartition(".")
     if getattr(_get(model, parent, a), last, 0) is None:
@@ -77,25 +88,31 @@ def _norm_sites(model: nn.Module, a: Architecture, role: str, layer: int | None,
         out_features=width,
         bias=getattr(model.get_submodule(path), "bias", None) is not None,
         centred=a.norm_kind == "layer",
+        shared=shared,
     )
     return [site]
 
 
-def _linear_site(model: nn.Module, a: Architecture, role: str, layer: int, where: str | Part) -> Site:
-    path = f"{a.layers}.{layer}.{where.module if isinstance(where, Part) else where}"
+def _linear_site(
+    model: nn.Module, a: Architecture, role: str, layer: int, inside: str, where: str | Part, shared: bool
+) -> Site:
+    path = f"{inside}.{where.module if isinstance(where, Part) else where}"
     linear = _get(model, path, a)
     if not isinstance(linear, nn.Linear | Conv1D):
         raise BackboneError(f"'{path}' is a {type(linear).__name__}, but the table calls it a linear '{role}'")
     transposed = isinstance(linear, Conv1D)
     width_out, width_in = linear.weight.shape[::-1] if transposed else linear.weight.shape
-    part = None
+    part, blocks, bias_path = None, 1, None
     if isinstance(where, Part):
-        if width_out % where.of:
+        blocks = 1 if where.heads is None else int(getattr(model.config, where.heads))
+        if width_out % (where.of * blocks):
             raise BackboneError(
                 f"the {width_out} outputs of '{path}' are not {where.of} equal parts; correct the table"
             )
         width_out //= where.of
-        part = (where.index * width_out, (where.index + 1) * width_out)
+        width = width_out // blocks
+        part = (where.index * width, (where.index + 1) * width)
+        bias_path = None if where.bias is None else f"{inside}.{where.bias}"
     return Site(
         name=f"layer.{layer}.{role}",
         kind="linear",
@@ -104,11 +121,22 @@ def _linear_site(model: nn.Module, a: Architecture, role: str, layer: int, where
         module=path,
         in_features=width_in,
         out_features=width_out,
-        bias=linear.bias is not None,
+        bias=linear.bias is not None or bias_path is not None,
         owns_input=role == "ffn_out",  # its input is the fresh output of the activation
         part=part,
+        blocks=blocks,
+        bias_path=bias_path,
         transposed=transposed,
+        shared=shared,
     )
+
+
+def _layer_paths(model: nn.Module, a: Architecture) -> tuple[str, ...]:
+    """The path of every layer in the order they run."""
+    layers = _get(model, a.layers, a)
+    assert isinstance(layers, nn.ModuleList)
+    below = map(str, range(len(layers))) if a.layer_order is None else a.layer_order(model.config)
+    return tuple(f"{a.layers}.{path}" for path in below)
 
 
 def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]:
@@ -121,8 +149,7 @@ def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]
     embedding = _get(model, a.embedding, a)
     assert isinstance(embedding, nn.Embedding)
     width = embedding.embedding_dim
-    layers = _get(model, a.layers, a)
-    assert isinstance(layers, nn.ModuleList)
+    layers = _layer_paths(model, a)
     hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     sites = [
         Site(
@@ -135,36 +162,36 @@ def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]
     sites.append(
         Site(
             name="layers", kind="layers", role="layers", layer=None, module=a.layers,
-            in_features=hidden, out_features=hidden, bias=False,
+            in_features=hidden, out_features=hidden, bias=False, layers=layers,
         )
     )  # fmt: skip
-    for i in range(len(layers)):
-        sites += _layer_sites(model, a, i, hidden)
+    passes = Counter(layers)
+    for i, path in enumerate(layers):
+        sites += _layer_sites(model, a, i, path, hidden, shared=passes[path] > 1)
     for role, path in a.final_norms.items():
         sites += _norm_sites(model, a, role, None, path)
     return tuple(sites)
 
 
-def _layer_sites(model: nn.Module, a: Architecture, i: int, hidden: int) -> list[Site]:
+def _layer_sites(model: nn.Module, a: Architecture, i: int, layer: str, hidden: int, shared: bool) -> list[Site]:
     def at(path: str) -> str:
-        return f"{a.layers}.{i}.{path}"
+        return f"{layer}.{path}"
 
-    sites = [_linear_site(model, a, role, i, where) for role, where in a.linears.items()]
+    sites = [_linear_site(model, a, role, i, layer, where, shared) for role, where in a.linears.items()]
     for role, path in a.norms.items():
-        sites += _norm_sites(model, a, role, i, at(path))
+        sites += _norm_sites(model, a, role, i, at(path), shared)
     for role, sub in a.sublayers.items():
         _get(model, at(sub.enters), a)
         _get(model, at(sub.leaves), a)
         sites.append(
             Site(
-                name=f"layer.{i}.{role}_sublayer", kind="sublayer", role=role, layer=i,
+                name=f"layer.{i}.{role}_sublayer", kind="sublayer", role=role, layer=i, shared=shared,
                 module=at(sub.leaves), enters=at(sub.enters), in_features=hidden, out_features=hidden,
             )
         )  # fmt: skip
-    layer = f"{a.layers}.{i}"
     sites.append(
         Site(
-            name=f"layer.{i}.block_sublayer", kind="sublayer", role="block", layer=i,
+            name=f"layer.{i}.block_sublayer", kind="sublayer", role="block", layer=i, shared=shared,
             module=layer, enters=layer, in_features=hidden, out_features=hidden,
         )
     )  # fmt: skip
@@ -172,7 +199,7 @@ def _layer_sites(model: nn.Module, a: Architecture, i: int, hidden: int) -> list
     key, value = (next(s for s in sites if s.role == role) for role in ("key", "value"))
     sites.append(
         Site(
-            name=f"layer.{i}.attention", kind="attention", role="attention", layer=i,
+            name=f"layer.{i}.attention", kind="attention", role="attention", layer=i, shared=shared,
             module=at(a.attention), in_features=key.out_features, out_features=value.out_features,
         )
     )  # fmt: skip

@@ -28,7 +28,20 @@ from multitune import (
 peft = pytest.importorskip("peft", reason="PEFT is not installed; pip install 'multitune[parity]'")
 
 RELATIVE = 1e-5
-MODELS = ["bert", "roberta", "electra", "distilbert", "deberta-v2/v3", "deberta-v2/conv", "minilm"]
+MODELS = [
+    "bert",
+    "roberta",
+    "electra",
+    "distilbert",
+    "deberta-v2/v3",
+    "deberta-v2/conv",
+    "albert",
+    "mpnet",
+    "bart",
+    "t5",
+    "t5/gated",
+    "minilm",
+]
 LENGTHS = [6, 4, 9]
 
 
@@ -46,7 +59,7 @@ class Pair:
         self.ids, self.mask = random_rows(backbone, LENGTHS).padded()
         copied = backbone.clone()
         copied.detach()
-        self.plain = copied.model
+        self.plain = copied.running  # the encoder of an encoder-decoder
         self.std = 0.05 if backbone.hidden_size > 100 else 0.2  # an adapter of a size that training would leave
 
     def peft_model(self, config):
@@ -93,8 +106,13 @@ def pair(request, make_backbone, random_rows):
     return Pair(make_backbone(request.param), random_rows)
 
 
+def path_of(backbone, site):
+    """The path of a site's module in the part of the model that is run."""
+    return site.module.removeprefix(f"{backbone.architecture.runs}.")
+
+
 def modules_of(backbone, roles):
-    return [s.module for s in backbone.find_sites("linear", roles)]
+    return sorted({path_of(backbone, s) for s in backbone.find_sites("linear", roles)})
 
 
 # ---- low rank
@@ -115,7 +133,7 @@ def test_lora(pair, targets, r, alpha, rank_stabilised):
     model = pair.peft_model(config)
     params = {}
     for site in pair.backbone.find_sites("linear", targets):
-        theirs = model.base_model.model.get_submodule(site.module)
+        theirs = model.base_model.model.get_submodule(path_of(pair.backbone, site))
         params[f"{site.name}.A"] = theirs.lora_A["default"].weight.detach().T
         params[f"{site.name}.B"] = theirs.lora_B["default"].weight.detach().T
     pair.compare(model, LoRA(r=r, alpha=alpha, targets=targets, rank_stabilised=rank_stabilised), params)
@@ -173,7 +191,7 @@ def test_ia3(pair, outputs, inputs):
     model = pair.peft_model(config)
     params = {}
     for site in pair.backbone.find_sites("linear", outputs + inputs):
-        vector = model.base_model.model.get_submodule(site.module).ia3_l["default"].detach()
+        vector = model.base_model.model.get_submodule(path_of(pair.backbone, site)).ia3_l["default"].detach()
         params[f"{site.name}.s"] = vector.flatten() - 1
     pair.compare(model, IA3(outputs=outputs, inputs=inputs), params)
 
@@ -184,14 +202,16 @@ def test_ia3(pair, outputs, inputs):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*LayerNorm:UserWarning")  # PEFT's own, of its own target
 def test_layer_norm_tuning(pair):
     sites = pair.backbone.find_sites("norm")
-    model = pair.peft_model(peft.LNTuningConfig(target_modules=[s.module for s in sites]))
+    model = pair.peft_model(peft.LNTuningConfig(target_modules=sorted({path_of(pair.backbone, s) for s in sites})))
     params = {}
     for site in sites:
-        theirs = model.base_model.model.get_submodule(site.module).ln_tuning_layers["default"]
-        frozen = pair.plain.get_submodule(site.module)
+        theirs = model.base_model.model.get_submodule(path_of(pair.backbone, site)).ln_tuning_layers["default"]
+        frozen = pair.plain.get_submodule(path_of(pair.backbone, site))
         params[f"{site.name}.gain"] = (theirs.weight - frozen.weight).detach()
-        params[f"{site.name}.offset"] = (theirs.bias - frozen.bias).detach()
-    pair.compare(model, LayerNormTuning(embedding_norm=True), params)
+        if site.bias:
+            params[f"{site.name}.offset"] = (theirs.bias - frozen.bias).detach()
+    in_front = any(s.role == "embedding_norm" for s in sites)
+    pair.compare(model, LayerNormTuning(embedding_norm=in_front), params)
 
 
 # ---- prompts
@@ -310,7 +330,11 @@ def test_each_row_gets_its_own_ia3(make_backbone, random_rows):
         model = pair.peft_model(config)
         pair.randomise(model, seed + 1)
         params = {
-            f"{site.name}.s": model.base_model.model.get_submodule(site.module).ia3_l["default"].detach().flatten() - 1
+            f"{site.name}.s": model.base_model.model.get_submodule(path_of(pair.backbone, site))
+            .ia3_l["default"]
+            .detach()
+            .flatten()
+            - 1
             for site in pair.backbone.find_sites("linear", targets + inputs)
         }
         sets.append(DeltaSet(IA3().deltas(params, pair.backbone)))

@@ -106,7 +106,7 @@ def merged_model(backbone, sets):
     """A plain transformers model with the deltas in its weights."""
     merged = merge_deltas(backbone, sets)
     merged.detach()
-    return merged.model
+    return merged.running
 
 
 def test_merged_equals_attached_or_merging_is_refused(backbone, method, random_params, random_rows, close):
@@ -116,6 +116,11 @@ def test_merged_equals_attached_or_merging_is_refused(backbone, method, random_p
     if any(reasons):
         with pytest.raises(AdapterError, match=next(filter(None, reasons))):
             merged_model(backbone, sets)
+        return
+    shared = {site.name for site in backbone.sites if site.shared}
+    if shared & sets.by_site.keys():
+        with pytest.raises(AdapterError, match="at layer.0.* other layers run with the same weights"):
+            merge_deltas(backbone, sets)
         return
     before = {k: t.clone() for k, t in backbone.model.state_dict().items()}
     rows = random_rows(backbone, [5, 3, 6])

@@ -14,6 +14,7 @@ from multitune.cli import shared
 from multitune.cli.fields import fields_of
 from multitune.cli.shared import AsJson, BackboneName, app, count, pairs, print_json, show, written
 from multitune.errors import ConfigError
+from multitune.merge import why_not_mergeable
 from multitune.methods import Method, get_method, method_names
 from multitune.plan import DeltaSet
 from multitune.tasks import list_tasks, load_task
@@ -54,14 +55,13 @@ def facts(cls: type[Method], backbone: Backbone) -> MethodFacts:
         percent = 100 * parameters / backbone.num_parameters
     except ConfigError as error:
         problem = str(error)
-    found = [delta for of_site in deltas.by_site.values() for delta in of_site]
     return MethodFacts(
         name=cls.name,
         title=cls.title,
-        deltas=tuple(dict.fromkeys(delta.kind for delta in found)),
+        deltas=tuple(dict.fromkeys(delta.kind for of_site in deltas.by_site.values() for delta in of_site)),
         parameters=parameters,
         percent=percent,
-        merges=not problem and all(delta.cannot_merge is None for delta in found),
+        merges=not problem and why_not_mergeable(backbone, deltas) is None,
         mixes=not cls.changes_weights,
         learning_rate=cls.recipe.learning_rate,
         paper=cls.paper,

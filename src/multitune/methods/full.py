@@ -34,12 +34,7 @@ class FullFineTuning(Method):
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         """A copy of every weight that the last hidden state depends on (the pooler is a head's choice)."""
-        pooler = backbone.architecture.pooler
-        return {
-            name: parameter.detach().float().cpu().clone()
-            for name, parameter in backbone.model.named_parameters()
-            if pooler is None or not name.startswith(f"{pooler}.")
-        }
+        return {name: p.detach().float().cpu().clone() for name, p in backbone.used_parameters().items()}
 
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         return {}

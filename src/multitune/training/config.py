@@ -70,7 +70,8 @@ class TrainConfig:
     """Evaluations, and checkpoints, per epoch; the last step is always evaluated."""
     pooling: Pooling | None = None
     """What the head reads: the first token (cls), the mean over real tokens, the backbone's pretrained pooler, or the
-    last token; by default last where attention is causal and cls elsewhere."""
+    last token; by default last where attention is causal, mean where rows have no first token of their own (T5), and
+    cls elsewhere."""
     head_dropout: float = 0.1
     """Probability of dropping an entry of the head's input, in training."""
     gradient_checkpointing: bool = False
