@@ -1,6 +1,7 @@
 """Each kind of delta against a slow twin: plain loops written from its equation, which never call `apply`."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from multitune.deltas import (
     Bias,
     Bottleneck,
     Delta,
+    EmbeddingLowRank,
     FCRows,
     InputScale,
     KroneckerRows,
@@ -24,6 +26,7 @@ from multitune.deltas import (
     Memory,
     Prompt,
     Scale,
+    SharedLowRank,
     TableRows,
     TokenBias,
     build_table,
@@ -63,6 +66,21 @@ def low_rank_twin(d, x, y, module):
     for t in range(len(x)):
         h = [dot(x[t], d.A[:, r]) for r in range(d.A.shape[1])]
         out.append([y[t, o] + d.scale * dot(h, d.B[:, o]) for o in range(y.shape[1])])
+    return rows_of(out)
+
+
+def shared_low_rank(g, r=3):
+    """Of one origin, so with the same matrices each time, and vectors of its own."""
+    shared = torch.Generator().manual_seed(9)
+    A, B = normal(shared, I, r), normal(shared, r, O)
+    return SharedLowRank(A=A, B=B, d=normal(g, r), b=normal(g, O), origin=("test", r))
+
+
+def shared_low_rank_twin(d, x, y, module):
+    out = []
+    for t in range(len(x)):
+        h = [dot(x[t], d.A[:, r]) * d.d[r] for r in range(len(d.d))]
+        out.append([y[t, o] + dot(h, d.B[:, o]) * d.b[o] for o in range(len(d.b))])
     return rows_of(out)
 
 
@@ -121,6 +139,7 @@ def bottleneck(g, m=3, **settings):
 CASES = {
     "low_rank": (lambda g: low_rank(g, scale=0.7), low_rank_twin),
     "low_rank_rank_one": (lambda g: low_rank(g, r=1), low_rank_twin),
+    "shared_low_rank": (shared_low_rank, shared_low_rank_twin),
     "bias": (lambda g: Bias(b=normal(g, O)), bias_twin),
     "scale": (lambda g: Scale(s=normal(g, O)), scale_twin),
     "input_scale": (lambda g: InputScale(s=normal(g, I)), input_scale_twin),
@@ -321,7 +340,8 @@ def test_what_cannot_merge_says_why():
 
 
 def test_every_kind_has_a_place_in_the_order():
-    assert set(ORDER) == {Affine, Bias, Bottleneck, InputScale, LowRank, Memory, Prompt, Scale, TokenBias}
+    by_hand = {Affine, Bias, Bottleneck, InputScale, LowRank, Memory, Prompt, Scale, TokenBias}
+    assert set(ORDER) == by_hand | {EmbeddingLowRank, SharedLowRank}
     assert len(ORDER) == len(set(ORDER))
 
 
@@ -453,6 +473,50 @@ def test_token_dropout_only_in_training():
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], 2 * source.compute(ids)[kept])
     assert source.served().dropout == 0.0
+
+
+# ---- word embeddings
+
+
+def embedding_low_rank(g, r=3):
+    return EmbeddingLowRank(A=normal(g, V, r), B=normal(g, r, E), scale=0.7)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("rows_per_slot", [1, 2])
+def test_an_embedding_update_is_its_equation(gradients, rows_per_slot, close):
+    deltas = [embedding_low_rank(torch.Generator().manual_seed(seed), r) for seed, r in ((0, 3), (1, 4), (2, 3))]
+    ids = torch.tensor([[0, 10, 3, 3], [4, 4, 1, 0], [9, 2, 2, 5]]).repeat_interleave(rows_per_slot, 0)
+    module = nn.Embedding(V, E, dtype=torch.float64).requires_grad_(False)
+    y = module(ids)
+
+    def twin(d, b, t, e):
+        return y[b, t, e] + 0.7 * dot(d.A[ids[b, t]], d.B[:, e])
+
+    rows, words, width = (range(n) for n in y.shape)
+    expected = [rows_of([[twin(deltas[b // rows_per_slot], b, t, e) for e in width] for t in words]) for b in rows]
+    with torch.set_grad_enabled(gradients):
+        for b in rows:
+            close(deltas[b // rows_per_slot].apply(ids[b : b + 1], y[b : b + 1], module)[0], expected[b])
+        by_slot = (t.reshape(3, -1, *t.shape[2:]) for t in (ids, y))
+        close(stacked(deltas).apply(*by_slot, module).reshape(y.shape), torch.stack(expected))
+    deltas[0].merge(module)
+    close(module(ids[:1])[0], expected[0])
+
+
+# ---- matrices that adapters share
+
+
+def test_shared_matrices_are_never_packed_and_other_origins_never_share_a_product():
+    g = torch.Generator().manual_seed(0)
+    one, two, wider = shared_low_rank(g), shared_low_rank(g), shared_low_rank(g, r=4)
+    packs = [next(iter(DeltaSet({"s": [d]}).packs.values())) for d in (one, two, wider)]
+    assert [p.flat.numel() for p in packs] == [3 + O, 3 + O, 4 + O]
+    assert packs[0].signature == packs[1].signature
+    other_seed = replace(one, origin=("other", 3))
+    assert packs[0].signature not in DeltaSet({"s": [other_seed]}).packs
+    ((_, unpacked),) = unpack(packs[1].layout, packs[1].flat[None])
+    assert unpacked.A is two.A and unpacked.B is two.B
 
 
 # ---- memory: attention over extra keys and values

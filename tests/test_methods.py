@@ -13,6 +13,7 @@ from multitune import (
     DRA,
     IA3,
     MAM,
+    AdaLoRA,
     AoTFC,
     AoTKronecker,
     AttnScale,
@@ -22,20 +23,25 @@ from multitune import (
     CompacterPP,
     ConfigError,
     DeltaSet,
+    DoRA,
     FullFineTuning,
     HeadOnly,
     Houlsby,
     LayerNormTuning,
     LoRA,
+    LoRAPlus,
     Method,
     ParallelAdapter,
     Pfeiffer,
+    PiSSA,
     Plan,
     PromptTuning,
     PTuningV2,
     Recipe,
+    RsLoRA,
     SiteMethod,
     UTuning,
+    VeRA,
     get_method,
     method_names,
     methods,
@@ -154,7 +160,8 @@ def test_fresh_tensors(any_method, bert):
         assert torch.equal(tensor, again[name])
         assert tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         assert torch.isfinite(tensor).all() and not tensor.requires_grad
-    assert any_method().num_parameters(bert) == sum(t.numel() for t in first.values())
+    method = any_method()
+    assert method.num_parameters(bert) == sum(t.numel() for name, t in first.items() if method.trains(name))
     assert bert.shapes_of(any_method()) == {name: t.shape for name, t in first.items()}
 
 
@@ -213,8 +220,9 @@ def test_neighbours_and_position_do_not_matter(backbone, method, delta_set, rand
 
 def trainable(backbone, method, random_params, seed):
     """Tensors to train, and a function that makes their deltas: a new graph for every backward pass."""
-    params = {k: t.double().requires_grad_() for k, t in random_params(backbone, method, seed).items()}
-    return params, lambda: DeltaSet(method.deltas(params, backbone))
+    params = {k: t.double() for k, t in random_params(backbone, method, seed).items()}
+    trained = {k: t.requires_grad_() for k, t in params.items() if method.trains(k)}
+    return trained, lambda: DeltaSet(method.deltas(params, backbone))
 
 
 def test_gradients_in_a_mixed_batch_equal_those_alone(
@@ -306,6 +314,13 @@ def test_attach_and_detach_leave_no_trace(backbone, make_model, request, delta_s
 
 SETTINGS = [
     LoRA(r=3, alpha=1.5, dropout=0.25, targets=("key", "ffn_in"), layers=(0, 2), rank_stabilised=True),
+    LoRA(targets=("embedding", "query"), r=2, layers=(1,)),
+    RsLoRA(r=3, targets=("embedding",)),
+    LoRAPlus(r=2, ratio=4.0),
+    PiSSA(r=3, alpha=6.0, niter=2, layers=(1,)),
+    DoRA(r=2, constant_norm=False, dropout=0.1),
+    VeRA(r=16, seed=7, d_initial=0.2),
+    AdaLoRA(r=4, target_r=2, initial_share=0.2, ranks=(2, 0, 3, 4, 1, 2)),
     IA3(outputs=("query",), inputs=("ffn_out", "value"), layers=(1,)),
     BitFit(subset=("query", "ffn_norm"), layers=(0,)),
     LayerNormTuning(layers=(2,), embedding_norm=True),
@@ -368,6 +383,17 @@ def test_an_unknown_hyper_parameter_names_the_nearest(any_method):
         (LoRA, {"dropout": 1.0}, "dropout=1.0 is not a probability"),
         (LoRA, {"dropout": -0.1}, "dropout=-0.1 is not a probability"),
         (LoRA, {"dropout": "nan"}, "dropout=nan is not a probability"),
+        (RsLoRA, {"r": 0}, "method 'rslora': r=0 is not possible"),
+        (LoRAPlus, {"ratio": 0.5}, "method 'lora_plus': ratio=0.5 slows B down; give ratio of at least 1"),
+        (PiSSA, {"alpha": 0}, "alpha=0.0 gives no start; give a positive alpha"),
+        (PiSSA, {"niter": -1}, "niter=-1 is not possible"),
+        (VeRA, {"seed": -1}, "seed=-1 is not possible"),
+        (AdaLoRA, {"target_r": 13}, "target_r=13 exceeds r=12"),
+        (AdaLoRA, {"target_r": 0}, "target_r=0 is not possible"),
+        (AdaLoRA, {"beta1": 1.0}, "beta1=1.0 is not a probability below 1"),
+        (AdaLoRA, {"initial_share": 0.7}, "initial_share and final_share add up to 1.1"),
+        (AdaLoRA, {"orthogonality": -1}, "orthogonality=-1.0 rewards overlap"),
+        (AdaLoRA, {"ranks": [1, -1]}, r"ranks=\(1, -1\); give none below 0"),
         (AoTFC, {"r": 0}, "method 'aot_fc': r=0 is not possible"),
         (AoTFC, {"dropout": 1.5}, "dropout=1.5 is not a probability"),
         (AoTKronecker, {"r": 0}, "method 'aot_kronecker': r=0 is not possible"),
@@ -412,6 +438,10 @@ def test_a_bad_value_says_what_is_wrong(method, settings, words):
         ),
         (LoRA(targets=("query", "nothing")), "no linear site has the role 'nothing'"),
         (LoRA(targets=()), "no linear site matches"),
+        (LoRA(targets=("embedding", "qury")), "no linear site has the role 'qury'"),
+        (DoRA(targets=("embedding",)), "no linear site has the role 'embedding'"),
+        (PiSSA(r=33), r"r=33 exceeds the 32 singular values of layer\.0\.query; lower r"),
+        (AdaLoRA(ranks=(1, 2)), "ranks has 2 entries for 6 sites; give one for each"),
         (IA3(outputs=("keys",)), "no linear site has the role 'keys'.* Did you mean 'key'"),
         (IA3(inputs=("ffn",)), "no linear site has the role 'ffn'"),
         (IA3(outputs=(), inputs=()), "no linear site matches"),
@@ -477,6 +507,15 @@ COUNTS = [
     (LoRA(r=16), 589_824),
     (LoRA(targets=("query", "key", "value", "attention_output")), 589_824),
     (LoRA(targets=("query", "key", "value", "attention_output", "ffn_in", "ffn_out")), 1_327_104),
+    (LoRA(targets=("embedding",)), 408_264),  # (50,265 + 768) · 8
+    (RsLoRA(), 294_912),
+    (LoRAPlus(), 294_912),
+    (PiSSA(), 294_912),
+    (DoRA(), 313_344),
+    (VeRA(), 24_576),
+    (VeRA(r=1024), 43_008),
+    (AdaLoRA(), 442_656),  # 24 sites · 12 · (768 + 768 + 1)
+    (AdaLoRA(ranks=(8,) * 24), 295_104),
     (IA3(), 55_296),
     (AoTKronecker(r=5, a=256, b=200), 257_760),
     (AoTKronecker(r=10, a=256, b=200), 976_320),

@@ -25,12 +25,14 @@ from multitune.methods import (
     method_names,
     register,
 )
+from multitune.methods.adalora import AdaLoRA
 from multitune.methods.aot_fc import AoTFC
 from multitune.methods.aot_kronecker import AoTKronecker
 from multitune.methods.attn_scale import AttnScale
 from multitune.methods.bitfit import BitFit
 from multitune.methods.compacter import Compacter
 from multitune.methods.compacter_pp import CompacterPP
+from multitune.methods.dora import DoRA
 from multitune.methods.dra import DRA
 from multitune.methods.full import FullFineTuning
 from multitune.methods.head import HeadOnly
@@ -38,12 +40,16 @@ from multitune.methods.houlsby import Houlsby
 from multitune.methods.ia3 import IA3
 from multitune.methods.layernorm import LayerNormTuning
 from multitune.methods.lora import LoRA
+from multitune.methods.lora_plus import LoRAPlus
 from multitune.methods.mam import MAM
 from multitune.methods.parallel import ParallelAdapter
 from multitune.methods.pfeiffer import Pfeiffer
+from multitune.methods.pissa import PiSSA
 from multitune.methods.prompt_tuning import PromptTuning
 from multitune.methods.ptuning_v2 import PTuningV2
+from multitune.methods.rslora import RsLoRA
 from multitune.methods.u_tuning import UTuning
+from multitune.methods.vera import VeRA
 from multitune.plan import DeltaSet, Plan
 from multitune.tasks import Task, infer_task, load_task, read_table
 from multitune.training import TrainConfig, TrainResult, evaluate, train
@@ -53,6 +59,7 @@ __all__ = [
     "DRA",
     "IA3",
     "MAM",
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "AoTFC",
@@ -68,12 +75,14 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeltaSet",
+    "DoRA",
     "FullFineTuning",
     "Head",
     "HeadOnly",
     "Houlsby",
     "LayerNormTuning",
     "LoRA",
+    "LoRAPlus",
     "MergeReport",
     "Method",
     "MixError",
@@ -81,17 +90,20 @@ __all__ = [
     "PTuningV2",
     "ParallelAdapter",
     "Pfeiffer",
+    "PiSSA",
     "Plan",
     "PlanError",
     "Prediction",
     "PromptTuning",
     "Recipe",
+    "RsLoRA",
     "SiteMethod",
     "Task",
     "TaskError",
     "TrainConfig",
     "TrainResult",
     "UTuning",
+    "VeRA",
     "__version__",
     "evaluate",
     "get_method",

@@ -288,8 +288,7 @@ class Backbone:
     def shapes_of(self, method: Method) -> dict[str, torch.Size]:
         """Names and shapes of a method's tensors on this backbone; made once per method and hyper-parameters."""
         if method not in self._shapes:
-            fresh = method.init(self, torch.Generator().manual_seed(0))
-            self._shapes[method] = {name: t.shape for name, t in fresh.items()}
+            self._shapes[method] = method.shapes(self)
         return self._shapes[method]
 
     @cached_property

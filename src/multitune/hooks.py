@@ -270,9 +270,14 @@ def _sublayer(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Un
 
 
 def _embedding(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        prompts = current_call().prompts
-        return None if prompts is None else prompts.insert(output)
+    (site,) = sites
+    name = site.name
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        call = current_call()
+        for step in call.plan.steps.get(name, ()):
+            output = step(args[0], output, module)
+        return output if call.prompts is None else call.prompts.insert(output)
 
     return [module.register_forward_hook(after).remove]
 

@@ -4,10 +4,12 @@ from multitune.deltas.affine import Affine
 from multitune.deltas.base import Delta
 from multitune.deltas.bias import Bias
 from multitune.deltas.bottleneck import ACTIVATIONS, SOFTMAX, Bottleneck
+from multitune.deltas.embedding_low_rank import EmbeddingLowRank
 from multitune.deltas.low_rank import LowRank
 from multitune.deltas.memory import Memory
 from multitune.deltas.prompt import Prompt
 from multitune.deltas.scale import InputScale, Scale
+from multitune.deltas.shared_low_rank import SharedLowRank
 from multitune.deltas.token_bias import TokenBias
 from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenRows, build_table
 
@@ -15,11 +17,13 @@ from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenR
 ORDER: tuple[type[Delta], ...] = (
     InputScale,
     LowRank,
+    SharedLowRank,
     Scale,
     Bias,
     Affine,
     Bottleneck,
     Memory,
+    EmbeddingLowRank,
     Prompt,
     TokenBias,
 )
@@ -32,6 +36,7 @@ __all__ = [
     "Bias",
     "Bottleneck",
     "Delta",
+    "EmbeddingLowRank",
     "FCRows",
     "InputScale",
     "KroneckerRows",
@@ -39,6 +44,7 @@ __all__ = [
     "Memory",
     "Prompt",
     "Scale",
+    "SharedLowRank",
     "TableRows",
     "TokenBias",
     "TokenRows",

@@ -66,6 +66,11 @@ class Method:
         """
         raise NotImplementedError
 
+    def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
+        """Names and shapes of the tensors that `init` makes; override it where making them is dear."""
+        fresh = self.init(backbone, torch.Generator().manual_seed(0))
+        return {name: t.shape for name, t in fresh.items()}
+
     def trains(self, name: str) -> bool:
         """Whether the tensor `name` of `init` is trained; the others are saved with it but stay as they were."""
         return True
@@ -74,12 +79,23 @@ class Method:
         """What the learning rate is multiplied by for the tensor `name`."""
         return 1.0
 
+    def penalty(self, params: Mapping[str, Tensor]) -> Tensor | None:
+        """A scalar added once to the loss of every optimizer step, differentiable in `params`; `None` for none."""
+        return None
+
     def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         """Change `params` in place after optimizer step `step` of `num_steps`, counted from 1; runs without gradients.
 
         The gradients of the step are still there, as `params[name].grad`. What must survive a kill belongs into
         tensors of `init` that are not trained: those are part of every checkpoint.
         """
+
+    def is_settled(self, step: int, num_steps: int) -> bool:
+        """Whether the tensors after optimizer step `step` of `num_steps` have the form the method promises.
+
+        A run keeps the best tensors of a settled step; those of an earlier one only until there is one.
+        """
+        return True
 
     def finish(self, params: Mapping[str, Tensor], backbone: Backbone) -> tuple[Method, Mapping[str, Tensor]]:
         """An equal method and tensors in their smallest form: what a finished run saves.
@@ -94,8 +110,7 @@ class Method:
 
     def num_parameters(self, backbone: Backbone) -> int:
         """Trainable parameters on a backbone, the head excluded."""
-        fresh = self.init(backbone, torch.Generator().manual_seed(0))
-        return sum(t.numel() for name, t in fresh.items() if self.trains(name))
+        return sum(shape.numel() for name, shape in self.shapes(backbone).items() if self.trains(name))
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as JSON values."""
@@ -135,6 +150,10 @@ class SiteMethod(Method):
         """The delta of one site from that site's tensors."""
         raise NotImplementedError
 
+    def site_deltas(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> list[Delta]:
+        """The deltas of one site, for a method that yields several there; by default the one of `delta`."""
+        return [self.delta(params, site, backbone)]
+
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         return {
             f"{site.name}.{key}": tensor
@@ -147,7 +166,7 @@ class SiteMethod(Method):
         for name, tensor in params.items():
             site_name, key = name.rsplit(".", 1)
             by_site[site_name][key] = tensor
-        return {site.name: [self.delta(by_site[site.name], site, backbone)] for site in self.sites(backbone)}
+        return {site.name: self.site_deltas(by_site[site.name], site, backbone) for site in self.sites(backbone)}
 
 
 def check(condition: bool, method: Method, problem: str, fix: str) -> None:

@@ -116,6 +116,13 @@ class Combined(Method):
             self.deltas({name: t.to(backbone.device) for name, t in fresh.items()}, backbone)
         return fresh
 
+    def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
+        return {
+            f"{part}.{name}": shape
+            for part, method in self.parts.items()
+            for name, shape in method.shapes(backbone).items()
+        }
+
     def trains(self, name: str) -> bool:
         part, own = self._split(name)
         return part.trains(own)
@@ -123,6 +130,14 @@ class Combined(Method):
     def learning_rate_factor(self, name: str) -> float:
         part, own = self._split(name)
         return part.learning_rate_factor(own) * part.recipe.learning_rate / self.recipe.learning_rate
+
+    def penalty(self, params: Mapping[str, Tensor]) -> Tensor | None:
+        found = [self.parts[part].penalty(own) for part, own in self._by_part(params).items()]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def is_settled(self, step: int, num_steps: int) -> bool:
+        return all(part.is_settled(step, num_steps) for part in self.parts.values())
 
     def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         for part, own in self._by_part(params).items():

@@ -192,6 +192,9 @@ class TuningTrainer(Trainer):
         share = items / num_items_in_batch if num_items_in_batch else 1.0
         # Where every word was cut off there is nothing to learn, and the mean of nothing is not a number.
         loss = outputs["loss"] * share if items else outputs["logits"].sum() * 0.0
+        penalty = self.tuned.method.penalty(self.tuned.own()) if items else None
+        if penalty is not None:
+            loss = loss + penalty.to(loss.device) * share  # the shares of one optimizer step add up to one
         if not bool(torch.isfinite(loss)):
             raise ConfigError(self._diverged(self.state.global_step + 1, f"the loss is {float(loss.detach())}"))
         loss = loss.to(self.args.device)
@@ -251,13 +254,16 @@ class TuningTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Keep the tensors if they are the best so far, and stop when they have not been for long enough."""
         value, best = metrics[f"eval_{self.metric}"], self.state.best_metric
+        settled = self.tuned.method.is_settled(self.state.global_step, self.max_steps)
         better = best is None or (value > best if higher_is_better(self.metric) else value < best)
+        if settled and not self.tuned.method.is_settled(self.state.best_global_step or 0, self.max_steps):
+            better = True  # what was best so far is not in the method's final form
         if better:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.best = self.tuned.snapshot()
             self.best_metrics = {k.removeprefix("eval_"): v for k, v in metrics.items()}
         patience = self.config.early_stopping
-        if patience is not None and self._evaluations_since_best() >= patience:
+        if settled and patience is not None and self._evaluations_since_best() >= patience:
             self.control.should_training_stop = True
         return better
 
