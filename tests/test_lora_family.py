@@ -1,6 +1,6 @@
 """What is particular to each relative of LoRA, against its equation written out; the shared invariants hold beside."""
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -310,7 +310,7 @@ def test_the_budget_falls_as_a_cube_from_the_first_rank_to_the_target():
     budgets = [method.budget(step, 100, 6) for step in range(101)]
     assert budgets[:11] == [72] * 11 and budgets[60:] == [48] * 41
     assert budgets[35] == int(48 + 24 * (1 - 25 / 50) ** 3) == 51
-    assert all(a >= b for a, b in itertools.pairwise(budgets))
+    assert all(a >= b for a, b in pairwise(budgets))
     assert [method.is_settled(s, 100) for s in (0, 59, 60, 100)] == [False, False, True, True]
 
 
@@ -398,9 +398,7 @@ def test_the_penalty_pulls_towards_orthonormal_factors(bert):
             gram = t.T @ t if name.endswith(".A") else t @ t.T
             norms.append(sum(float(gram[i, j] - (i == j)) ** 2 for i in range(3) for j in range(3)) ** 0.5)
     assert float(method.penalty(params)) == pytest.approx(0.5 * sum(norms) / len(norms), rel=1e-5)
-    orthonormal = {
-        k: torch.linalg.qr(t if t.shape[0] > 3 else t.T).Q for k, t in params.items() if k[-2:] in (".A", ".B")
-    }
-    orthonormal = {k: q if k.endswith(".A") else q.T for k, q in orthonormal.items()}
-    assert float(method.penalty(orthonormal)) == pytest.approx(0, abs=1e-5)
+    columns = {k: torch.linalg.qr(t).Q for k, t in params.items() if k.endswith(".A")}
+    rows = {k: torch.linalg.qr(t.T).Q.T for k, t in params.items() if k.endswith(".B")}
+    assert float(method.penalty(columns | rows)) == pytest.approx(0, abs=1e-5)
     assert AdaLoRA(orthogonality=0.0).penalty(params) is None

@@ -11,6 +11,7 @@ from multitune import (
     DRA,
     IA3,
     MAM,
+    AdaLoRA,
     AoTFC,
     AoTKronecker,
     AttnScale,
@@ -20,16 +21,21 @@ from multitune import (
     Compacter,
     CompacterPP,
     DeltaSet,
+    DoRA,
     HeadOnly,
     Houlsby,
     LayerNormTuning,
     LoRA,
+    LoRAPlus,
     ParallelAdapter,
     Pfeiffer,
+    PiSSA,
     Plan,
     PromptTuning,
     PTuningV2,
+    RsLoRA,
     UTuning,
+    VeRA,
     get_method,
     method_names,
     plan,
@@ -50,6 +56,7 @@ def draws(examples):
 
 roles = st.lists(st.sampled_from(LINEARS), min_size=1, max_size=4, unique=True).map(tuple)
 layers = st.sampled_from([None, (0,), (1,), (1, 0)])
+words_too = st.lists(st.sampled_from((*LINEARS, "embedding")), min_size=1, max_size=4, unique=True).map(tuple)
 activations = st.sampled_from(["gelu", "relu", "silu", "tanh"])
 
 
@@ -81,7 +88,15 @@ def compacters(cls):
 
 
 STRATEGIES = {
-    "lora": st.builds(LoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=roles, layers=layers),
+    "lora": st.builds(LoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=words_too, layers=layers),
+    "rslora": st.builds(RsLoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=words_too, layers=layers),
+    "lora_plus": st.builds(LoRAPlus, r=st.integers(1, 9), targets=roles, layers=layers),
+    "pissa": st.builds(
+        PiSSA, r=st.integers(1, 9), alpha=st.none() | st.floats(1, 8), niter=st.none() | st.just(1), targets=roles
+    ),
+    "dora": st.builds(DoRA, r=st.integers(1, 9), targets=roles, layers=layers),
+    "vera": st.builds(VeRA, r=st.integers(1, 20), seed=st.integers(0, 2), targets=roles, layers=layers),
+    "adalora": st.builds(AdaLoRA, r=st.integers(2, 9), target_r=st.integers(1, 2), targets=roles),
     "ia3": ia3(),
     "bitfit": st.builds(BitFit, subset=st.lists(st.sampled_from(LINEARS + NORMS), min_size=1, unique=True).map(tuple)),
     "layernorm": st.builds(LayerNormTuning, layers=layers, embedding_norm=st.booleans()),
