@@ -113,9 +113,13 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
         ]
         lines.append("")
     lines += ["## Trained tensors on minilm\n", "| tensor | shape |", "|---|---|"]
-    lines += [f"| `{n}` | {' × '.join(map(str, t.shape))} |" for n, t in list(tensors.items())[:8]]
-    lines += [f"| … {len(tensors) - 8} more | |"] if len(tensors) > 8 else []
-    lines += [] if tensors else ["| none | |"]
+    trained = {n: t for n, t in tensors.items() if method.trains(n)}
+    lines += [f"| `{n}` | {' × '.join(map(str, t.shape))} |" for n, t in list(trained.items())[:8]]
+    lines += [f"| … {len(trained) - 8} more | |"] if len(trained) > 8 else []
+    lines += [] if trained else ["| none | |"]
+    stored = [n for n in tensors if n not in trained]
+    if stored:
+        lines.append(f"\nStored with them while training, not trained: {len(stored)} tensors such as `{stored[0]}`.")
     return "\n".join(lines) + "\n"
 
 

@@ -396,7 +396,7 @@ def test_the_penalty_pulls_towards_orthonormal_factors(bert):
     for name, t in params.items():
         if name.endswith((".A", ".B")):
             gram = t.T @ t if name.endswith(".A") else t @ t.T
-            norms.append(sum(float(gram[i, j] - (i == j)) ** 2 for i in range(3) for j in range(3)) ** 0.5)
+            norms.append(sum((float(gram[i, j]) - (i == j)) ** 2 for i in range(3) for j in range(3)) ** 0.5)
     assert float(method.penalty(params)) == pytest.approx(0.5 * sum(norms) / len(norms), rel=1e-5)
     columns = {k: torch.linalg.qr(t).Q for k, t in params.items() if k.endswith(".A")}
     rows = {k: torch.linalg.qr(t.T).Q.T for k, t in params.items() if k.endswith(".B")}

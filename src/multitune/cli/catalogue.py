@@ -51,7 +51,7 @@ def facts(cls: type[Method], backbone: Backbone) -> MethodFacts:
         method = cls()
         tensors = method.init(backbone, torch.Generator().manual_seed(0))
         deltas = DeltaSet(method.deltas({k: t.to(backbone.device) for k, t in tensors.items()}, backbone))
-        parameters = sum(t.numel() for t in tensors.values())
+        parameters = sum(t.numel() for name, t in tensors.items() if method.trains(name))
         percent = 100 * parameters / backbone.num_parameters
     except ConfigError as error:
         problem = str(error)
@@ -90,7 +90,7 @@ def methods(name: MethodName = None, backbone: BackboneName = "minilm", as_json:
             "" if f.percent is None else f"{f.percent:.2f}",
             "yes" if f.merges else "no",
             "yes" if f.mixes else "no",
-            f"{f.learning_rate:g}",
+            _power(f.learning_rate),
         )
         for f in found
     ]
@@ -106,6 +106,12 @@ def methods(name: MethodName = None, backbone: BackboneName = "minilm", as_json:
     for f in found:
         if f.problem:
             shared.note(f"{f.name} does not fit {backbone}: {f.problem}")
+
+
+def _power(rate: float) -> str:
+    """A learning rate as `3e-3`."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _one(cls: type[Method], backbone: str, as_json: bool) -> None:
