@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from multitune import AdaLoRA, Adapter, DoRA, LoRA, LoRAPlus, PiSSA, TrainConfig, VeRA, evaluate
+from multitune import AdaLoRA, Adapter, BitFit, Combined, DoRA, LoRA, LoRAPlus, PiSSA, TrainConfig, VeRA, evaluate
 from multitune.heads import Head
 from multitune.training.data import TaskRows
 from multitune.training.model import TuningModel
@@ -174,3 +174,15 @@ def test_a_finished_adapter_can_be_trained_on(tiny, make_data, quick):
     again = quick(tiny, make_data(), first.method, max_steps=2, warmup_ratio=0.0).adapter
     assert again.method == first.method
     assert {k: t.shape for k, t in again.params.items()} == {k: t.shape for k, t in first.params.items()}
+
+
+def test_beside_another_method_the_budget_is_met_and_the_penalty_counts(tiny, make_data, quick):
+    both = Combined(methods=(ADALORA, BitFit()))
+    result = quick(tiny, make_data(), both, **SETTINGS)
+    adalora, bitfit = result.adapter.method.methods
+    assert sum(adalora.ranks) == 12 and bitfit == BitFit() and result.best_step >= 6
+    fresh = both.init(tiny, torch.Generator().manual_seed(0))
+    own = {k.removeprefix("adalora."): t for k, t in fresh.items() if k.startswith("adalora.")}
+    assert both.penalty(fresh) == ADALORA.penalty(own)
+    assert Combined(methods=(LoRA(), BitFit())).penalty({}) is None
+    assert both.shapes(tiny) == {k: t.shape for k, t in fresh.items()}

@@ -247,7 +247,7 @@ def test_other_seeds_share_a_batch(bert, ids, delta_set, close):
 # ---- word embeddings
 
 
-@pytest.mark.parametrize("method", [LoRA(targets=("embedding", "query"), r=3), RsLoRA(targets=("embedding",), r=2)])
+@pytest.mark.parametrize("method", [LoRA(targets=("embedding",), r=3), RsLoRA(targets=("embedding",), r=2)])
 def test_adapted_word_embeddings_merge_and_mix(method, backbone, random_params, delta_set, random_rows, close):
     lengths = [5, 3, 6, 4]
     rows = random_rows(backbone, lengths)
