@@ -129,10 +129,11 @@ def cost_of(
         mixes=not method.changes_weights,
         problems=(),
     )
-    return Cost(**{**cost.__dict__, "problems": _problems(cost, workload)})
+    return Cost(**{**cost.__dict__, "problems": problems_of(cost, workload)})
 
 
-def _problems(cost: Cost, workload: Workload) -> tuple[str, ...]:
+def problems_of(cost: Cost, workload: Workload) -> tuple[str, ...]:
+    """The limits of a workload that a cost exceeds, in words."""
     found = []
     if workload.memory is not None:
         for what, needed in (("training", cost.training_bytes), ("serving", cost.serving_bytes)):
