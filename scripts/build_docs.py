@@ -43,7 +43,7 @@ def overview(minilm: Backbone, roberta: Backbone) -> str:
     for name in method_names():
         cls = get_method(name)
         small, large = facts(cls, minilm), facts(cls, roberta)
-        kinds = ", ".join(f"`{k}`" for k in small.deltas) or ("all weights" if cls.changes_weights else "none")
+        kinds = ", ".join(f"`{k}`" for k in small.deltas) or ("weights" if cls.changes_weights else "none")
         lines.append(
             f"| [{cls.title}](methods/{name}.md) | {kinds} | {small.parameters:,} ({small.percent:.2f} %) | "
             f"{large.parameters:,} ({large.percent:.3f} %) | {yes(small.merges)} | {yes(small.mixes)} | "

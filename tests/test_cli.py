@@ -169,7 +169,7 @@ def test_methods_as_json_says_what_the_code_says() -> None:
     assert found["bitfit"]["deltas"] == ["Affine", "Bias"]
     assert found["lora"]["parameters"] == 6 * 2 * (384 * 8 + 8 * 384)
     assert found["full"]["percent"] == 100
-    assert {name for name, m in found.items() if not m["mixes"]} == {"full"}
+    assert {name for name, m in found.items() if not m["mixes"]} == {"freeze", "full", "top_layers"}
     assert {"lora", "bitfit", "ia3", "layernorm", "full"} <= {name for name, m in found.items() if m["merges"]}
     assert not any(found[name]["merges"] for name in ("aot_fc", "prompt", "ptuning_v2", "houlsby"))
     assert found["ia3"]["learning_rate"] == get_method("ia3").recipe.learning_rate

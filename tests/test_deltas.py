@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 from torch import nn
 from torch.autograd import gradcheck
 
-from multitune import Backbone, DeltaSet, Plan, PTuningV2
+from multitune import Backbone, ConfigError, DeltaSet, Plan, PTuningV2
 from multitune.deltas import (
     ACTIVATIONS,
     ORDER,
@@ -27,6 +28,7 @@ from multitune.deltas import (
     Prompt,
     Scale,
     SharedLowRank,
+    SparseWeight,
     TableRows,
     TokenBias,
     build_table,
@@ -126,6 +128,19 @@ def bottleneck_twin(d, x, y, module):
     return rows_of(out)
 
 
+def sparse_twin(d, x, y, module):
+    out = [[y[t, o] for o in range(y.shape[1])] for t in range(len(y))]
+    for value, place in zip(d.values, d.indices.tolist(), strict=True):
+        for t in range(len(x)):
+            out[t][place // x.shape[1]] = out[t][place // x.shape[1]] + d.scale * x[t, place % x.shape[1]] * value
+    return rows_of(out)
+
+
+def sparse(g, n=6, dtype=torch.int32, **settings):
+    places = torch.randperm(I * O, generator=g)[:n].sort().values.to(dtype)
+    return SparseWeight(values=normal(g, n), indices=places, shape=(O, I), **settings)
+
+
 def low_rank(g, r=3, **settings):
     return LowRank(A=normal(g, I, r), B=normal(g, r, O), **settings)
 
@@ -140,6 +155,10 @@ CASES = {
     "low_rank": (lambda g: low_rank(g, scale=0.7), low_rank_twin),
     "low_rank_rank_one": (lambda g: low_rank(g, r=1), low_rank_twin),
     "shared_low_rank": (shared_low_rank, shared_low_rank_twin),
+    "sparse": (sparse, sparse_twin),
+    "sparse_wide": (partial(sparse, n=15, dtype=torch.int64), sparse_twin),
+    "sparse_one": (partial(sparse, n=1), sparse_twin),
+    "sparse_scaled": (partial(sparse, scale=0.7), sparse_twin),
     "bias": (lambda g: Bias(b=normal(g, O)), bias_twin),
     "scale": (lambda g: Scale(s=normal(g, O)), scale_twin),
     "input_scale": (lambda g: InputScale(s=normal(g, I)), input_scale_twin),
@@ -187,7 +206,8 @@ def site_rows(delta, num_rows, seed=7):
 def stacked(deltas):
     """The many-slot form, made as a plan makes it."""
     packs = [next(iter(DeltaSet({"site": [d]}).packs.values())) for d in deltas]
-    ((_, delta),) = unpack(packs[0].layout, torch.stack([p.flat for p in packs]))
+    whole = None if packs[0].whole is None else torch.stack([p.whole for p in packs])
+    ((_, delta),) = unpack(packs[0].layout, torch.stack([p.flat for p in packs]), whole)
     return delta
 
 
@@ -195,7 +215,7 @@ def stacked_as_given(deltas):
     """The many-slot form of deltas that were not brought into canonical form first."""
     shapes = {name: t.shape for name, t in deltas[0].tensors().items()}
     flats = {name: torch.stack([d.tensors()[name].reshape(-1) for d in deltas]) for name in shapes}
-    return with_tensors(deltas[0], [stack_view(flats[name], shape) for name, shape in shapes.items()])
+    return deltas[0].with_tensors({name: stack_view(flats[name], shape) for name, shape in shapes.items()})
 
 
 @pytest.fixture(params=CASES)
@@ -237,6 +257,8 @@ def test_many_slots_are_the_equation_row_by_row(case, close, gradients, rows_per
 
 
 def test_many_slots_equal_vmap_over_one_slot(case, close):
+    if case[1] is sparse_twin:
+        pytest.skip("a bag of embeddings has no form under vmap")
     deltas = [d.canonical() for d in make_deltas(case, 3)]
     module, x, y = site_rows(deltas[0], 3)
     tensors = {name: torch.stack([d.tensors()[name] for d in deltas]) for name in deltas[0].tensors()}
@@ -248,16 +270,22 @@ def test_many_slots_equal_vmap_over_one_slot(case, close):
     close(stacked(deltas).apply(x, y, module), torch.func.vmap(one)(tensors, x, y))
 
 
+def floats(delta):
+    """The tensors a delta has gradients for."""
+    return [t for t in delta.tensors().values() if t.is_floating_point()]
+
+
 def with_tensors(delta, values):
+    """The delta with these tensors in place of its floating-point ones."""
     values = iter(values)
-    return delta.map(lambda _: next(values))
+    return delta.map(lambda t: next(values) if t.is_floating_point() else t)
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_gradients(case, slots):
     deltas = make_deltas(case, slots)
     module, x, y = site_rows(deltas[0], slots)
-    per_slot = [list(d.tensors().values()) for d in deltas]
+    per_slot = [floats(d) for d in deltas]
 
     def run(x, y, *flat):
         own = [with_tensors(d, flat[i * len(per_slot[0]) :][: len(per_slot[0])]) for i, d in enumerate(deltas)]
@@ -274,7 +302,7 @@ def test_gradients_equal_those_of_the_equation(case, close):
     weights = normal(torch.Generator().manual_seed(3), *y[0].shape)
 
     def gradients(run):
-        tensors = [t.clone().requires_grad_() for t in delta.tensors().values()]
+        tensors = [t.clone().requires_grad_() for t in floats(delta)]
         own_x = x.clone().requires_grad_()
         (run(with_tensors(delta, tensors), own_x) * weights).sum().backward()
         return [t.grad for t in tensors]
@@ -340,9 +368,64 @@ def test_what_cannot_merge_says_why():
 
 
 def test_every_kind_has_a_place_in_the_order():
-    by_hand = {Affine, Bias, Bottleneck, InputScale, LowRank, Memory, Prompt, Scale, TokenBias}
+    by_hand = {Affine, Bias, Bottleneck, InputScale, LowRank, Memory, Prompt, Scale, SparseWeight, TokenBias}
     assert set(ORDER) == by_hand | {EmbeddingLowRank, SharedLowRank}
     assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize(
+    ("count", "rounded"), [(1, 1), (8, 8), (9, 10), (64, 64), (65, 80), (4718, 5120), (4719, 5120)]
+)
+def test_entries_of_a_sparse_update_are_rounded_up_by_a_quarter_at_most(count, rounded):
+    places = torch.arange(10_000 - count, 10_000)
+    padded = SparseWeight(values=torch.ones(count), indices=places, shape=(100, 100)).canonical()
+    assert padded.values.shape == padded.indices.shape == (rounded,) and padded.indices.dtype == torch.int32
+    assert padded.indices.tolist() == [0] * (rounded - count) + places.tolist()
+    assert padded.values.tolist() == [0.0] * (rounded - count) + [1.0] * count
+
+
+def test_places_of_a_sparse_update_that_are_there_twice_add_up(close):
+    values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    delta = SparseWeight(values=values, indices=torch.tensor([7, 7, 9]), shape=(O, I))
+    module, x, y = site_rows(delta, 2)
+    close(delta.apply(x, y, module), torch.stack([sparse_twin(delta, x[b], y[b], module) for b in range(2)]))
+    before = module.weight.clone()
+    delta.merge(module)
+    changed = (module.weight - before).flatten()
+    assert changed[[7, 9]].tolist() == pytest.approx([3.0, 4.0]) and int((changed != 0).sum()) == 2
+
+
+@pytest.mark.parametrize(
+    ("indices", "words"),
+    [
+        ([0, 20], r"has the place 20, but its weight of shape \(5, 4\) has the places 0 to 19"),
+        ([-1, 3], "has the place -1"),
+        ([3, 2], "must be in ascending order"),
+    ],
+)
+def test_a_sparse_update_with_impossible_places_is_not_served(indices, words):
+    delta = SparseWeight(values=torch.ones(2), indices=torch.tensor(indices), shape=(O, I))
+    with pytest.raises(ConfigError, match=words):
+        DeltaSet({"site": [delta]}).fused(torch.float32, torch.device("cpu"))
+
+
+def test_a_sparse_update_makes_no_dense_matrix():
+    """Of a weight with 2^26 places: a dense update, or a dense gradient of one, would be 512 MiB."""
+    width, seen = 2**13, []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+            return out
+
+    values = torch.ones(10, requires_grad=True)
+    places = torch.randint(width * width, (10,), generator=torch.Generator().manual_seed(0)).sort().values
+    delta = SparseWeight(values=values, indices=places, shape=(width, width))
+    x, module = torch.ones(2, 3, width, requires_grad=True), nn.Identity()
+    with Watch():
+        delta.apply(x, torch.zeros(2, 3, width), module).sum().backward()
+    assert max(seen) == 6 * width and values.grad.tolist() == [6.0] * 10
 
 
 def test_kinds_at_one_site_apply_in_a_fixed_order(close):

@@ -11,8 +11,10 @@ import transformers
 
 from multitune import (
     DRA,
+    DSEE,
     IA3,
     MAM,
+    SIFT,
     AdaLoRA,
     AoTFC,
     AoTKronecker,
@@ -24,6 +26,7 @@ from multitune import (
     ConfigError,
     DeltaSet,
     DoRA,
+    Freeze,
     FullFineTuning,
     HeadOnly,
     Houlsby,
@@ -40,6 +43,8 @@ from multitune import (
     Recipe,
     RsLoRA,
     SiteMethod,
+    SoTU,
+    TopLayers,
     UTuning,
     VeRA,
     get_method,
@@ -48,7 +53,10 @@ from multitune import (
     register,
 )
 from multitune.deltas import Bias
+from multitune.merge import merge_deltas
 from multitune.methods import registry
+from multitune.methods.dsee import flops_saved, sparse_part
+from multitune.methods.sparse_update import largest_places, random_places
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 
@@ -158,7 +166,8 @@ def test_fresh_tensors(any_method, bert):
     assert first.keys() == again.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
-        assert tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        indices = not any_method().trains(name) and not tensor.is_floating_point()
+        assert (tensor.dtype == torch.float32 or indices) and tensor.device.type == "cpu"
         assert torch.isfinite(tensor).all() and not tensor.requires_grad
     method = any_method()
     assert method.num_parameters(bert) == sum(t.numel() for name, t in first.items() if method.trains(name))
@@ -220,8 +229,11 @@ def test_neighbours_and_position_do_not_matter(backbone, method, delta_set, rand
 
 def trainable(backbone, method, random_params, seed):
     """Tensors to train, and a function that makes their deltas: a new graph for every backward pass."""
-    params = {k: t.double() for k, t in random_params(backbone, method, seed).items()}
-    trained = {k: t.requires_grad_() for k, t in params.items() if method.trains(k)}
+    params = {
+        k: t.double().requires_grad_(method.trains(k)) if t.is_floating_point() else t
+        for k, t in random_params(backbone, method, seed).items()
+    }
+    trained = {k: t for k, t in params.items() if t.requires_grad}
     return trained, lambda: DeltaSet(method.deltas(params, backbone))
 
 
@@ -338,6 +350,11 @@ SETTINGS = [
     UTuning(activation="tanh", width=5),
     DRA(targets=("ffn_out",), layers=(1,)),
     AttnScale(layers=(0,)),
+    DSEE(r=2, alpha=4.0, num_sparse=9, support="magnitude", pruned_heads=0.5, prune_at=0.3, layers=(1,)),
+    SoTU(density=0.2, targets=("query",), mask_seed=3),
+    TopLayers(count=1),
+    Freeze(first=0, last=-2),
+    SIFT(density=0.1, targets=("ffn_in", "key"), layers=(1,), batches=3),
     *[get_method(name)() for name in method_names()],
 ]
 
@@ -405,6 +422,13 @@ def test_an_unknown_hyper_parameter_names_the_nearest(any_method):
         (PromptTuning, {"length": 0}, "length=0 is not possible"),
         (PromptTuning, {"position": -2}, "position=-2 is not possible; give -1, 0, 1"),
         (PTuningV2, {"length": 0}, "length=0 is not possible"),
+        (DSEE, {"num_sparse": 0}, "num_sparse=0 is not possible"),
+        (DSEE, {"pruned_heads": 1}, "pruned_heads=1.0 is not a share below 1; give 0 <= pruned_heads < 1"),
+        (SIFT, {"density": 0}, "method 'sift': density=0.0 is not a share; give 0 < density <= 1"),
+        (SIFT, {"density": 1.5}, "density=1.5 is not a share"),
+        (SIFT, {"batches": 0}, "batches=0 is not possible"),
+        (SoTU, {"mask_seed": -1}, "mask_seed=-1 is not a seed"),
+        (TopLayers, {"count": 0}, "count=0 is not possible"),
         (IA3, {"outputs": ["key"], "inputs": ["key"]}, r"\['key'\] are in outputs and in inputs"),
         (ParallelAdapter, {"bottleneck": 0}, "bottleneck=0 is not possible"),
         (MAM, {"prefix_length": 0}, "prefix_length=0 is not possible"),
@@ -451,6 +475,11 @@ def test_a_bad_value_says_what_is_wrong(method, settings, words):
         (Compacter(bottleneck=12, phm_dim=6), r"phm_dim=6 does not divide the width 32; give one of \[1, 2, 4\]"),
         (UTuning(operations=("blok",)), "no sublayer site has the role 'blok'. Did you mean 'block'"),
         (ParallelAdapter(sublayers=()), "no sublayer site matches"),
+        (DSEE(num_sparse=1025), "num_sparse=1025 is more than the 1024 entries of layer.0.query"),
+        (TopLayers(count=4), "count=4 is more than the 3 layers; give at most 3"),
+        (Freeze(first=3), "there is no layer first=3; give -3 to 2"),
+        (Freeze(last=-4), "there is no layer last=-4"),
+        (Freeze(first=2, last=1), "layers 2 to 1 are none; give a first layer that is not above the last"),
         (PromptTuning(length=39), "length=39 leaves no room; give at most 38"),
     ],
     ids=str,
@@ -480,6 +509,8 @@ def test_layers_are_honoured(name, layers, bert):
 
 
 # ---- golden numbers: parameters on RoBERTa-base (methods.md, section 0 and the sections)
+
+ALL_LINEARS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 
 COUNTS = [
     (LayerNormTuning(), 36_864),
@@ -526,6 +557,19 @@ COUNTS = [
     (AoTFC(r=128), 2_370_048),
     (AoTFC(r=256), 4_730_880),
     (AoTFC(r=512), 9_452_544),
+    (SIFT(), 226_488),
+    (SIFT(density=0.01, targets=ALL_LINEARS), 849_336),
+    (DSEE(support="random"), 150_528),
+    (DSEE(r=8, num_sparse=64, support="random"), 296_448),
+    (DSEE(r=16, num_sparse=64, support="random", pruned_heads=0.25), 591_360),
+    (SoTU(targets=ALL_LINEARS), 8_493_456),
+    (SoTU(targets=("query", "value"), density=0.01), 141_552),
+    (TopLayers(count=1), 7_087_872),
+    (TopLayers(), 14_175_744),
+    (TopLayers(count=4), 28_351_488),
+    (Freeze(), 14_175_744),
+    (Freeze(first=6), 42_527_232),
+    (Freeze(first=0, last=-1), 85_054_464),
     (HeadOnly(), 0),
     (ParallelAdapter(bottleneck=384), 7_091_712),
     (ParallelAdapter(bottleneck=512), 9_452_544),
@@ -560,6 +604,105 @@ def test_every_method_has_a_golden_count():
 def test_parameter_count_of_the_backbone(roberta_base):
     assert roberta_base.num_parameters == 124_055_040
     assert roberta_base.num_layers * roberta_base.vocab_size * roberta_base.hidden_size == 463_242_240
+
+
+def test_the_sparse_part_of_a_matrix_is_found():
+    g = torch.Generator().manual_seed(0)
+    planted = random_places(20, 64 * 48, g)
+    matrix = torch.randn(64, 2, generator=g) @ torch.randn(2, 48, generator=g)
+    matrix.view(-1)[planted.long()] += 6.0
+    assert torch.equal(sparse_part(matrix, 2, 20, g), planted)
+    assert not torch.equal(largest_places(matrix.abs(), 20), planted)  # so magnitude alone does not find it
+
+
+def test_dsee_is_its_equation(bert, random_params, random_rows, close):
+    method = DSEE(r=3, alpha=6.0, num_sparse=20)
+    params = random_params(bert, method, 1)
+    weights = dict(bert.model.state_dict())
+    for site in bert.find_sites("linear", ("query", "value")):
+        u, v, values, indices = (params[f"{site.name}.{k}"] for k in ("U", "V", "values", "indices"))
+        sparse = torch.zeros(site.out_features * site.in_features)
+        sparse[indices.long()] = values
+        name = f"{site.module}.weight"
+        weights[name] = weights[name] + 2.0 * ((u @ v).T + sparse.view(site.out_features, site.in_features))
+    rows = random_rows(bert, [5, 5])
+    found = run(bert, [DeltaSet(method.deltas(params, bert))] * 2, rows)
+    close(found, run(bert.with_weights(weights), [None] * 2, rows))
+
+
+def test_dsee_shuts_the_heads_that_were_updated_least(bert, random_params, random_rows, close):
+    method = DSEE(pruned_heads=0.5, prune_at=0.5)
+    params = random_params(bert, method, 1)
+    with torch.no_grad():
+        for site in bert.find_sites("linear", ("query", "value")):
+            for role, least in (("query", (0, 2)), ("value", (0, 2))):  # of four heads, eight rows each
+                if site.role == role:
+                    for head in least:
+                        params[f"{site.name}.V"][:, 8 * head : 8 * head + 8] *= 0.01
+                    params[f"{site.name}.values"] *= 0.01
+        for step in (1, 2, 3, 5, 6, 7, 8):
+            method.after_step(params, step, 8)
+        assert all(t.tolist() == [1.0] * 4 for k, t in params.items() if k.endswith(".heads"))
+        method.after_step(params, 4, 8)
+    assert all(t.tolist() == [0.0, 1.0, 0.0, 1.0] for k, t in params.items() if k.endswith(".heads"))
+    deltas = DeltaSet(method.deltas(params, bert))
+    weights = dict(merge_deltas(bert, DeltaSet({k: d for k, d in deltas.by_site.items()
+                                               if not k.endswith("attention_output")})).model.state_dict())  # fmt: skip
+    for site in bert.find_sites("linear", ("attention_output",)):
+        weights[f"{site.module}.weight"] = weights[f"{site.module}.weight"].clone()
+        for head in (0, 2):
+            weights[f"{site.module}.weight"][:, 8 * head : 8 * head + 8] = 0
+    rows = random_rows(bert, [5, 5])
+    close(run(bert, [deltas] * 2, rows), run(bert.with_weights(weights), [None] * 2, rows))
+    per_layer = 4 * 32 * 32 + 2 * 32 * 48
+    assert flops_saved(method, bert) == pytest.approx(0.5 * 4 * 32 * 32 / per_layer)
+
+
+def test_dsee_shuts_query_heads_that_share_a_value_head(make_backbone, random_params, random_rows):
+    llama = make_backbone("llama")  # four query heads, two of values
+    method = DSEE(pruned_heads=0.5)
+    params = random_params(llama, method, 1)
+    for site in llama.find_sites("linear", ("query", "value")):
+        kept = torch.arange(site.out_features) >= site.out_features // 2
+        params[f"{site.name}.V"] *= torch.where(kept, 1.0, 0.01)
+        params[f"{site.name}.values"] *= 0.01
+    method.after_step(params, 4, 8)
+    assert all(t.tolist() == [0.0, 0.0, 1.0, 1.0] for k, t in params.items() if k.endswith(".heads"))
+    deltas = DeltaSet(method.deltas(params, llama))
+    assert torch.isfinite(run(llama, [deltas, None], random_rows(llama, [4, 4]))).all()
+
+
+def test_partial_tuning_trains_the_layers_it_names_and_nothing_else(bert):
+    def layers(method):
+        return {".".join(k.split(".")[:3]) for k in method.init(bert, torch.Generator())}
+
+    assert layers(TopLayers(count=1)) == {"encoder.layer.2"} == layers(Freeze(first=-1))
+    assert layers(Freeze(first=0, last=1)) == {"encoder.layer.0", "encoder.layer.1"}
+
+
+def test_sotu_draws_other_places_for_other_seeds(bert):
+    def places(mask_seed, seed):
+        method = SoTU(mask_seed=mask_seed)
+        return method.init(bert, torch.Generator().manual_seed(seed))["layer.0.query.indices"]
+
+    assert torch.equal(places(1, 0), places(1, 5))
+    assert not torch.equal(places(1, 0), places(2, 0))
+    assert torch.equal(places(None, 5), places(5, 0)) and not torch.equal(places(None, 5), places(None, 6))
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 5), (1, 1), (5, 5), (3, 8), (50, 100), (51, 100), (900, 10**6)])
+def test_random_places_are_different_ascending_and_anywhere(count, size):
+    places = random_places(count, size, torch.Generator().manual_seed(0))
+    assert places.dtype == torch.int32 and len(places) == count
+    assert (places[1:] > places[:-1]).all()
+    assert not count or (places.min() >= 0 and places.max() < size)
+
+
+def test_every_place_is_equally_likely():
+    generator, seen = torch.Generator().manual_seed(0), torch.zeros(8)
+    for _ in range(4000):
+        seen[random_places(3, 8, generator).long()] += 1
+    assert (seen / 4000 - 3 / 8).abs().max() < 0.03  # four standard deviations
 
 
 def test_parameter_count_of_full_fine_tuning(bert):

@@ -253,8 +253,9 @@ def trained(backbone, random_params, seed=0):
     made = []
     for i, name in enumerate(MIXABLE):
         method = get_method(name)()
-        params = {k: t.requires_grad_() for k, t in random_params(backbone, method, seed + i).items()}
-        made.append((params, DeltaSet(method.deltas(params, backbone))))
+        params = {k: t.requires_grad_(method.trains(k)) for k, t in random_params(backbone, method, seed + i).items()}
+        deltas = DeltaSet(method.deltas(params, backbone))
+        made.append(({k: t for k, t in params.items() if t.requires_grad}, deltas))
     return made
 
 

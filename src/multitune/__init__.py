@@ -34,6 +34,8 @@ from multitune.methods.compacter import Compacter
 from multitune.methods.compacter_pp import CompacterPP
 from multitune.methods.dora import DoRA
 from multitune.methods.dra import DRA
+from multitune.methods.dsee import DSEE
+from multitune.methods.freeze import Freeze
 from multitune.methods.full import FullFineTuning
 from multitune.methods.head import HeadOnly
 from multitune.methods.houlsby import Houlsby
@@ -48,6 +50,9 @@ from multitune.methods.pissa import PiSSA
 from multitune.methods.prompt_tuning import PromptTuning
 from multitune.methods.ptuning_v2 import PTuningV2
 from multitune.methods.rslora import RsLoRA
+from multitune.methods.sift import SIFT
+from multitune.methods.sotu import SoTU
+from multitune.methods.top_layers import TopLayers
 from multitune.methods.u_tuning import UTuning
 from multitune.methods.vera import VeRA
 from multitune.plan import DeltaSet, Plan
@@ -57,8 +62,10 @@ from multitune.version import __version__
 
 __all__ = [
     "DRA",
+    "DSEE",
     "IA3",
     "MAM",
+    "SIFT",
     "AdaLoRA",
     "Adapter",
     "AdapterError",
@@ -76,6 +83,7 @@ __all__ = [
     "DataError",
     "DeltaSet",
     "DoRA",
+    "Freeze",
     "FullFineTuning",
     "Head",
     "HeadOnly",
@@ -98,8 +106,10 @@ __all__ = [
     "Recipe",
     "RsLoRA",
     "SiteMethod",
+    "SoTU",
     "Task",
     "TaskError",
+    "TopLayers",
     "TrainConfig",
     "TrainResult",
     "UTuning",

@@ -18,10 +18,23 @@ from torch import Tensor, nn
 from multitune.sites import Site
 
 
+def part_of_weight(whole: Tensor, site: Site) -> Tensor:
+    """`[O, I]`: what belongs to a linear site of its module's weight, or of anything shaped like it.
+
+    A view, or a copy where the features take turns with those of other parts.
+    """
+    weight = whole.T if site.transposed else whole
+    rows = slice(*site.part) if site.part is not None else slice(None)
+    if site.blocks == 1:
+        return weight[rows]
+    return weight.unflatten(0, (site.blocks, -1))[:, rows].flatten(0, 1)
+
+
 class FrozenLinear:
     """A linear map that is a part of a module's output, or whose module keeps its weight as `[I, O]`."""
 
     def __init__(self, model: nn.Module, site: Site) -> None:
+        self._site = site
         self._module = model.get_submodule(site.module)
         self._rows = slice(*site.part) if site.part is not None else slice(None)
         self._blocks = site.blocks
@@ -36,10 +49,7 @@ class FrozenLinear:
         """`[O, I]`: a view, or a copy where the features take turns with those of other parts."""
         if self._copy is not None:
             return self._copy
-        weight = self._whole()
-        if self._blocks == 1:
-            return weight[self._rows]
-        return weight.unflatten(0, (self._blocks, -1))[:, self._rows].flatten(0, 1)
+        return part_of_weight(self._module.get_parameter("weight"), self._site)
 
     @property
     def bias(self) -> Tensor | None:

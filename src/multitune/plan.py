@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,15 +45,26 @@ def _intern(key: tuple[Any, ...]) -> Signature:
         return _SIGNATURES.setdefault(key, len(_SIGNATURES))
 
 
+#: Per site: its name, an example delta, and of its tensors the names, the shapes, and whether they are floating point.
+Layout = tuple[tuple[str, Delta, tuple[tuple[str, torch.Size, bool], ...]], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """All tensors of one adapter that share a kind and settings, flattened into one vector."""
+    """All tensors of one adapter that share a kind and settings, flattened into one vector, whole numbers apart."""
 
     signature: Signature
-    layout: tuple[tuple[str, Delta, tuple[tuple[str, torch.Size], ...]], ...]
-    """Per site: its name, an example delta, and the names and shapes of its tensors in the order they are packed."""
+    layout: Layout
+    """What is packed, in order."""
     flat: Tensor
     """`[n]`"""
+    whole: Tensor | None
+    """`[k]`, the tensors of whole numbers (places of a sparse update); `None` for a kind without them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both vectors."""
+        return sum(t.numel() * t.element_size() for t in (self.flat, self.whole) if t is not None)
 
 
 class DeltaSet:
@@ -115,16 +126,16 @@ class DeltaSet:
         for site, deltas in self.by_site.items():
             views[site] = [d for d in deltas if isinstance(d, Prompt) or _is_table(d)]
         for pack in self.packs.values():
-            parts = iter(pack.flat.split([shape.numel() for _, _, shapes in pack.layout for _, shape in shapes]))
-            for site, example, shapes in pack.layout:
-                views[site].append(example.with_tensors({name: next(parts).view(shape) for name, shape in shapes}))
+            whole = None if pack.whole is None else pack.whole.unsqueeze(0)
+            for site, delta in _unpack(pack.layout, pack.flat.unsqueeze(0), whole, _only_slot):
+                views[site].append(delta)
         kept = DeltaSet(views)
         kept.packs = self.packs
         return kept
 
     def nbytes(self) -> int:
         """Bytes of the tensors this set holds in memory (a memory-mapped table counts as none)."""
-        total = sum(p.flat.numel() * p.flat.element_size() for p in self.packs.values())
+        total = sum(p.nbytes for p in self.packs.values())
         for deltas in self.by_site.values():
             for d in deltas:
                 if isinstance(d, Prompt):
@@ -139,10 +150,15 @@ def _is_table(delta: Delta) -> bool:
 
 
 def _pack(key: tuple[str, Any], members: list[tuple[str, Delta]]) -> Pack:
-    layout = tuple((site, _hollow(d), tuple((n, t.shape) for n, t in d.tensors().items())) for site, d in members)
+    layout = tuple(
+        (site, _hollow(d), tuple((n, t.shape, t.is_floating_point()) for n, t in d.tensors().items()))
+        for site, d in members
+    )
     signature = _intern((*key, tuple((site, shapes) for site, _, shapes in layout)))
-    flat = torch.cat([t.reshape(-1) for _, d in members for t in d.tensors().values()])
-    return Pack(signature=signature, layout=layout, flat=flat)
+    tensors = [t.reshape(-1) for _, d in members for t in d.tensors().values()]
+    whole = [t for t in tensors if not t.is_floating_point()]
+    flat = torch.cat([t for t in tensors if t.is_floating_point()])
+    return Pack(signature=signature, layout=layout, flat=flat, whole=torch.cat(whole) if whole else None)
 
 
 def _hollow(delta: Delta) -> Delta:
@@ -150,15 +166,29 @@ def _hollow(delta: Delta) -> Delta:
     return delta.with_tensors({name: t.new_empty(0) for name, t in delta.tensors().items()})
 
 
-def unpack(layout: tuple[tuple[str, Delta, Any], ...], stacked: Tensor) -> list[tuple[str, Delta]]:
-    """Per site the delta whose tensors are views of `stacked [G, n]`."""
-    sizes = [shape.numel() for _, _, shapes in layout for _, shape in shapes]
-    parts = iter(stacked.split(sizes, dim=1))
+def unpack(layout: Layout, flat: Tensor, whole: Tensor | None = None) -> list[tuple[str, Delta]]:
+    """Per site the delta whose tensors are views of `flat [G, n]` and, for whole numbers, of `whole [G, k]`."""
+    return _unpack(layout, flat, whole, stack_view)
+
+
+def _unpack(
+    layout: Layout, flat: Tensor, whole: Tensor | None, view: Callable[[Tensor, torch.Size], Tensor]
+) -> list[tuple[str, Delta]]:
+    parts = {True: _parts(layout, flat, True), False: iter(()) if whole is None else _parts(layout, whole, False)}
     out = []
     for site, example, shapes in layout:
-        tensors = {name: stack_view(next(parts), shape) for name, shape in shapes}
+        tensors = {name: view(next(parts[floating]), shape) for name, shape, floating in shapes}
         out.append((site, example.with_tensors(tensors)))
     return out
+
+
+def _parts(layout: Layout, flat: Tensor, floating: bool) -> Iterator[Tensor]:
+    """`flat [G, n]` cut into the tensors of one kind of number, `[G, .]` each, in the order they were packed."""
+    return iter(flat.split([s.numel() for _, _, shapes in layout for _, s, kind in shapes if kind == floating], dim=1))
+
+
+def _only_slot(part: Tensor, shape: torch.Size) -> Tensor:
+    return part.view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +341,7 @@ class Plan:
         used = {counts[r] for b in rows if (r := self.ordered[b]) is not None}
         if len(used) == 1:
             self._add_group(signature, rows, used.pop())
-        elif pack.flat.numel() * pack.flat.element_size() * len(rows) <= PER_ROW_BYTES:
+        elif pack.nbytes * len(rows) <= PER_ROW_BYTES:
             self._add_group(signature, rows, 1)
         else:
             for count in sorted(used):
@@ -332,15 +362,15 @@ class Plan:
             rows_per_slot=rows_per_slot,
             covers_batch=contiguous and len(rows) == self.num_rows,
         )
-        flats = [p.flat for p in packs]
-        if len(flats) == 1:
-            stacked = flats[0].unsqueeze(0)
-        elif self._workspace is not None:
-            stacked = self._workspace.stack(flats, owner=self)
-        else:
-            stacked = torch.stack(flats)
-        for site, delta in unpack(packs[0].layout, stacked):
+        whole = [p.whole for p in packs if p.whole is not None]
+        stacked = self._stack([p.flat for p in packs])
+        for site, delta in unpack(packs[0].layout, stacked, self._stack(whole) if whole else None):
             self._add_step(site, Step(group, delta))
+
+    def _stack(self, flats: list[Tensor]) -> Tensor:
+        if len(flats) == 1:
+            return flats[0].unsqueeze(0)
+        return torch.stack(flats) if self._workspace is None else self._workspace.stack(flats, owner=self)
 
     def _add_step(self, site: str, step: Step) -> None:
         (self.input_steps if step.delta.changes_input else self.steps)[site].append(step)

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from multitune import (
     DRA,
+    DSEE,
     IA3,
     MAM,
+    SIFT,
     AdaLoRA,
     AoTFC,
     AoTKronecker,
@@ -34,6 +36,7 @@ from multitune import (
     PromptTuning,
     PTuningV2,
     RsLoRA,
+    SoTU,
     UTuning,
     VeRA,
     get_method,
@@ -110,6 +113,11 @@ STRATEGIES = {
     "ptuning_v2": st.builds(PTuningV2, length=st.integers(1, 9), layers=layers),
     "aot_fc": st.builds(AoTFC, r=st.integers(1, 5), activation=activations),
     "aot_kronecker": st.builds(AoTKronecker, r=st.integers(1, 4)),
+    "sift": st.builds(SIFT, density=st.sampled_from([0.002, 0.02, 0.05, 0.7]), targets=roles, layers=layers),
+    "sotu": st.builds(SoTU, density=st.sampled_from([0.01, 0.3]), targets=roles, mask_seed=st.integers(0, 3)),
+    "dsee": st.builds(
+        DSEE, r=st.integers(1, 5), num_sparse=st.integers(1, 20), pruned_heads=st.sampled_from([0.0, 0.5])
+    ),
     "head": st.just(HeadOnly()),
     "parallel": st.builds(
         ParallelAdapter,
@@ -284,7 +292,7 @@ def test_nan_stays_in_its_own_rows(backbones, delta_set, random_rows, close, poi
     healthy = make(backbone, delta_set, [sick], fused=False)[0]
 
     def poisoned(delta):
-        return delta.map(lambda t: torch.full_like(t, poison))
+        return delta.map(lambda t: torch.full_like(t, poison) if t.is_floating_point() else t)
 
     ill = DeltaSet({site: [poisoned(d) for d in deltas] for site, deltas in healthy.by_site.items()})
     sets = [None if o is None else made[o] for o in owners]
@@ -306,7 +314,8 @@ def test_nan_next_to_the_same_method(backbone, name, random_params, random_rows)
     params = random_params(backbone, method, 1)
 
     def filled(value):
-        return DeltaSet(method.deltas({k: torch.full_like(t, value) for k, t in params.items()}, backbone))
+        full = {k: torch.full_like(t, value) if method.trains(k) else t for k, t in params.items()}
+        return DeltaSet(method.deltas(full, backbone))
 
     own = DeltaSet(method.deltas(params, backbone))
     rows = random_rows(backbone, [5, 5, 3])

@@ -42,7 +42,7 @@ def _no_pickle(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [4, 9, 12, 15])
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "full", "sift"])
 def test_resumed_equals_undisturbed(name, after, tiny, make_data, quick, same_tensors, tmp_path):
     data, method = make_data(), get_method(name)
     whole = quick(tiny, data, method(), tmp_path / "whole", **SETTINGS)

@@ -17,8 +17,11 @@ from multitune import (
     Bank,
     ConfigError,
     DataError,
+    Freeze,
     LoRA,
+    Plan,
     PromptTuning,
+    TopLayers,
     TrainConfig,
     evaluate,
     get_method,
@@ -58,7 +61,7 @@ def test_every_method_changes_its_own_tensors_and_nothing_else(name, tiny, make_
     else:
         assert list(result.adapter.params) == list(fresh)
         assert result.num_method_parameters == get_method(name)().num_parameters(tiny)
-    assert all(t.dtype == torch.float32 for t in result.adapter.params.values())
+    assert all(t.dtype == torch.float32 for k, t in result.adapter.params.items() if method.trains(k))
     changed = [k for k, t in result.adapter.params.items() if not torch.equal(t, fresh[k])]
     assert changed or not fresh
     loaded = Adapter.load(tmp_path / "out", tiny)
@@ -157,7 +160,8 @@ def test_prompts_leave_room_for_themselves(tiny, make_data, quick):
 @pytest.mark.parametrize("name", [n for n in method_names() if n != "full"])
 def test_mixed_precision(name, tiny, make_data, quick):
     result = quick(tiny, make_data(), name, precision="bf16")
-    assert all(t.dtype == torch.float32 for t in result.adapter.params.values())
+    trains = result.adapter.method.trains
+    assert all(t.dtype == torch.float32 for k, t in result.adapter.params.items() if trains(k))
     assert math.isfinite(result.history[-1]["loss"])
 
 
@@ -316,3 +320,22 @@ def test_a_backbone_in_training_is_refused(tiny, make_data, quick):
     with pytest.raises(ConfigError, match="training mode"):
         quick(tiny, make_data())
     tiny.model.eval()
+
+
+@pytest.mark.parametrize("method", [TopLayers(count=1), Freeze(first=1, last=1)], ids=["top", "middle"])
+def test_partial_tuning_moves_its_layers_and_goes_no_deeper(method, tiny, make_data, quick):
+    (layer,) = method.trained_layers(tiny)
+    result = quick(tiny, make_data(), method, warmup_ratio=0.0)
+    moved = set(result.adapter.params)
+    assert moved and moved <= set(method.weights(tiny))
+    assert result.num_method_parameters == method.num_parameters(tiny) < tiny.num_parameters
+    copied = tiny.clone()
+    for name, parameter in copied.model.named_parameters():
+        parameter.requires_grad_(name in method.weights(tiny))
+    needs_backward = []
+    for i in range(tiny.num_layers):
+        copied.model.get_submodule(f"encoder.layer.{i}").register_forward_hook(
+            lambda module, args, output: needs_backward.append(output.requires_grad)
+        )
+    copied.run(Plan([None]), torch.tensor([[5, 6, 7]]))
+    assert needs_backward == [i >= layer for i in range(tiny.num_layers)]

@@ -85,7 +85,7 @@ def methods(name: MethodName = None, backbone: BackboneName = "minilm", as_json:
         (
             f.name,
             f.title,
-            " ".join(f.deltas) or ("all weights" if not f.mixes else "none"),
+            " ".join(f.deltas) or ("weights" if not f.mixes else "none"),
             "does not fit" if f.parameters is None else count(f.parameters),
             "" if f.percent is None else f"{f.percent:.2f}",
             "yes" if f.merges else "no",
@@ -126,7 +126,7 @@ def _one(cls: type[Method], backbone: str, as_json: bool) -> None:
             [
                 ("method", f"{found.name}: {found.title}"),
                 ("paper", found.paper),
-                ("deltas", ", ".join(found.deltas) or ("all weights" if not found.mixes else "none")),
+                ("deltas", ", ".join(found.deltas) or ("weights" if not found.mixes else "none")),
                 (f"parameters on {backbone}", parameters),
                 ("merges", "yes" if found.merges else "no"),
                 ("mixes", "yes" if found.mixes else "no"),

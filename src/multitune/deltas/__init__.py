@@ -10,14 +10,16 @@ from multitune.deltas.memory import Memory
 from multitune.deltas.prompt import Prompt
 from multitune.deltas.scale import InputScale, Scale
 from multitune.deltas.shared_low_rank import SharedLowRank
+from multitune.deltas.sparse_weight import SparseWeight
 from multitune.deltas.token_bias import TokenBias
 from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenRows, build_table
 
-#: Order in which deltas of different kinds apply at one site: `((x W + LowRank) * Scale) + Bias`.
+#: Order in which deltas of different kinds apply at one site: `((x W + LowRank + SparseWeight) * Scale) + Bias`.
 ORDER: tuple[type[Delta], ...] = (
     InputScale,
     LowRank,
     SharedLowRank,
+    SparseWeight,
     Scale,
     Bias,
     Affine,
@@ -45,6 +47,7 @@ __all__ = [
     "Prompt",
     "Scale",
     "SharedLowRank",
+    "SparseWeight",
     "TableRows",
     "TokenBias",
     "TokenRows",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
@@ -17,6 +17,11 @@ from multitune.errors import ConfigError, suggest
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
     from multitune.sites import Site
+
+#: `gradients(sites, num_batches, take)` calls `take(site, gradient)` once per site with the gradient `[O, I]` of the
+#: loss by the site's frozen weight, summed over the rows of the first `num_batches` training batches. Gradients of
+#: one layer at most exist at a time; keep of each only what you need.
+WeightGradients = Callable[["Iterable[Site]", int, "Callable[[Site, Tensor], None]"], None]
 
 Roles = tuple[str, ...]
 Layers = tuple[int, ...] | None
@@ -57,6 +62,8 @@ class Method:
     """Whether a fresh adapter leaves the backbone's output unchanged."""
     fuses_to_table: ClassVar[bool] = False
     """Whether fusing writes a table by token id."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether `calibrate` chooses by gradients of the frozen weights."""
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         """The tensors of a fresh adapter by name, on the CPU; float32, or whole numbers where they are indices.
@@ -82,6 +89,15 @@ class Method:
     def penalty(self, params: Mapping[str, Tensor]) -> Tensor | None:
         """A scalar added once to the loss of every optimizer step, differentiable in `params`; `None` for none."""
         return None
+
+    def calibrate(
+        self, params: Mapping[str, Tensor], backbone: Backbone, gradients: WeightGradients
+    ) -> Mapping[str, Tensor]:
+        """The tensors to train from instead of `params`, with the same names and shapes, where the data decide.
+
+        Training calls it once before the first step if `needs_gradients` says so; a resumed run does not.
+        """
+        return params
 
     def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         """Change `params` in place after optimizer step `step` of `num_steps`, counted from 1; runs without gradients.

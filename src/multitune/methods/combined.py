@@ -17,7 +17,7 @@ from torch import Tensor
 
 from multitune.deltas import Delta
 from multitune.errors import ConfigError, suggest
-from multitune.methods.base import Method, Recipe
+from multitune.methods.base import Method, Recipe, WeightGradients
 from multitune.methods.registry import get_method
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Combined(Method):
             "paper": "; ".join(dict.fromkeys(p.paper for p in flat)),
             "identity_at_init": all(p.identity_at_init for p in flat),
             "fuses_to_table": any(p.fuses_to_table for p in flat),
+            "needs_gradients": any(p.needs_gradients for p in flat),
             "recipe": _recipe(flat),
         }
         for key, value in own.items():  # what a class states of itself, an instance states here
@@ -138,6 +139,16 @@ class Combined(Method):
 
     def is_settled(self, step: int, num_steps: int) -> bool:
         return all(part.is_settled(step, num_steps) for part in self.parts.values())
+
+    def calibrate(
+        self, params: Mapping[str, Tensor], backbone: Backbone, gradients: WeightGradients
+    ) -> Mapping[str, Tensor]:
+        chosen = dict(params)
+        for part, own in self._by_part(params).items():
+            if self.parts[part].needs_gradients:
+                started = self.parts[part].calibrate(own, backbone, gradients)
+                chosen |= {f"{part}.{name}": tensor for name, tensor in started.items()}
+        return chosen
 
     def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         for part, own in self._by_part(params).items():

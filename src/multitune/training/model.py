@@ -108,6 +108,12 @@ class TuningModel(nn.Module):
             for name, own in self.tensors().items():
                 own.copy_(tensors[name])
 
+    def load_own(self, params: Mapping[str, Tensor]) -> None:
+        """Take over values of the method's tensors."""
+        with torch.no_grad():
+            for name, own in self.own().items():
+                own.copy_(params[name])
+
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all tensors, on the CPU."""
         return {name: t.to("cpu", copy=True) for name, t in self.tensors().items()}

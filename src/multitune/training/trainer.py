@@ -8,6 +8,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from multitune.tasks import compute, higher_is_better
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
+from multitune.training.gradients import BatchGradients
 from multitune.training.model import TuningModel
 
 #: Points of the training curve; a longer run averages its loss over several steps.
@@ -113,6 +115,7 @@ class TuningTrainer(Trainer):
         """Train from the last checkpoint, or from the start, to the last step or an early stop."""
         steps = self.checkpoints.steps if self.checkpoints is not None else []
         if self.checkpoints is None or not steps:
+            self._start()
             self.train()
             return
         last = self.checkpoints.path(steps[-1])
@@ -125,6 +128,18 @@ class TuningTrainer(Trainer):
             self.train(resume_from_checkpoint=str(last))
             return
         self.state = TrainerState.load_from_json(str(last / TRAINER_FILE))
+
+    def _start(self) -> None:
+        """Let the method choose its first tensors by gradients on the rows of the first batches; they train again."""
+        tuned = self.tuned
+        if tuned.method.needs_gradients:
+            fresh = {name: p.detach().clone() for name, p in tuned.own().items()}
+            chosen = tuned.method.calibrate(fresh, tuned.backbone, BatchGradients(tuned, self._first_batches))
+            tuned.load_own(chosen)
+
+    def _first_batches(self, count: int) -> list[dict[str, Tensor]]:
+        self.loader.set_epoch(0)
+        return [self.collator([self.train_rows[i] for i in rows]) for rows in islice(self.loader.order, count)]
 
     # ---------------------------------------------------------------- data, optimizer, step
 

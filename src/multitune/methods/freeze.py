@@ -1,0 +1,45 @@
+"""Partial freezing: a range of layers is trained, all others and the embeddings are frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from multitune.methods.base import Recipe, check
+from multitune.methods.partial import PartialTuning
+from multitune.methods.registry import register
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Freeze(PartialTuning):
+    """Trains every weight of layers `first` to `last`, both included, and freezes the rest of the backbone.
+
+    Layers count from 0 at the bottom; negative numbers count from the top, -1 being the uppermost. Where to cut can
+    be measured: `multitune.layers.choose_layers` (after semantic-aware layer freezing, Gu et al. 2024, arXiv
+    2406.11753).
+    """
+
+    name: ClassVar[str] = "freeze"
+    title: ClassVar[str] = "Partial freezing"
+    paper: ClassVar[str] = "Lee et al. 2019, arXiv 1911.03090 (what happens with frozen lower layers)"
+    recipe: ClassVar[Recipe] = Recipe(
+        learning_rate=1e-4, weight_decay=0.01, source="that of full fine-tuning (docs/results.md)"
+    )
+
+    first: int = -2
+    """Lowest layer that is trained."""
+    last: int = -1
+    """Uppermost layer that is trained."""
+
+    def trained_layers(self, backbone: Backbone) -> range:
+        n = backbone.num_layers
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            check(-n <= value < n, self, f"there is no layer {name}={value}", f"give {-n} to {n - 1}")
+        low, high = self.first % n, self.last % n
+        check(low <= high, self, f"layers {low} to {high} are none", "give a first layer that is not above the last")
+        return range(low, high + 1)

@@ -1,0 +1,92 @@
+"""Sparse updates of many tasks in one model: the sum is the sum of weights, in any order, read by class means."""
+
+import itertools
+
+import pytest
+import torch
+
+import multitune as mt
+from multitune.continual import Prototypes, cosine_of_updates, features, sparse_updates, sum_of_updates
+from multitune.merge import merge_deltas
+from multitune.plan import DeltaSet, Plan
+
+
+@pytest.fixture
+def adapters(bert, random_adapter):
+    return [random_adapter(bert, mt.SoTU(density=0.2, mask_seed=seed), seed) for seed in range(3)]
+
+
+def dense(bert, adapter):
+    """By site, what merging one adapter adds to the weight."""
+    merged = merge_deltas(bert, DeltaSet(adapter.method.deltas(adapter.params, bert)))
+    pairs = {
+        s.name: [b.model.get_submodule(s.module).weight for b in (merged, bert)] for s in bert.find_sites("linear")
+    }
+    return {name: (after - before).detach() for name, (after, before) in pairs.items()}
+
+
+def test_the_sum_is_the_sum_of_the_dense_updates(bert, adapters, random_rows, close):
+    changes = [dense(bert, a) for a in adapters]
+    weights = dict(bert.model.state_dict())
+    for site in bert.find_sites("linear"):
+        name = f"{site.module}.weight"
+        weights[name] = weights[name] + 0.5 * sum(c[site.name] for c in changes)
+    expected = bert.with_weights(weights)
+    ids = random_rows(bert, [6, 6]).padded()[0]
+    for order in itertools.permutations(adapters):
+        total = sum_of_updates(bert, order, scale=0.5)
+        with torch.no_grad():
+            close(bert.run(Plan([total, total]), ids), expected.run(Plan([None, None]), ids))
+    assert max(len(deltas) for deltas in total.by_site.values()) == 1
+
+
+def test_the_cosine_is_that_of_the_dense_updates(bert, adapters):
+    flat = [torch.cat([t.flatten() for t in dense(bert, a).values()]) for a in adapters]
+    for i, j in itertools.product(range(3), repeat=2):
+        expected = float(torch.nn.functional.cosine_similarity(flat[i], flat[j], dim=0))
+        assert cosine_of_updates(bert, adapters[i], adapters[j]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_independent_places_share_density_squared(bert, random_adapter):
+    density = 0.25
+    places = [
+        {
+            (site, i)
+            for site, u in sparse_updates(bert, random_adapter(bert, mt.SoTU(density=density, mask_seed=s))).items()
+            for i in u.indices.tolist()
+        }
+        for s in (1, 2)
+    ]
+    total = sum(s.in_features * s.out_features for s in mt.SoTU().sites(bert))
+    assert len(places[0] & places[1]) / total == pytest.approx(density**2, rel=0.1)
+
+
+def test_what_is_no_sparse_update_cannot_be_added(bert, random_adapter, adapters):
+    other = random_adapter(bert, mt.LoRA(r=2), 1)
+    with pytest.raises(mt.AdapterError, match="adapter 'lora-1' .LoRA. has a LowRank at layer.0.query"):
+        sum_of_updates(bert, [adapters[0], other])
+
+
+def test_features_do_not_depend_on_the_batch(bert, tasks, adapters, close):
+    table = [{"text": "good film", "y": "good"}, {"text": "x", "y": "bad"}, {"text": "not the film", "y": "mixed"}]
+    total = sum_of_updates(bert, adapters)
+    found, labels = features(bert, total, tasks["classification"], table)
+    assert labels == ["good", "bad", "mixed"] and found.shape == (3, bert.hidden_size)
+    for row, one in zip(table, found, strict=True):
+        close(features(bert, total, tasks["classification"], [row], batch_size=1)[0][0], one)
+    bare = features(bert, None, tasks["classification"], table)[0]
+    assert (bare - found).abs().max() > 1e-3
+    with pytest.raises(mt.DataError, match="need a classification task, and 'score' is of kind regression"):
+        features(bert, None, tasks["regression"], [])
+
+
+def test_prototypes_are_class_means_and_the_nearest_by_cosine_wins():
+    rows = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 1.0]])
+    first = Prototypes.of(rows, ["a", "a", "b"])
+    assert first.labels == ("a", "b") and first.means.tolist() == [[3.0, 0.0], [0.0, 1.0]]
+    both = first.extended(Prototypes.of(torch.tensor([[-1.0, -1.0]]), ["c"]))
+    assert both.predict(torch.tensor([[0.1, 0.0], [5.0, 6.0], [-9.0, -1.0]])) == ["a", "b", "c"]
+    with pytest.raises(mt.DataError, match=r"\['b'\] are there already"):
+        first.extended(Prototypes.of(rows[:1], ["b"]))
+    with pytest.raises(mt.DataError, match="no rows"):
+        Prototypes.of(rows[:0], [])
