@@ -108,14 +108,6 @@ class Method:
         """The deltas that `params` yield, by site name; differentiable. Fusing is calling it once without gradients."""
         raise NotImplementedError
 
-    def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
-        """Names and shapes of the tensors of `init`; a method whose `init` is work overrides it.
-
-        Raises:
-            ConfigError: the hyper-parameters do not fit this backbone.
-        """
-        return {name: t.shape for name, t in self.init(backbone, torch.Generator().manual_seed(0)).items()}
-
     def num_parameters(self, backbone: Backbone) -> int:
         """Trainable parameters on a backbone, the head excluded."""
         return sum(shape.numel() for name, shape in self.shapes(backbone).items() if self.trains(name))

@@ -42,12 +42,12 @@ class PrefixMemory(Method):
         check_positive(self, "length", "hidden")
         check(self.std >= 0, self, f"std={self.std} is not possible", "give 0 or more")
 
-    def start(self, backbone: Backbone) -> dict[str, Tensor]:
+    def start_from(self, backbone: Backbone) -> dict[str, Tensor]:
         """Keys and values `[M, W]` to start from, by their names; none to start at random."""
         return {}
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
-        start = self.start(backbone)
+        start = self.start_from(backbone)
         if self.reparametrise:
             return self._init_network(backbone, generator, start)
         return start or {

@@ -58,7 +58,7 @@ class PrefixTuning(PrefixMemory):
     start_text: str | None = None
     """Start from the frozen model's keys and values on this text, its tokens repeated or cut to `length`."""
 
-    def start(self, backbone: Backbone) -> dict[str, Tensor]:
+    def start_from(self, backbone: Backbone) -> dict[str, Tensor]:
         if self.start_text is None:
             return {}
         self._check_room(backbone)
