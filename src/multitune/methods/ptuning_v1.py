@@ -46,6 +46,7 @@ class PTuningV1(Method):
         - Where pseudo tokens and words stand matters; try several patterns.
         - The pattern goes around the whole input, places being counted from its ends: vectors inside a text, or between
           the two texts of a pair, are not possible, nor in front of the closing special token.
+        - With causal attention the text does not see what stands behind it: put everything in front.
         - The paper's SuperGLUE numbers also train the language model; only its LAMA probe freezes it, as here.
         - PEFT's encoder has twice the hidden width by default: `encoder_hidden_size` is E there and E / 2 in the paper.
     Published:
@@ -58,14 +59,13 @@ class PTuningV1(Method):
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385, section 3"
     identity_at_init: ClassVar[bool] = False
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=1e-3,
-        source="a guess, better than 1e-4 in one run on demo/sentiment; the released code uses 1e-5 and 1e-4",
+        learning_rate=1e-3, source="a guess; the released code uses 1e-5 on LAMA and 1e-4 on SuperGLUE"
     )
 
-    pattern: str = "{p*3} {text} {p*6}"
+    pattern: str = "{p*9} {text}"
     """The input: {text} once, pseudo tokens {p} or {p*3} for three, and any words, which stay as they are."""
-    position: int = 1
-    """Tokens of the row that stay in front of the pattern: 1 leaves the first special token where it is."""
+    position: int = 0
+    """Tokens of the row that stay in front of the pattern: 1 leaves a first special token where it is."""
     reparametrise: bool = True
     """Make the vectors with the network, which is dropped at the end of training; false trains them as they are."""
 
