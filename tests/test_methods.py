@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.nn import functional
 
 from multitune import (
     DRA,
@@ -228,10 +229,12 @@ def trainable(backbone, method, random_params, seed):
 
 
 def test_gradients_in_a_mixed_batch_equal_those_alone(
-    backbone, method, make_model, request, random_params, random_rows, close
+    backbone, method, make_model, request, random_params, random_rows, close, monkeypatch
 ):
     name = request.node.callspec.params["backbone"]
     double = Backbone(make_model(name).double())
+    # Eager attention of newer models takes its softmax in float32 whatever the dtype; here it is to be as exact as all.
+    monkeypatch.setattr(functional, "softmax", lambda x, dim, dtype=None, softmax=functional.softmax: softmax(x, dim))
     made = {
         "one": trainable(double, method, random_params, 1),
         "two": trainable(double, method, random_params, 2),
