@@ -1,5 +1,7 @@
 """Continuous prompts: where they start, where they stand, and that dropping their networks changes nothing."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -91,15 +93,31 @@ def keys_and_values(backbone, ids):
             for i, pair in enumerate(found)
             for key, t in zip(("keys", "values"), pair, strict=True)
         }
-    seen = []
+    waiting = defaultdict(list)  # a module that runs as several layers (ALBERT) has a site for each
     for site in copied.find_sites("linear", ("key", "value")):
-        module = copied.model.get_submodule(site.module)
-        name = f"layer.{site.layer}.attention.{site.role}s"
-        part = slice(*site.part) if site.part else slice(None)
-        module.register_forward_hook(lambda _, __, out, name=name, part=part: seen.append((name, out[0][:, part])))
+        waiting[site.module, site.role].append(site)
+    found = {}
+
+    def note(out, sites):
+        if sites:  # else DeBERTa projects its relative embeddings as well
+            site = sites.pop(0)
+            found[f"layer.{site.layer}.attention.{site.role}s"] = own_part(copied, site, out[0])
+
+    for (path, _), sites in waiting.items():
+        module = copied.model.get_submodule(path)
+        module.register_forward_hook(lambda _, __, out, sites=sites: note(out, sites))
     with torch.no_grad():
-        copied.model(input_ids=torch.tensor([ids]))
-    return dict(reversed(seen))  # the first of a name: DeBERTa projects its relative embeddings afterwards
+        copied.running(input_ids=torch.tensor([ids]))
+    return found
+
+
+def own_part(backbone, site, out):
+    """A site's share of what its module gives out."""
+    if backbone.model.config.model_type == "deberta":  # head by head query, key and value, biases added later
+        attention = backbone.model.get_submodule(site.module.removesuffix(".in_proj"))
+        share = out.unflatten(-1, (attention.num_attention_heads, 3, -1))[:, :, 1 if site.role == "key" else 2]
+        return share.flatten(1) + (0 if site.role == "key" else attention.v_bias)
+    return out[:, slice(*site.part)] if site.part else out
 
 
 def test_a_prefix_starts_from_the_activations_of_a_text(backbone):

@@ -83,12 +83,12 @@ class PrefixMemory(Method):
     def trains(self, name: str) -> bool:
         return not name.endswith(".start")
 
-    def _sites(self, backbone: Backbone) -> Iterable[Site]:
+    def sites(self, backbone: Backbone) -> Iterable[Site]:
         return backbone.find_sites("attention", layers=self.layers)
 
     def _widths(self, backbone: Backbone) -> Iterable[tuple[str, int]]:
         """Names of the keys and values with their widths W."""
-        for site in self._sites(backbone):
+        for site in self.sites(backbone):
             yield f"{site.name}.keys", site.in_features
             yield f"{site.name}.values", site.out_features
 
@@ -109,7 +109,7 @@ class PrefixMemory(Method):
             keys, values = (plain[f"{site.name}.{k}"].view(self.length, heads, -1) for k in ("keys", "values"))
             return Memory(keys=keys, values=values, open=torch.ones(self.length, device=keys.device))
 
-        return {site.name: [memory(site)] for site in self._sites(backbone)}
+        return {site.name: [memory(site)] for site in self.sites(backbone)}
 
     def finish(self, params: Mapping[str, Tensor], backbone: Backbone) -> tuple[Method, Mapping[str, Tensor]]:
         if not self.reparametrise:

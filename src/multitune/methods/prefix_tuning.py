@@ -67,7 +67,7 @@ class PrefixTuning(PrefixMemory):
         self._check_room(backbone)
         ids = repeat_to(token_ids(self, backbone, "start_text", self.start_text), self.length)
         found = backbone.keys_and_values(ids)
-        sites = [site.name for site in self._sites(backbone)]
+        sites = [site.name for site in self.sites(backbone)]
         lacking = [name for name in sites if name not in found]
         check(
             not lacking,
