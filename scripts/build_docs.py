@@ -16,6 +16,7 @@ from transformers import RobertaConfig, RobertaModel
 from multitune import Backbone, Method, get_method, method_names
 from multitune.cli.catalogue import facts
 from multitune.cli.fields import fields_of
+from multitune.cli.sections import SECTIONS, sections_of
 from multitune.plan import DeltaSet
 from multitune.sites import Site
 
@@ -97,7 +98,8 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
     method = cls()
     tensors = method.init(minilm, torch.Generator().manual_seed(0))
     deltas = DeltaSet(method.deltas(tensors, minilm))
-    lines = [NOTE, f"# {cls.title}\n", inspect.cleandoc(module.__doc__) + "\n", inspect.getdoc(cls) or "", ""]
+    said = sections_of(cls)
+    lines = [NOTE, f"# {cls.title}\n", inspect.cleandoc(module.__doc__) + "\n", said.summary, ""]
     lines += [f"- **Paper:** {cls.paper}", f"- **On the command line:** `--method {cls.name}`"]
     lines += [f"- **In Python:** `{cls.__module__}.{cls.__name__}`"]
     lines += [f"- **Trainable parameters** (defaults, head excluded): {small.parameters:,} on minilm, ", ""]
@@ -105,6 +107,8 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
     lines.insert(-1, f"- **Merges into the weights:** {merges(cls, deltas)}")
     lines.insert(-1, f"- **Mixes in a batch:** {mixes(cls)}")
     lines.insert(-1, f"- **Default learning rate:** {cls.recipe.learning_rate:g} ({cls.recipe.source})")
+    for name, text in said.texts.items():
+        lines += [f"## {SECTIONS[name]}\n", text, ""]
     fields = fields_of(cls)
     if fields:
         lines += ["## Hyper-parameters\n", "| name | type | default | |", "|---|---|---|---|"]

@@ -367,6 +367,15 @@ def test_what_cannot_merge_says_why():
             delta.merge(nn.Linear(I, O))
 
 
+@pytest.mark.parametrize("at", [(-1, 0), (1, 0), (-2, 0), (0, -2), (0,)])
+def test_a_prompt_has_its_places_in_order(at):
+    g = torch.Generator().manual_seed(0)
+    for good in ((0, 0), (0, 3), (2, -1), (-1, -1)):
+        assert Prompt(vectors=normal(g, 2, 4), at=good).at == good
+    with pytest.raises(ConfigError, match=r"2 vectors needs as many places, non-decreasing from 0, then -1, not at="):
+        Prompt(vectors=normal(g, 2, 4), at=at)
+
+
 def test_every_kind_has_a_place_in_the_order():
     by_hand = {Affine, Bias, Bottleneck, InputScale, LowRank, Memory, Prompt, Scale, SparseWeight, TokenBias}
     assert set(ORDER) == by_hand | {EmbeddingLowRank, SharedLowRank}

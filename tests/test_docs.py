@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import multitune as mt
-from multitune.methods import registry
+from multitune.cli.sections import sections_of
+from multitune.methods import Method, registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +75,48 @@ def test_no_document_links_to_a_file_that_is_not_there():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+@pytest.mark.parametrize("name", mt.method_names())
+def test_a_page_has_all_its_sections(name):
+    said = sections_of(mt.get_method(name))
+    if not said.texts:
+        pytest.skip(f"{name} has no sections yet")
+    assert said.summary and not said.missing
+
+
+def test_a_section_is_a_header_and_what_is_indented_below_it():
+    class Short(Method):
+        """One.  y = f(x):
+
+        Still the summary.
+
+        Pitfalls:
+            - First:
+              second line.
+            - Next.
+        Shapes:
+            `A [I, R]`
+        """
+
+    said = sections_of(Short)
+    assert said.summary == "One.  y = f(x):\n\nStill the summary."
+    assert said.texts == {"Shapes": "`A [I, R]`", "Pitfalls": "- First:\n  second line.\n- Next."}
+    assert list(said.texts) == ["Shapes", "Pitfalls"]  # the order of the page
+    assert said.missing == ("Parameters", "Use it when", "Published")
+
+
+@pytest.mark.parametrize(
+    ("doc", "words"),
+    [
+        ("A.\n\n    Pitfals:\n        x", "section 'Pitfals:', which no page has. Did you mean 'Pitfalls'"),
+        ("A.\n\n    Shapes:\n    Pitfalls:\n        x", "section 'Shapes:' without a text; write it"),
+        ("A.\n\n    Shapes:\n        x\n    Shapes:\n        y", "section 'Shapes:' twice; join them"),
+    ],
+)
+def test_a_section_that_no_page_has_is_refused(doc, words):
+    with pytest.raises(mt.ConfigError, match=words):
+        sections_of(type("Wrong", (Method,), {"__doc__": doc}))
 
 
 def test_generated_pages_are_up_to_date():

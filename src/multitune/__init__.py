@@ -47,7 +47,9 @@ from multitune.methods.mam import MAM
 from multitune.methods.parallel import ParallelAdapter
 from multitune.methods.pfeiffer import Pfeiffer
 from multitune.methods.pissa import PiSSA
+from multitune.methods.prefix_tuning import PrefixTuning
 from multitune.methods.prompt_tuning import PromptTuning
+from multitune.methods.ptuning_v1 import PTuningV1
 from multitune.methods.ptuning_v2 import PTuningV2
 from multitune.methods.rslora import RsLoRA
 from multitune.methods.sift import SIFT
@@ -95,6 +97,7 @@ __all__ = [
     "Method",
     "MixError",
     "MultituneError",
+    "PTuningV1",
     "PTuningV2",
     "ParallelAdapter",
     "Pfeiffer",
@@ -102,6 +105,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Prediction",
+    "PrefixTuning",
     "PromptTuning",
     "Recipe",
     "RsLoRA",

@@ -60,6 +60,8 @@ def _attend(
         base = ALL_ATTENTION_FUNCTIONS[name]
     call = current_call()
     site = call.backbone.attention_names.get(module)
+    if site is not None:
+        call.record(site(call), key, value)
     steps = call.steps(site(call)) if site is not None else None
     if not steps:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -179,7 +181,8 @@ def disentangled_attention(
     """
     call = current_call()
     sites = call.backbone.disentangled_sites[module]
-    if not any(call.steps(site) or call.plan.input_steps.get(site) for site in sites):
+    bare = not any(call.steps(site) or call.plan.input_steps.get(site) for site in sites)
+    if bare and call.recorded is None:
         return original(
             hidden_states,
             attention_mask,
@@ -202,8 +205,9 @@ def disentangled_attention(
         assert relative_pos is not None and rel_embeddings is not None
         scores = scores + _relative_scores(module, query, key, relative_pos, rel_embeddings, kinds, scale)
     scores = scores.masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
-    steps = call.steps(call.backbone.attention_names[module](call)) or []
-    return _attend_scores(module, steps, query, scores, value, scale), None
+    site = call.backbone.attention_names[module](call)
+    call.record(site, key, value)
+    return _attend_scores(module, call.steps(site) or [], query, scores, value, scale), None
 
 
 def disentangled_fused_attention(
@@ -222,8 +226,9 @@ def disentangled_fused_attention(
     which are no sites.
     """
     call = current_call()
-    steps = call.steps(call.backbone.attention_names[module](call))
-    if not steps:
+    site = call.backbone.attention_names[module](call)
+    steps = call.steps(site) or []
+    if not steps and call.recorded is None:
         return original(
             hidden_states,
             attention_mask,
@@ -236,6 +241,7 @@ def disentangled_fused_attention(
     split = module.transpose_for_scores
     query, key, value = split(module.in_proj(hidden_states)).chunk(3, dim=-1)
     query, value = query + split(module.q_bias[None, None]), value + split(module.v_bias[None, None])
+    call.record(site, key, value)
     num_terms = 1 + len(module.pos_att_type)
     query = query / torch.tensor(float(query.shape[-1] * num_terms)).sqrt().to(query)
     scores = query @ key.transpose(-1, -2)
@@ -262,11 +268,13 @@ def biased_attention(
     The model's own forward serves every call without a memory here.
     """
     call = current_call()
-    steps = call.steps(call.backbone.attention_names[module](call))
-    if not steps:
+    site = call.backbone.attention_names[module](call)
+    steps = call.steps(site) or []
+    if not steps and call.recorded is None:
         return original(hidden_states, attention_mask, position_bias, output_attentions=output_attentions, **kwargs)
     heads = module.num_attention_heads
     query, key, value = (_split_heads(p(hidden_states), heads) for p in (module.q, module.k, module.v))
+    call.record(site, key, value)
     scale = math.sqrt(query.shape[-1])
     scores = query @ key.transpose(-1, -2) / scale
     for bias in (position_bias, attention_mask):

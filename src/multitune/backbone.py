@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -421,16 +421,39 @@ class Backbone:
             PlanError: the plan does not fit the batch, an id is outside the vocabulary, a row is too long, or
                 the backbone is detached.
         """
-        if not self.attached:
-            raise PlanError(
-                f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"
-            )
+        self._check_attached()
         if plan.parts:
             return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
         call = Call(self, plan, input_ids, attention_mask, token_type_ids)
         with active(call):
             output = self.running(**call.inputs)
         return call.restore(output.last_hidden_state)
+
+    def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the attention sites of the bare backbone attend to in one row.
+
+        Args:
+            token_ids: its T tokens.
+
+        Returns:
+            Attention site name to keys and values `[T, H, K]` each, positions already applied where the model
+            applies them to keys; without gradients. H counts key/value heads.
+
+        Raises:
+            PlanError: an id is outside the vocabulary, the row is too long, or the backbone is detached.
+        """
+        self._check_attached()
+        call = Call(self, Plan([None]), torch.tensor([list(token_ids)], device=self.device), None, None)
+        call.recorded = {}
+        with torch.no_grad(), active(call):
+            self.running(**call.inputs)
+        return call.recorded
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise PlanError(
+                f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"
+            )
 
     def _run_parts(
         self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None

@@ -107,6 +107,8 @@ class Call:
         """The layer that is running."""
         self._passes: dict[tuple[int, ...], int] = {}
         """How often a module that runs as several layers has run, by those layers."""
+        self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
+        """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
         assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
         check_ids(plan, backbone, input_ids)
@@ -148,6 +150,11 @@ class Call:
         copied = copy.copy(self)
         copied.captured, copied._passes = {}, dict(self._passes)
         return copied
+
+    def record(self, site: str, key: Tensor, value: Tensor) -> None:
+        """Note what a site attends to, `key, value [B, H, T, K]`, if this call was made to find that out."""
+        if self.recorded is not None:
+            self.recorded[site] = key[0].transpose(0, 1), value[0].transpose(0, 1)
 
     def steps(self, site: str) -> list[Step] | None:
         """What to apply at a site, or `None`."""

@@ -21,7 +21,9 @@ from multitune import (
     LayerNormTuning,
     LoRA,
     Plan,
+    PrefixTuning,
     PromptTuning,
+    PTuningV1,
     PTuningV2,
 )
 
@@ -239,32 +241,115 @@ def test_prompt_tuning(pair):
                     equal(ours[i, :n], theirs[i, 5 : 5 + n])
 
 
+@pytest.mark.parametrize("length", [2, 7])
+def test_prompt_tuning_from_a_text(length, pair, tmp_path):
+    """The same start, and so the same output; PEFT tokenises the text with special tokens, we without."""
+    tokenizer = pair.backbone.tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    text = "not very good film"
+    config = peft.PromptTuningConfig(
+        task_type="FEATURE_EXTRACTION",
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=str(tmp_path),
+        num_virtual_tokens=length,
+        token_dim=pair.backbone.word_embeddings.shape[1],
+        num_layers=pair.backbone.num_layers,
+        num_attention_heads=pair.backbone.num_key_value_heads,
+    )
+    model = peft.get_peft_model(copy.deepcopy(pair.plain), config).eval()
+    text = f"{tokenizer.cls_token} {text} {tokenizer.sep_token}"
+    method = PromptTuning(length=length, start="text", text=text)
+    params = method.init(pair.backbone, torch.Generator())
+    assert torch.equal(params["vectors"], model.prompt_encoder["default"].embedding.weight)
+    theirs = pair.theirs(model)
+    deltas = DeltaSet(method.deltas(params, pair.backbone))
+    with torch.no_grad():
+        ours = pair.backbone.run(Plan([deltas, None, None]), pair.ids, pair.mask)
+    equal(ours[0, : LENGTHS[0]], theirs[0, length : length + LENGTHS[0]])
+
+
+def test_p_tuning(pair):
+    """PEFT's LSTM encoder at the paper's width: half the embedding's in each direction."""
+    width = pair.backbone.word_embeddings.shape[1]
+    config = peft.PromptEncoderConfig(
+        task_type="FEATURE_EXTRACTION",
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=width // 2,
+        num_virtual_tokens=5,
+        token_dim=width,
+        num_layers=pair.backbone.num_layers,
+        num_attention_heads=pair.backbone.num_key_value_heads,
+    )
+    model = pair.peft_model(config)
+    encoder = model.prompt_encoder["default"]
+    params = {
+        name.replace("embedding.weight", "vectors").replace("_head", ""): t.detach()
+        for name, t in encoder.named_parameters()
+    }
+    method = PTuningV1(pattern="{p*5} {text}", position=0)
+    assert {n: t.shape for n, t in params.items()} == method.shapes(pair.backbone)
+    theirs = pair.theirs(model)
+    trained = DeltaSet(method.deltas(params, pair.backbone))
+    finished, plain = method.finish(params, pair.backbone)
+    finished = DeltaSet(finished.deltas(plain, pair.backbone))
+    with torch.no_grad():
+        for sets in ([trained] * 3, [finished, None, trained], [None, finished, None]):
+            ours = pair.backbone.run(Plan(sets), pair.ids, pair.mask)
+            for i, n in enumerate(LENGTHS):
+                if sets[i] is not None:
+                    equal(ours[i, :n], theirs[i, 5 : 5 + n])
+
+
+@pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "minilm"])
-def test_prefix_tuning(name, make_backbone, random_rows, request):
+def test_prefix_tuning(name, projection, make_backbone, random_rows, request):
     """PEFT lets a prefix shift the positions by its length, we do not: PEFT's copy gets its position table shifted."""
     length = 3
     backbone = request.getfixturevalue("minilm") if name == "minilm" else make_backbone(name)
     pair = Pair(backbone, random_rows)
     table = pair.plain.embeddings.position_embeddings.weight.data
     table[length:] = table[:-length].clone()
-    config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=length)
+    config = peft.PrefixTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=length, prefix_projection=projection, encoder_hidden_size=24
+    )
     model = pair.peft_model(config)
     pair.randomise(model)  # they start small
-    flat = model.prompt_encoder["default"].embedding.weight.detach()
-    by_layer = flat.view(length, backbone.num_layers, 2, backbone.hidden_size)
-    params = {
-        f"layer.{i}.attention.{key}": by_layer[:, i, k]
-        for i in range(backbone.num_layers)
-        for k, key in enumerate(("keys", "values"))
-    }
-    deltas = DeltaSet(PTuningV2(length=length).deltas(params, backbone))
-    fused = deltas.fused(backbone.dtype, backbone.device)
+    method, params = taken_over(model.prompt_encoder["default"], backbone, length, projection)
+    assert {n: t.shape for n, t in params.items()} == method.shapes(backbone)
+    deltas = DeltaSet(method.deltas(params, backbone))
+    method, params = method.finish(params, backbone)
+    fused = DeltaSet(method.deltas(params, backbone)).fused(backbone.dtype, backbone.device)
     with torch.no_grad():
         for i, n in enumerate(LENGTHS):
             ids = pair.ids[i : i + 1, :n]
             theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
             for sets in ([deltas] * 3, [fused if k == i else None for k in range(3)]):
                 equal(backbone.run(Plan(sets), pair.ids, pair.mask)[i, :n], theirs[0])
+
+
+def taken_over(encoder, backbone, length, projection):
+    """PEFT's prefix encoder as one of ours: the last map's outputs are layer by layer keys, then values."""
+
+    def by_layer(t):
+        parts = t.unflatten(-1, (backbone.num_layers, 2, -1)).unbind(-3)
+        return {
+            f"layer.{i}.attention.{key}": part[..., k, :]
+            for i, part in enumerate(parts)
+            for k, key in enumerate(("keys", "values"))
+        }
+
+    if not projection:
+        return PTuningV2(length=length), by_layer(encoder.embedding.weight.detach())
+    inner, _, outer = encoder.transform
+    params = {
+        "prefix": encoder.embedding.weight,
+        "hidden.weight": inner.weight.T,
+        "hidden.bias": inner.bias,
+        **{f"{name}.weight": t for name, t in by_layer(outer.weight.T).items()},
+        **{f"{name}.bias": t for name, t in by_layer(outer.bias).items()},
+    }
+    return PrefixTuning(length=length, hidden=inner.out_features), {n: t.detach() for n, t in params.items()}
 
 
 # ---- logits of a whole classifier

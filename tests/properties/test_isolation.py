@@ -33,7 +33,9 @@ from multitune import (
     Pfeiffer,
     PiSSA,
     Plan,
+    PrefixTuning,
     PromptTuning,
+    PTuningV1,
     PTuningV2,
     RsLoRA,
     SoTU,
@@ -110,6 +112,15 @@ STRATEGIES = {
         Pfeiffer, reduction_factor=st.integers(4, 40), activation=activations, layers=layers, layer_norms=st.booleans()
     ),
     "prompt": st.builds(PromptTuning, length=st.integers(1, 7), position=st.integers(-1, MAX_TOKENS + 2)),
+    "prefix": st.builds(
+        PrefixTuning, length=st.integers(1, 9), hidden=st.integers(1, 9), layers=layers, reparametrise=st.booleans()
+    ),
+    "ptuning_v1": st.builds(
+        PTuningV1,
+        pattern=st.sampled_from(["{p*3} {text} {p*6}", "{p} good {text}", "{text} not {p*2} bad", "the {text} {p}"]),
+        position=st.integers(0, MAX_TOKENS + 2),
+        reparametrise=st.booleans(),
+    ),
     "ptuning_v2": st.builds(PTuningV2, length=st.integers(1, 9), layers=layers),
     "aot_fc": st.builds(AoTFC, r=st.integers(1, 5), activation=activations),
     "aot_kronecker": st.builds(AoTKronecker, r=st.integers(1, 4)),

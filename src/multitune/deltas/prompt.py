@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -29,12 +30,13 @@ class Prompt(Delta):
     vectors: Tensor
     """`[P, E]`"""
     at: tuple[int, ...]
-    """For each vector, the word it stands in front of; non-decreasing, or all -1."""
+    """For each vector, the word it stands in front of; non-decreasing, those of -1 last."""
 
     def __post_init__(self) -> None:
-        ordered = all(a <= b for a, b in pairwise(self.at)) and (min(self.at) >= 0 or set(self.at) == {-1})
+        ends = [math.inf if a == -1 else a for a in self.at]
+        ordered = all(a <= b for a, b in pairwise(ends)) and min(ends, default=-1) >= 0
         if len(self.at) != self.vectors.shape[0] or not ordered:
             raise ConfigError(
-                f"a prompt of {self.vectors.shape[0]} vectors needs as many places, non-decreasing from 0 or all -1, "
+                f"a prompt of {self.vectors.shape[0]} vectors needs as many places, non-decreasing from 0, then -1, "
                 f"not at={self.at}"
             )

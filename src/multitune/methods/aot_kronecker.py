@@ -21,7 +21,22 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class AoTKronecker(Method):
-    """A bias per layer and token id from three factors, `[a, R]`, `[b, R]` and `[R², D]`; the last starts at zero."""
+    """A bias per layer and token id from three factors, `[a, R]`, `[b, R]` and `[R², D]`; the last starts at zero.
+
+    Shapes:
+        Per layer `W_L [a, R]`, `W_M [b, R]`, `W_R [R², D]` with `a · b >= V`; token `v = i·b + j` gets
+        `vec(W_L[i]ᵀ W_M[j]) W_R [D]`. Fused: one table `[V, L, D]`.
+    Parameters:
+        `L · ((a + b) · R + R² · D)`. RoBERTa-base, a=256, b=200: R=5 257,760, R=10 976,320, R=20 3,795,840.
+    Use it when:
+        As the FC form, and the word embeddings should not decide which tokens share a bias.
+    Pitfalls:
+        - Parameters grow with R², so useful ranks are much smaller than the FC form's.
+        - Tokens are paired by their ids, which says nothing about their meaning.
+        - A fused table is as large as the FC form's.
+    Published:
+        As the FC form: the abstract of arXiv 2305.10835, and no figure of its tables.
+    """
 
     name: ClassVar[str] = "aot_kronecker"
     title: ClassVar[str] = "AoT P-Tuning (Kronecker)"

@@ -25,7 +25,24 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class BitFit(SiteMethod):
-    """Bias-only tuning. The trained tensor is δ, zero at first, so that weight decay does not pull towards -b."""
+    """Bias-only tuning. The trained tensor is δ, zero at first, so that weight decay does not pull towards -b.
+
+    Shapes:
+        `δ [O]` per chosen linear, `offset [D]` per chosen norm, added to the output.
+    Parameters:
+        `L · (8·D + F)` for all linears and norms of a layer, and D for the norm behind the embeddings. RoBERTa-base:
+        102,144; query and ffn_in only 46,080.
+    Use it when:
+        The training set is small, or an adapter must be tiny, free to serve and mergeable.
+    Pitfalls:
+        - It needs a rate near 1e-3; that of full fine-tuning does nothing.
+        - Backbones without biases give it nothing to train, which is refused.
+        - The figures for MRPC and QQP that other papers quote are probably F1, beside accuracies.
+    Published:
+        Hu et al. 2021, Table 2 (quoted there), RoBERTa-base, 0.1M parameters: MNLI 84.7, SST-2 93.7, CoLA 62.0, QNLI
+        91.8, RTE 81.5, STS-B 90.8, average 85.2. Ding et al. 2023, Table 2, RoBERTa-large without a template: 86.6 on
+        average.
+    """
 
     name: ClassVar[str] = "bitfit"
     title: ClassVar[str] = "BitFit"

@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(Method):
-    """Trains a copy of the backbone. Saved as the tensors that changed; served as a backbone of its own."""
+    """Trains a copy of the backbone. Saved as the tensors that changed; served as a backbone of its own.
+
+    Shapes:
+        Those of the backbone's weights.
+    Parameters:
+        All of the backbone's, the pooler excepted. RoBERTa-base: 124,055,040.
+    Use it when:
+        You need the baseline that the other methods are compared with, and one model per task is no burden.
+    Pitfalls:
+        - It shares nothing: no mixed batches, and one copy of the backbone per task in memory.
+        - AdamW takes 16 bytes a parameter in training, before activations.
+        - Small training sets make it unstable; try several seeds.
+    Published:
+        Hu et al. 2021, Table 2, RoBERTa-base: MNLI 87.6, SST-2 94.8, MRPC 90.2, CoLA 63.6, QNLI 92.8, QQP 91.9, RTE
+        78.7, STS-B 91.2, average 86.4.
+    """
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full fine-tuning"

@@ -20,7 +20,21 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class HeadOnly(Method):
-    """Lightweight fine-tuning: no deltas at all."""
+    """Lightweight fine-tuning: no deltas at all.
+
+    Shapes:
+        None of its own; the head's are on the task.
+    Parameters:
+        0, the head excluded. RoBERTa-base with its two-layer classification head, two labels: 592,130 in the head.
+    Use it when:
+        You want the floor that every method must beat, or the backbone's features already tell the classes apart.
+    Pitfalls:
+        - It needs a much larger rate, and more steps, than fine-tuning does.
+        - The head is often larger than another method's tensors: compare both numbers.
+    Published:
+        The repository of Wu et al. 2023 (arXiv 2306.15706), ViLT: VQA 65.75 with the head alone, 71.26 with full
+        fine-tuning.
+    """
 
     name: ClassVar[str] = "head"
     title: ClassVar[str] = "Head only"

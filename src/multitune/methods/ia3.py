@@ -21,7 +21,23 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class IA3(SiteMethod):
-    """`l_k ⊙ K`, `l_v ⊙ V` and `(l_ff ⊙ γ(W₁ x)) W₂`; stored as the difference from one, zero at first."""
+    """`l_k ⊙ K`, `l_v ⊙ V` and `(l_ff ⊙ γ(W₁ x)) W₂`; stored as the difference from one, zero at first.
+
+    Shapes:
+        Per layer `l_k [H·K]`, `l_v [H·K]`, `l_ff [F]`.
+    Parameters:
+        `L · (2·H·K + F)`. RoBERTa-base: 55,296.
+    Use it when:
+        There are few examples, or very many tasks: it is among the smallest methods that act in every layer, and
+        it merges.
+    Pitfalls:
+        - It needs large rates; at 1e-4 it hardly moves.
+        - With a bias on key or value, the bias is rescaled too; a merge that forgets it is another function.
+        - T-Few's numbers include two more losses and a start pretrained on many tasks.
+    Published:
+        Liu et al. 2022, Table 1: T-Few (T0-11B with (IA)³) 72.4 on the tasks held out from T0; GPT-3 175B in context
+        66.6. Table 2, RAFT: 75.8, the human baseline 73.5.
+    """
 
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "(IA)³"

@@ -21,7 +21,20 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class LayerNormTuning(SiteMethod):
-    """Trains the change of gain and offset of the norms; zero at first. A norm without offset gets none."""
+    """Trains the change of gain and offset of the norms; zero at first. A norm without offset gets none.
+
+    Shapes:
+        Per norm `gain [D]`, `offset [D]`.
+    Parameters:
+        `4 · L · D` for two norms a layer, and `2 · D` for the one behind the embeddings. RoBERTa-base: 36,864 (38,400).
+    Use it when:
+        An adapter must be tiny and free to serve, or as the baseline next to BitFit.
+    Pitfalls:
+        - It is sensitive to the rate: PEFT's own benchmark reports 0.0 on GSM8K for one setting of it.
+        - It stretches features but does not mix them; tasks that need new directions stay behind.
+    Published:
+        None whose source has been checked.
+    """
 
     name: ClassVar[str] = "layernorm"
     title: ClassVar[str] = "LayerNorm tuning"
