@@ -3,6 +3,7 @@
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
 from multitune.bank import Bank, Prediction
+from multitune.convert import export_adapter, import_adapter
 from multitune.errors import (
     AdapterError,
     BackboneError,
@@ -106,7 +107,9 @@ __all__ = [
     "VeRA",
     "__version__",
     "evaluate",
+    "export_adapter",
     "get_method",
+    "import_adapter",
     "infer_task",
     "load_task",
     "make_method",

@@ -58,7 +58,7 @@ class Adapter:
     head: Head
     """Head configuration."""
     head_params: Mapping[str, Tensor]
-    """`weight [C, D]` and `bias [C]`."""
+    """The head's tensors, as `Head.shapes` names them."""
     task: Task
     """Columns, template, labels and metric."""
     backbone: Mapping[str, Any]
@@ -285,9 +285,7 @@ class Adapter:
 
     def _expected(self, backbone: Backbone) -> dict[str, torch.Size]:
         shapes = {f"method.{k}": s for k, s in backbone.shapes_of(self.method).items()}
-        width = backbone.output_size
-        head = {"head.weight": (self.head.num_outputs, width), "head.bias": (self.head.num_outputs,)}
-        return shapes | {k: torch.Size(s) for k, s in head.items()}
+        return shapes | {f"head.{k}": s for k, s in self.head.shapes(backbone).items()}
 
     def _differences(self, backbone: Backbone, found: Mapping[str, Tensor]) -> list[str]:
         expected = self._expected(backbone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -244,6 +245,24 @@ class Backbone:
     def _position_offset(self) -> int:
         offset = self.architecture.position_offset
         return offset if isinstance(offset, int) else self.pad_id + 1
+
+    @cached_property
+    def takes_position_ids(self) -> bool:
+        """Whether the model can be told where its tokens stand, as adapters that shift them need."""
+        return "position_ids" in inspect.signature(type(self.model).forward).parameters
+
+    def position_ids(self, input_ids: Tensor, shift: Tensor) -> Tensor:
+        """Positions `[B, T]` as the model counts them, each row's `shift [B]` further on; those of padding may be any.
+
+        Args:
+            input_ids: int64 `[B, T]`.
+            shift: int64 `[B]`.
+        """
+        if self.architecture.position_offset == "pad+1":  # these models count what is no padding
+            real = (input_ids != self.pad_id).long()
+            return (real.cumsum(1) + shift.unsqueeze(1)) * real + self.pad_id
+        positions = torch.arange(input_ids.shape[1], device=shift.device) + shift.unsqueeze(1)
+        return self._position_offset + positions.clamp(0, self.max_length - 1)  # what is outside is padding
 
     @property
     def takes_token_types(self) -> bool:

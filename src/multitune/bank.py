@@ -59,9 +59,9 @@ class _Served:
     head_params: dict[str, Tensor]
 
     @property
-    def prompt_length(self) -> int:
-        """Positions its prompt adds to a row."""
-        return self.delta_set.prompt_length
+    def num_positions(self) -> int:
+        """Positions that it takes in a row beside the tokens."""
+        return self.delta_set.num_positions
 
     def nbytes(self) -> int:
         """Bytes in memory: deltas and head."""
@@ -329,7 +329,7 @@ class Bank:
                 raise type(error)(f"row {first + i}: {error}") from error
             length, words = self.backbone.max_length, False
             if served is not None:
-                length = min(served.adapter.max_length, length - served.prompt_length)
+                length = min(served.adapter.max_length, length - served.num_positions)
                 words = served.adapter.task.kind == "tagging"
             pending.setdefault((length, words), []).extend((i, served, t) for t in texts)
         out = []
@@ -405,7 +405,7 @@ class _Sequence:
     @property
     def length(self) -> int:
         """Positions it takes, its prompt included."""
-        return len(self.encoded) + (self.served.prompt_length if self.served is not None else 0)
+        return len(self.encoded) + (self.served.num_positions if self.served is not None else 0)
 
 
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:

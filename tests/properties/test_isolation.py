@@ -107,7 +107,7 @@ STRATEGIES = {
         Pfeiffer, reduction_factor=st.integers(4, 40), activation=activations, layers=layers, layer_norms=st.booleans()
     ),
     "prompt": st.builds(PromptTuning, length=st.integers(1, 7), position=st.integers(-1, MAX_TOKENS + 2)),
-    "ptuning_v2": st.builds(PTuningV2, length=st.integers(1, 9), layers=layers),
+    "ptuning_v2": st.builds(PTuningV2, length=st.integers(1, 9), layers=layers, shift_positions=st.booleans()),
     "aot_fc": st.builds(AoTFC, r=st.integers(1, 5), activation=activations),
     "aot_kronecker": st.builds(AoTKronecker, r=st.integers(1, 4)),
     "head": st.just(HeadOnly()),

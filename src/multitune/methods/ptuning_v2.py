@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multitune.deltas import Delta, Memory
-from multitune.methods.base import Layers, Recipe, SiteMethod, check_positive
+from multitune.methods.base import Layers, Recipe, SiteMethod, check, check_positive
 from multitune.methods.registry import register
 
 if TYPE_CHECKING:
@@ -37,9 +37,19 @@ class PTuningV2(SiteMethod):
     """Layers that get them; none stands for all."""
     std: float = 0.02
     """Standard deviation of the start; small values keep a fresh prefix near an empty one."""
+    shift_positions: bool = False
+    """Count the memory as positions in front of the text, as key/value caches do (Hugging Face PEFT's convention)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "length")
+
+    def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        if self.shift_positions:
+            name = backbone.model.config.model_type
+            check(backbone.takes_position_ids, self, f"{name} counts its own positions", "give shift_positions=false")
+            room = backbone.max_length - 2
+            check(self.length <= room, self, f"length={self.length} leaves no room", f"give at most {room}")
+        return super().init(backbone, generator)
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
         return backbone.find_sites("attention", layers=self.layers)
@@ -53,4 +63,5 @@ class PTuningV2(SiteMethod):
     def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
         heads = backbone.num_key_value_heads
         keys, values = (params[k].view(self.length, heads, -1) for k in ("keys", "values"))
-        return Memory(keys=keys, values=values, open=torch.ones(self.length, device=keys.device))
+        shift = self.length if self.shift_positions else 0
+        return Memory(keys=keys, values=values, open=torch.ones(self.length, device=keys.device), shift=shift)
