@@ -328,10 +328,14 @@ class Backbone:
 
         Values are sampled evenly (a few hundred a tensor) and rounded to bfloat16, so that the same weights loaded
         in bfloat16 keep their fingerprint. By way of float16 they would be rounded twice and now and then
-        otherwise, so `load` takes the fingerprint before it casts to float16.
+        otherwise, so `load` takes the fingerprint before it casts to float16. The pooler is left out: transformers
+        builds some task models without it.
         """
         digest = hashlib.sha256(self.model.config.model_type.encode())
+        pooler = self.architecture.pooler
         for name, tensor in sorted(self.model.state_dict().items()):
+            if pooler is not None and name.startswith(f"{pooler}."):
+                continue
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16).cpu()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -36,9 +36,9 @@ class Prediction:
     probabilities: dict[str, float]
     """Per label name (multiple choice: "0", "1", ...); empty for regression, tagging and bare rows."""
     logits: Tensor | None
-    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; `None` for a bare row."""
+    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; `None` where there is an embedding."""
     embedding: Tensor | None = None
-    """float32 `[D]`, mean over tokens; for a bare row only."""
+    """float32 `[D]`, mean over tokens; for a bare row, and for an adapter whose task is an embedding."""
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON values."""
@@ -420,6 +420,8 @@ def _read(served: _Served | None, parts: Sequence[_Sequence]) -> Prediction:
     if served is None:
         return Prediction(adapter=None, label=None, probabilities={}, logits=None, embedding=values[0])
     task = served.adapter.task
+    if task.kind == "embedding":
+        return Prediction(adapter=served.name, label=None, probabilities={}, logits=None, embedding=values[0])
     starts = parts[0].encoded.word_starts
     logits = torch.cat(values) if task.kind == "multiple_choice" else values[0]
     read = heads.answer(task, logits, starts)

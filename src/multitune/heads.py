@@ -34,7 +34,8 @@ class Head:
     """A head of C outputs over a pooled vector, or over each word for tagging; linear, or with one layer before."""
 
     kind: str
-    """Kind of task: classification, regression, multilabel, multiple_choice, tagging."""
+    """Kind of task: classification, regression, multilabel, multiple_choice, tagging; embedding has no outputs but
+    the pooled vector itself."""
     num_outputs: int
     """Number of outputs C."""
     pooling: Pooling = "cls"
@@ -63,7 +64,7 @@ class Head:
     @classmethod
     def for_task(cls, task: Task, pooling: Pooling = "cls", dropout: float = 0.1) -> Head:
         """The head that fits a task."""
-        outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)
+        outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)  # embedding: none
         return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
@@ -76,6 +77,8 @@ class Head:
 
     def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
         """`weight [C, D]`, `bias [C]`, and with a dense layer `dense_weight [D, D]` and `dense_bias [D]`."""
+        if self.kind == "embedding":
+            return {}
         width, outputs = backbone.output_size, self.num_outputs
         shapes = {"weight": torch.Size((outputs, width)), "bias": torch.Size((outputs,))}
         if self.dense != "none":
@@ -145,7 +148,7 @@ def mixed_logits(
 ) -> list[Tensor | None]:
     """Another head for every sequence, of any size, in one product per way of pooling.
 
-    Returns, per sequence, its own `[C]` (tagging: `[T, C]`), or `None` where it has no head.
+    Returns, per sequence, its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
     """
     out: list[Tensor | None] = [None] * len(heads)
     for way, dense in sorted({_way(h[0]) for h in heads if h is not None}):
@@ -153,6 +156,10 @@ def mixed_logits(
         chosen = [h for i in rows if (h := heads[i]) is not None]
         picked = hidden[rows]
         picked_mask = None if mask is None else mask[rows]
+        if dense == "embedding":
+            for i, vector in zip(rows, pool(backbone, picked, picked_mask, way), strict=True):
+                out[i] = vector
+            continue
         features = picked if way == "words" else pool(backbone, picked, picked_mask, way).unsqueeze(1)
         if dense != "none":
             matrix, offset = (torch.stack([t[f"dense_{k}"] for _, t in chosen]) for k in ("weight", "bias"))
@@ -167,8 +174,9 @@ def mixed_logits(
 
 
 def _way(head: Head) -> tuple[str, str]:
-    """What heads share that are computed together: how they pool, and their dense layer's activation."""
-    return "words" if head.kind == "tagging" else head.pooling, head.dense
+    """What heads share that are computed together: how they pool, and what they do then."""
+    then = "embedding" if head.kind == "embedding" else head.dense
+    return "words" if head.kind == "tagging" else head.pooling, then
 
 
 def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:

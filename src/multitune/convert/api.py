@@ -78,7 +78,7 @@ def import_adapter(
             kind=head.kind,  # type: ignore[arg-type]  # the task checks it
             template=tuple(template),  # type: ignore[arg-type]
             label=label,
-            labels=() if head.kind == "regression" else names,
+            labels=() if head.kind in ("regression", "embedding") else names,
         ),
         backbone=backbone.describe(),
         max_length=max_length,
@@ -119,13 +119,14 @@ def export_adapter(
     def write(temporary: Path) -> None:
         task = export_peft(adapter, backbone, temporary)
         done.append((task, check_peft(adapter, backbone, temporary, head=task != "FEATURE_EXTRACTION")))
-        if task == "FEATURE_EXTRACTION":
+        if task == "FEATURE_EXTRACTION" and adapter.head_params:
             tensors = {k: t.detach().cpu().contiguous() for k, t in adapter.head_params.items()}
             save_file(tensors, temporary / HEAD_FILE)
 
     replace_folder(path, write, ours=(CONFIG_FILE, TENSOR_FILE, HEAD_FILE))
     ((task, check),) = done
-    return Exported(path=path, task=task, head="beside" if task == "FEATURE_EXTRACTION" else "checkpoint", check=check)
+    head = "checkpoint" if task != "FEATURE_EXTRACTION" else "beside" if adapter.head_params else "none"
+    return Exported(path=path, task=task, head=head, check=check)
 
 
 def _check_format(direction: str, name: str) -> None:
@@ -139,11 +140,13 @@ def _head(
 ) -> tuple[Head, dict[str, torch.Tensor], str]:
     if taken.head is not None:
         return *taken.head, "checkpoint"
-    if not fresh:
+    if not fresh and (labels or kind not in (None, "embedding")):
         raise AdapterError(
-            f"{path}: the checkpoint holds no head, which an adapter needs to answer. Give fresh_head=True "
-            f"(--fresh-head) and labels for a new one, which has yet to be trained"
+            f"{path}: the checkpoint holds no head that could answer with labels. Give fresh_head=True (--fresh-head) "
+            f"for a new one, which has yet to be trained; or no labels, for an adapter that embeds texts"
         )
+    if not fresh:
+        return Head(kind="embedding", num_outputs=0, pooling="mean"), {}, "none"
     outputs = 1 if kind == "regression" else len(labels)
     if outputs == 0:
         raise ConfigError("a fresh head needs label names; give labels=('no', 'yes'), or --labels no,yes")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from multitune.errors import AdapterError
+from multitune.errors import AdapterError, ConfigError, suggest
 from multitune.heads import Dense, Head, Pooling
 
 if TYPE_CHECKING:
@@ -65,8 +65,15 @@ def read_head(
 
     Raises:
         AdapterError: a tensor is missing, or one that our head has no place for.
+        ConfigError: a kind of task that this head is not for.
     """
     model_type = str(backbone.model.config.model_type)
+    kinds = ("tagging",) if task == TOKEN else ("classification", "regression", "multilabel")
+    if kind is not None and kind not in kinds:
+        raise ConfigError(
+            f"{where}: its head is for {task}, which is a task of kind {' or '.join(kinds)}, not '{kind}'."
+            f"{suggest(kind, kinds)}"
+        )
     form = classifier_of(model_type, task)
     if form is None:
         raise AdapterError(f"{where}: the head that transformers puts on '{model_type}' for {task} is not known here")
@@ -103,7 +110,7 @@ def write_head(head: Head, tensors: Mapping[str, Tensor], backbone: Backbone) ->
     """The task and tensors of the transformers head that computes the same as ours; `None` where there is none."""
     task = TOKEN if head.kind == "tagging" else SEQUENCE
     form = classifier_of(str(backbone.model.config.model_type), task)
-    if form is None or head.kind == "multiple_choice":
+    if form is None or head.kind in ("multiple_choice", "embedding"):
         return None
     plain = task == TOKEN or (form.pretrained and head.pooling == "pooler")
     if head.dense == "none" and not plain:

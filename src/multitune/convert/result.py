@@ -37,7 +37,8 @@ class Imported:
     adapter: Adapter
     """The adapter, saved if a folder was given."""
     head: str
-    """Where its head is from: `checkpoint`, or `fresh` for a random one that has yet to be trained."""
+    """Where its head is from: `checkpoint`; `fresh` for a random one that has yet to be trained; or `none`, where the
+    checkpoint has none and the adapter embeds texts."""
     check: Check | None
     """How far its outputs are from those of the checkpoint; `None` where nothing can compute them here."""
 
@@ -51,6 +52,7 @@ class Exported:
     task: str
     """The other library's name of the task it was written for."""
     head: str
-    """Where its head is: `checkpoint`, or `beside` for a file of its own, where transformers has no head like it."""
+    """Where its head is: `checkpoint`; `beside` for a file of its own, where transformers has no head like it; or
+    `none`, where the adapter has none."""
     check: Check | None
     """How far the outputs are apart; `None` where nothing can compute the checkpoint's here."""
