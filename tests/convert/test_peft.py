@@ -1,11 +1,13 @@
 """PEFT checkpoints, taken over and written: what PEFT made gives the same outputs here, and the other way round."""
 
+import copy
 import importlib.util
 import json
 import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import multitune as mt
@@ -346,8 +348,80 @@ def test_a_model_without_a_head_is_taken_over_by_class_and_by_task(make_backbone
     for i, task in enumerate((None, "FEATURE_EXTRACTION")):
         config = peft.LoraConfig(task_type=task, r=2, target_modules=["query"])
         folder = save(trained(plain(backbone), config), tmp_path / str(i))
-        with pytest.raises(mt.AdapterError, match="holds no head"):
-            mt.import_adapter(folder, backbone)
+        with pytest.raises(mt.AdapterError, match="holds no head that could answer with labels"):
+            mt.import_adapter(folder, backbone, labels=("a", "b"))
         done = mt.import_adapter(folder, backbone, fresh_head=True, labels=("a", "b"))
         assert done.check.outputs == "hidden states"
         assert done.adapter.method == mt.LoRA(r=2, alpha=8.0, targets=("query",))
+
+
+# ---- decoders
+
+
+def random_config(kind, backbone, task, **more):
+    roles = ("query", "value") if kind == "LoraConfig" else ("key", "value", "ffn_out")
+    modules = sorted({s.module for s in backbone.find_sites("linear", roles)})
+    if kind == "IA3Config":
+        more |= {"feedforward_modules": [s.module for s in backbone.find_sites("linear", ("ffn_out",))]}
+    return getattr(peft, kind)(task_type=task, target_modules=modules, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, "LoraConfig") for n in ("gpt2", "opt", "llama", "qwen3")] + [("llama", "IA3Config"), ("qwen2", "IA3Config")],
+)
+def test_a_decoder_classifier_there_and_back(make_backbone, name, kind, tmp_path):
+    """Also where query, key and value are one projection (GPT-2): one first factor, the second cut in three."""
+    backbone = make_backbone(name)
+    model = trained(plain(backbone, SEQUENCE), random_config(kind, backbone, SEQUENCE))
+    folder = save(model, tmp_path / "theirs")
+    done = mt.import_adapter(folder, backbone, tmp_path / "ours")
+    assert done.adapter.head.pooling == "last" and done.check.outputs == "logits"
+    assert done.check.max_difference <= RELATIVE * done.check.max_magnitude
+    if name == "gpt2":
+        assert done.adapter.method.targets == ("query", "key", "value")
+    back = mt.export_adapter(mt.Adapter.load(tmp_path / "ours", backbone), backbone, tmp_path / "back")
+    assert back.task == SEQUENCE and back.check.max_difference <= RELATIVE * back.check.max_magnitude
+    first, second = load_file(folder / TENSOR_FILE), load_file(tmp_path / "back" / TENSOR_FILE)
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(second[key], first[key])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["LoraConfig", "PrefixTuningConfig", "PromptTuningConfig"])
+def test_an_adapter_of_a_language_model_is_taken_over_without_its_head(make_backbone, name, kind, tmp_path):
+    backbone = make_backbone(name)
+    config = copy.deepcopy(backbone.model.config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    copied = backbone.clone()
+    copied.detach()
+    base.base_model.load_state_dict(copied.model.state_dict())
+    task = "CAUSAL_LM"
+    if kind == "LoraConfig":
+        settings = random_config(kind, backbone, task)
+    else:
+        settings = getattr(peft, kind)(task_type=task, num_virtual_tokens=3)
+    folder = save(trained(base, settings), tmp_path / "theirs")
+    done = mt.import_adapter(folder, backbone)
+    assert (done.head, done.adapter.task.kind, done.check.outputs) == ("none", "embedding", "hidden states")
+    assert done.check.max_difference <= RELATIVE * done.check.max_magnitude
+
+
+def test_a_fused_projection_is_exported_whole_or_not_at_all(make_backbone, random_adapter, tmp_path):
+    backbone = make_backbone("gpt2")
+    for targets, problem in [
+        (("query",), "none for layer.0.key"),
+        (("query", "key", "value"), "a first factor for each"),
+    ]:
+        adapter = random_adapter(backbone, mt.LoRA(r=2, targets=targets), 1, pooling="last")
+        with pytest.raises(mt.AdapterError, match=problem):
+            mt.export_adapter(adapter, backbone, tmp_path / "out")
+    model = trained(
+        plain(backbone, SEQUENCE), peft.IA3Config(task_type=SEQUENCE, target_modules=["c_attn"], feedforward_modules=[])
+    )
+    folder = save(model, tmp_path / "theirs")
+    with pytest.raises(mt.AdapterError, match="computes query, key, value at once; of such modules only LoRA"):
+        mt.import_adapter(folder, backbone)

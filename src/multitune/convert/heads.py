@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -35,8 +36,11 @@ class Classifier:
     """Activation of that layer."""
     pretrained: bool = False
     """Whether that layer is the base model's pooler, which a checkpoint may leave out because it is not trained."""
+    bias: bool = True
+    """Whether the last linear map has a bias."""
 
 
+_DECODER = Classifier(pooling="last", out="score", bias=False)
 _SEQUENCE = {
     "bert": Classifier(dense="bert.pooler.dense", activation="tanh", pretrained=True),
     "roberta": Classifier(dense="classifier.dense", activation="tanh", out="classifier.out_proj"),
@@ -44,13 +48,15 @@ _SEQUENCE = {
     "electra": Classifier(dense="classifier.dense", activation="gelu", out="classifier.out_proj"),
     "distilbert": Classifier(dense="pre_classifier", activation="relu"),
     "deberta-v2": Classifier(dense="pooler.dense", activation="gelu"),
+    **dict.fromkeys(("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2"), _DECODER),
 }
+_TOKEN = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2")
 
 
 def classifier_of(model_type: str, task: str | None) -> Classifier | None:
     """transformers' head for a task on a kind of model, or `None` where it has none that is known here."""
     if task == TOKEN:
-        return Classifier() if model_type in _SEQUENCE else None
+        return Classifier() if model_type in _TOKEN else None
     return _SEQUENCE.get(model_type) if task == SEQUENCE else None
 
 
@@ -77,7 +83,7 @@ def read_head(
     form = classifier_of(model_type, task)
     if form is None:
         raise AdapterError(f"{where}: the head that transformers puts on '{model_type}' for {task} is not known here")
-    places = {f"{form.out}.weight": "weight", f"{form.out}.bias": "bias"}
+    places = {f"{form.out}.weight": "weight"} | ({f"{form.out}.bias": "bias"} if form.bias else {})
     if form.dense is not None:
         places |= {f"{form.dense}.weight": "dense_weight", f"{form.dense}.bias": "dense_bias"}
     unknown = sorted(set(tensors) - set(places))
@@ -99,6 +105,7 @@ def read_head(
             f"{where}: its head reads the pooler of the base model, which backbone '{backbone.name}' has not got"
         )
     outputs = found["weight"].shape[0]
+    found.setdefault("bias", torch.zeros(outputs))
     if kind is None:
         kind = "tagging" if task == TOKEN else "regression" if outputs == 1 else "classification"
     pooling: Pooling = "pooler" if form.pretrained and not has_dense else form.pooling
@@ -112,12 +119,15 @@ def write_head(head: Head, tensors: Mapping[str, Tensor], backbone: Backbone) ->
     form = classifier_of(str(backbone.model.config.model_type), task)
     if form is None or head.kind in ("multiple_choice", "embedding"):
         return None
+    if not form.bias and bool(tensors["bias"].any()):
+        return None
     plain = task == TOKEN or (form.pretrained and head.pooling == "pooler")
+    plain = plain or (form.dense is None and head.pooling == form.pooling)
     if head.dense == "none" and not plain:
         return None
     if head.dense != "none" and (form.dense is None or (head.pooling, head.dense) != (form.pooling, form.activation)):
         return None
-    out = {f"{form.out}.weight": tensors["weight"], f"{form.out}.bias": tensors["bias"]}
+    out = {f"{form.out}.{k}": tensors[k] for k in (("weight", "bias") if form.bias else ("weight",))}
     if head.dense != "none":
         out |= {f"{form.dense}.{k}": tensors[f"dense_{k}"] for k in ("weight", "bias")}
     return task, out
@@ -140,6 +150,7 @@ def model_with_head(backbone: Backbone, task: str, num_outputs: int) -> nn.Modul
 
     config = copy.deepcopy(backbone.model.config)
     config.num_labels = num_outputs
+    config.pad_token_id = backbone.pad_id  # by which a decoder's classifier finds the last token
     implementation = str(backbone.model.config._attn_implementation).removeprefix("multitune_")
     model = BUILDERS[task].from_config(config, attn_implementation=implementation)
     model.base_model.load_state_dict(backbone.model.state_dict(), strict=False)  # with or without the pooler

@@ -24,30 +24,48 @@ class ModuleNames:
         self.backbone = backbone
         self.prefix = str(backbone.model.base_model_prefix)
         """What a model with a task head puts in front of every path, such as `bert`."""
-        self._sites = {s.module: s for s in backbone.sites if s.kind in _KINDS}
+        self._sites: dict[str, list[Site]] = {}
+        for site in backbone.sites:
+            if site.kind in _KINDS:
+                self._sites.setdefault(site.module, []).append(site)
 
     def bare(self, path: str) -> str:
         """A path without the prefix of a model with a task head."""
         return path.removeprefix(f"{self.prefix}.")
 
-    def sites(self, tensors: Mapping[str, T], what: str) -> dict[Site, T]:
-        """Tensors by the site whose module each is named after.
+    def sites_of(self, path: str, what: str) -> list[Site]:
+        """The sites of a module: one, or one for each part of a fused projection.
 
         Raises:
             AdapterError: a module that is no site of this backbone.
         """
-        return {self._site(path, what): tensor for path, tensor in tensors.items()}
-
-    def _site(self, path: str, what: str) -> Site:
-        site = self._sites.get(self.bare(path))
-        if site is None:
+        found = self._sites.get(self.bare(path))
+        if found is None:
             near = suggest(self.bare(path), self._sites)
-            paths = dict.fromkeys(self._generic(s) for s in self._sites.values())
+            paths = dict.fromkeys(self._generic(s) for sites in self._sites.values() for s in sites)
             raise AdapterError(
                 f"{what} adapts the module '{path}', which is no site of backbone '{self.backbone.name}' "
                 f"({self.backbone.model.config.model_type}).{near} Its sites (N is a layer): {', '.join(paths)}"
             )
-        return site
+        return found
+
+    def sites(self, tensors: Mapping[str, T], what: str) -> dict[Site, T]:
+        """Tensors by the site whose module each is named after.
+
+        Raises:
+            AdapterError: a module that is no site of this backbone, or several.
+        """
+        found: dict[Site, T] = {}
+        for path, tensor in tensors.items():
+            sites = self.sites_of(path, what)
+            if len(sites) > 1:
+                parts = ", ".join(s.role for s in sites)
+                raise AdapterError(
+                    f"{what} adapts the module '{path}', which computes {parts} at once; of such modules only LoRA can "
+                    f"be taken over"
+                )
+            found[sites[0]] = tensor
+        return found
 
     @staticmethod
     def _generic(site: Site) -> str:

@@ -65,7 +65,7 @@ def _plain_model(backbone: Backbone, task: str | None, num_outputs: int) -> Any:
 
 
 def _num_outputs(checkpoint: Checkpoint) -> int:
-    ends = ("classifier.weight", "out_proj.weight")
+    ends = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
     return next((t.shape[0] for k, t in checkpoint.tensors.items() if k.endswith(ends) and t.ndim == 2), 2)
 
 

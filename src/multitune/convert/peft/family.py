@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from multitune.convert.names import ModuleNames
 from multitune.convert.peft.files import Checkpoint
@@ -21,9 +22,6 @@ from multitune.sites import Site
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
-
-#: Modules of the frozen model by path, with the one that holds them all.
-Fold = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +157,8 @@ def family_of_method(method: Method) -> Family:
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor:
-    """The weight of a module of a plain model."""
-    weight = model.get_submodule(path).weight
+    """The weight of a module of a plain model, `[O, I]` for every linear map; writing to it changes the model."""
+    module = model.get_submodule(path)
+    weight = module.weight
     assert isinstance(weight, Tensor) and weight.dtype == torch.float64
-    return weight
+    return weight.data.T if isinstance(module, Conv1D) else weight.data

@@ -60,7 +60,7 @@ class IA3Family(Family):
             path = ModuleNames(source.backbone).bare(name)
             weight = weight_of(model, path)
             bias = model.get_submodule(path).bias
-            weight.data *= factor.double()  # [O, 1] scales rows, [1, I] columns
+            weight *= factor.double()  # [O, 1] scales rows, [1, I] columns
             if factor.shape[0] != 1 and isinstance(bias, torch.Tensor):
                 bias.data *= factor.flatten().double()
         return 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from multitune.convert.names import ModuleNames
-from multitune.convert.peft.family import Family, Source, Written, family, weight_of
+from multitune.convert.peft.family import Family, Source, Written, family
 from multitune.errors import AdapterError
 from multitune.methods import Method
 from multitune.methods.layernorm import LayerNormTuning
@@ -34,21 +33,17 @@ class LayerNormFamily(Family):
         layers = tuple(sorted({s.layer for s in gains if s.layer is not None}))
         method = LayerNormTuning(
             layers=None if len(layers) == source.backbone.num_layers else layers,
-            embedding_norm=any(s.layer is None for s in gains),
+            embedding_norm=any(s.role == "embedding_norm" for s in gains),
         )
         expected = set(method.sites(source.backbone))
         if set(gains) != expected:
             other = min(s.name for s in set(gains) ^ expected)
             raise AdapterError(
-                f"{source.where}: its norms are not those that our LayerNorm tuning trains (both of a layer, and maybe "
+                f"{source.where}: its norms are not those that our LayerNorm tuning trains (all of a layer, and maybe "
                 f"that of the embeddings): '{other}' is in one of the two only"
             )
         params = {f"{s.name}.gain": t - _frozen(source.backbone, s.module, "weight", t) for s, t in gains.items()}
-        for s in gains:
-            if s in offsets:
-                params[f"{s.name}.offset"] = offsets[s] - _frozen(source.backbone, s.module, "bias", offsets[s])
-            else:
-                params[f"{s.name}.offset"] = torch.zeros_like(params[f"{s.name}.gain"])
+        params |= {f"{s.name}.offset": t - _frozen(source.backbone, s.module, "bias", t) for s, t in offsets.items()}
         return method, params
 
     def write(self, method: Method, params: Mapping[str, Tensor], backbone: Backbone) -> Written:
@@ -56,19 +51,16 @@ class LayerNormFamily(Family):
         sites = list(method.sites(backbone))
         tensors = {}
         for s in sites:
-            gain, offset = params[f"{s.name}.gain"], params[f"{s.name}.offset"]
-            tensors[s.module + GAIN] = gain + _frozen(backbone, s.module, "weight", gain)
-            if isinstance(getattr(backbone.model.get_submodule(s.module), "bias", None), Tensor):
-                tensors[s.module + OFFSET] = offset + _frozen(backbone, s.module, "bias", offset)
-            elif bool(offset.any()):
-                raise AdapterError(f"the norm '{s.name}' has no bias in the model, so that PEFT has no place for ours")
+            for suffix, kind, name in ((GAIN, "weight", "gain"), (OFFSET, "bias", "offset")):
+                if f"{s.name}.{name}" in params:
+                    change = params[f"{s.name}.{name}"]
+                    tensors[s.module + suffix] = change + _frozen(backbone, s.module, kind, change)
         return Written(config={"target_modules": ModuleNames(backbone).target_modules(sites)}, tensors=tensors)
 
     def fold(self, source: Source, model: nn.Module) -> int:
         for suffix, kind in ((GAIN, "weight"), (OFFSET, "bias")):
             for name, tensor in source.by_module(suffix).items():
                 path = ModuleNames(source.backbone).bare(name)
-                assert weight_of(model, path).shape == tensor.shape
                 getattr(model.get_submodule(path), kind).data.copy_(tensor)
         return 0
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from multitune.convert.names import ModuleNames, product_of
@@ -14,6 +15,7 @@ from multitune.convert.peft.family import Family, Source, Written, family, weigh
 from multitune.errors import AdapterError
 from multitune.methods import Method
 from multitune.methods.lora import LoRA
+from multitune.sites import Site
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -41,8 +43,8 @@ class LoRAFamily(Family):
 
     def read(self, source: Source) -> tuple[Method, dict[str, Tensor]]:
         check_lora_settings(source)
-        a, b = source.by_site(A), source.by_site(B)
         check_pairs(source, source.by_module(A), source.by_module(B))
+        a, b = _by_site(source)
         rank = _uniform(source, "rank_pattern", {name: t.shape[0] for name, t in source.by_module(A).items()})
         alpha = _uniform(source, "alpha_pattern", {name: alpha_of(source, name) for name in source.by_module(A)})
         roles, layers = product_of(a, source.backbone, source.where)
@@ -66,12 +68,11 @@ class LoRAFamily(Family):
             "lora_dropout": method.dropout,
             "use_rslora": method.rank_stabilised,
             "target_modules": ModuleNames(backbone).target_modules(sites),
+            "fan_in_fan_out": any(s.transposed for s in sites),
             "bias": "none",
             "init_lora_weights": True,
         }
-        tensors = {s.module + A: params[f"{s.name}.A"].T for s in sites}
-        tensors |= {s.module + B: params[f"{s.name}.B"].T for s in sites}
-        return Written(config=config, tensors=tensors)
+        return Written(config=config, tensors=_by_module(sites, params, backbone))
 
     def fold(self, source: Source, model: nn.Module) -> int:
         up = source.by_module(B)
@@ -80,8 +81,40 @@ class LoRAFamily(Family):
             scale = alpha_of(source, name) / (math.sqrt(rank) if source.config.get("use_rslora") else rank)
             update = scale * (up[name].double() @ down.double())
             weight = weight_of(model, ModuleNames(source.backbone).bare(name))
-            weight.data += update if weight.shape == update.shape else update.T
+            weight += update
         return 0
+
+
+def _by_site(source: Source) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """`lora_A [R, I]` and `lora_B [O, R]` by site: a fused projection shares its first factor among its parts."""
+    names = ModuleNames(source.backbone)
+    first: dict[Site, Tensor] = {}
+    second: dict[Site, Tensor] = {}
+    up = source.by_module(B)
+    for path, down in source.by_module(A).items():
+        for site in names.sites_of(path, source.where):
+            begin, end = site.part or (0, up[path].shape[0])
+            first[site], second[site] = down, up[path][begin:end]
+    return first, second
+
+
+def _by_module(sites: list[Site], params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """The factors by module; a fused projection needs all its parts, with one first factor."""
+    tensors = {}
+    for module in dict.fromkeys(s.module for s in sites):
+        parts = [s for s in backbone.sites if s.module == module]
+        missing = [s.name for s in parts if s not in sites]
+        first = params[f"{next(s for s in sites if s.module == module).name}.A"]
+        if missing or any(not torch.equal(params[f"{s.name}.A"], first) for s in parts):
+            raise AdapterError(
+                f"the module '{module}' computes {', '.join(s.role for s in parts)} at once, for which PEFT has one "
+                f"pair of factors, and this adapter has "
+                + (f"none for {missing[0]}" if missing else "a first factor for each")
+            )
+        parts.sort(key=lambda s: s.part or (0, 0))
+        tensors[module + A] = first.T
+        tensors[module + B] = torch.cat([params[f"{s.name}.B"] for s in parts], dim=1).T
+    return tensors
 
 
 def check_lora_settings(source: Source) -> None:
