@@ -220,5 +220,8 @@ def test_what_cannot_be_honoured_is_refused(make_model, rows):
         model(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(mt.PlanError, match="output_hidden_states cannot be honoured"):
         model(input_ids=ids, output_hidden_states=True)
-    with pytest.raises(mt.PlanError, match="position_ids cannot be honoured"):
-        model(input_ids=ids, position_ids=torch.arange(8)[None])
+    with pytest.raises(mt.PlanError, match="position_ids that do not count"):
+        model(input_ids=ids, position_ids=1 + torch.arange(8)[None])
+    with torch.no_grad():  # the ordinary ones say nothing new
+        ordinary = model(input_ids=ids, position_ids=torch.arange(8)[None]).logits
+        assert torch.equal(ordinary, model(input_ids=ids).logits)

@@ -174,6 +174,8 @@ class Attached:
         mask = given.get("attention_mask")
         flat = mask if mask is None or mask.ndim == 2 else None
         _check_given(given, deltas)
+        if deltas.num_positions:
+            given.pop("position_ids", None)  # ordinary ones, as was checked; the call has others
         call = Call(self.backbone, plan, ids, flat, _types(given))
         inputs = {k: v for k, v in call.inputs.items() if k not in given or k in _FROM_CALL}
         if _past(given) and "position_ids" not in given:
@@ -266,14 +268,24 @@ def _check_given(given: Mapping[str, Any], deltas: DeltaSet) -> None:
         return
     if _past(given):
         raise PlanError("a prompt would be added again at every step with a cache; generate with use_cache=False")
-    refused = ["position_ids"]
-    if deltas.prompt_length:
-        refused += ["output_hidden_states", "output_attentions"]
-    on = [name for name in refused if given.get(name) is not None and given[name] is not False]
     mask = given.get("attention_mask")
-    if on or (mask is not None and mask.ndim != 2):
-        what = on[0] if on else "an attention_mask of more than two dimensions"
-        raise PlanError(f"{what} cannot be honoured while the attached prompt takes positions of its own; leave it out")
+    refused = ("output_hidden_states", "output_attentions") if deltas.prompt_length else ()
+    on = next((name for name in refused if given.get(name)), None)
+    if mask is not None and mask.ndim != 2:
+        on = "an attention_mask of more than two dimensions"
+    elif not _ordinary(given.get("position_ids"), mask):
+        on = "position_ids that do not count each row from its first token"
+    if on is not None:
+        raise PlanError(f"{on} cannot be honoured while the attached prompt takes positions of its own; leave it out")
+
+
+def _ordinary(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether `positions [B, T]` count every row's real tokens from 0, as `generate` gives them."""
+    if positions is None:
+        return True
+    if mask is None:
+        return bool((positions == torch.arange(positions.shape[1], device=positions.device)).all())
+    return bool(((positions == mask.cumsum(1) - 1) | (mask == 0)).all())
 
 
 def _restore(was_trained: Mapping[nn.Parameter, bool]) -> None:
