@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multitune.deltas import ORDER, Delta, Prompt, TableRows, TokenBias
+from multitune.deltas import ORDER, Delta, Memory, Prompt, TableRows, TokenBias
 from multitune.deltas.base import stack_view
 from multitune.errors import ConfigError
 from multitune.workspace import Workspace
