@@ -205,6 +205,23 @@ def test_a_model_without_a_head_embeds(make_model, make_backbone, rows, tmp_path
     assert mixed[0].to_dict()["adapter"] == "a" and mixed[0].label is None
 
 
+def test_a_method_that_needs_more_of_its_loop_is_refused(make_model):
+    class Pruned(mt.LoRA):
+        def after_step(self, params, step, num_steps):
+            pass
+
+    class Uneven(mt.LoRA):
+        def learning_rate_factor(self, name):
+            return 16.0 if name.endswith("B") else 1.0
+
+    model = classifier(make_model)
+    with pytest.raises(mt.ConfigError, match="calls its after_step"):
+        mt.attach(model, Pruned())
+    with pytest.raises(mt.ConfigError, match="another learning rate for 'layer.0.query.B'"):
+        mt.attach(model, Uneven())
+    mt.detach(mt.attach(model, mt.LoRA()))
+
+
 def test_what_cannot_be_honoured_is_refused(make_model, rows):
     model = classifier(make_model)
     with pytest.raises(mt.ConfigError, match="trains the model's own weights"):

@@ -56,6 +56,7 @@ def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", see
         raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
     if method.changes_weights:
         raise ConfigError(f"{method.title} trains the model's own weights, for which nothing need be attached")
+    _check_plain_loop(method)
     attached = Attached(model, method, name, seed)
     model.add_module(MODULE, attached.tensors)
     return model
@@ -71,6 +72,19 @@ def detach(model: PreTrainedModel) -> None:
     if not isinstance(tensors, AttachedTensors):
         raise BackboneError("nothing is attached to this model; attach a method first: attach(model, LoRA(r=8))")
     tensors.owner.detach()
+
+
+#: What `multitune.train` calls while it trains, and no other loop does.
+_HOOKS = ("after_step", "penalty", "calibrate")
+
+
+def _check_plain_loop(method: Method) -> None:
+    """Raise `ConfigError` for a method that needs more of its loop than gradients."""
+    for hook in _HOOKS:
+        if getattr(type(method), hook, None) is not getattr(Method, hook, None):
+            raise ConfigError(
+                f"{method.title} needs a loop that calls its {hook}, which loops of others do not; use multitune.train"
+            )
 
 
 class AttachedTensors(nn.Module):
@@ -108,6 +122,12 @@ class Attached:
         _ = self.backbone.fingerprint  # before the adapter's own tensors join the base model
         try:
             params = method.init(self.backbone, torch.Generator().manual_seed(seed))
+            faster = [k for k in params if method.trains(k) and method.learning_rate_factor(k) != 1]
+            if faster:
+                raise ConfigError(
+                    f"{method.title} wants another learning rate for '{faster[0]}', which other loops do not give it; "
+                    f"use multitune.train"
+                )
         except ConfigError:
             self.backbone.detach()
             for parameter, trained in was_trained.items():
