@@ -40,6 +40,10 @@ def configs(backbone, task):
         "rslora": peft.LoraConfig(
             r=4, lora_alpha=6, use_rslora=True, target_modules=modules("key", "ffn_in", "ffn_out"), **common
         ),
+        "dora": peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=modules("value", "ffn_out"), **common),
+        "vera": peft.VeraConfig(
+            r=6, projection_prng_key=3, target_modules=modules("query", "ffn_in"), vera_dropout=0.1, **common
+        ),
         "ia3": peft.IA3Config(
             target_modules=modules("key", "value", "ffn_out"), feedforward_modules=modules("ffn_out"), **common
         ),
@@ -100,7 +104,7 @@ def base(request, make_backbone, random_rows):
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("lora", SEQUENCE), ("rslora", SEQUENCE), ("ia3", SEQUENCE), ("layernorm", SEQUENCE), ("lora", TOKEN)],
+    [*((f, SEQUENCE) for f in ("lora", "rslora", "dora", "vera", "ia3", "layernorm")), ("lora", TOKEN)],
 )
 def test_a_classifier_gives_the_same_logits_here_and_back_in_peft(base, family, task, tmp_path):
     backbone, ids, mask = base
@@ -132,7 +136,7 @@ def test_a_classifier_gives_the_same_logits_here_and_back_in_peft(base, family, 
         equal(again(input_ids=ids, attention_mask=mask).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["lora", "ia3", "layernorm", "prompt"])
+@pytest.mark.parametrize("family", ["lora", "dora", "vera", "ia3", "layernorm", "prompt"])
 def test_folding_into_plain_weights_agrees_with_peft(base, family, tmp_path, monkeypatch):
     """The check for machines without PEFT computes what PEFT computes, so it can stand in for it."""
     backbone = base[0]
@@ -425,3 +429,62 @@ def test_a_fused_projection_is_exported_whole_or_not_at_all(make_backbone, rando
     folder = save(model, tmp_path / "theirs")
     with pytest.raises(mt.AdapterError, match="computes query, key, value at once; of such modules only LoRA"):
         mt.import_adapter(folder, backbone)
+
+
+# ---- what trains otherwise and is served as LoRA
+
+
+@pytest.mark.parametrize("without_peft", [False, True])
+def test_adalora_with_a_rank_of_its_own_for_every_module(make_backbone, tmp_path, monkeypatch, without_peft):
+    backbone = make_backbone("bert")
+    config = peft.AdaLoraConfig(
+        task_type=SEQUENCE, init_r=5, target_r=2, lora_alpha=6, total_step=10, tinit=1, tfinal=1, target_modules=["key"]
+    )
+    model = trained(plain(backbone, SEQUENCE), config)
+    kept = {0: [True, False, True, True, False], 1: [False] * 4 + [True], 2: [False, True, True, False, False]}
+    name = "bert.encoder.layer.{}.attention.self.key.lora_E"
+    for layer, places in kept.items():  # a finished run has zeros where it pruned
+        with torch.no_grad():
+            module = model.base_model.model.bert.encoder.layer[layer].attention.self.key
+            module.lora_E["default"].mul_(torch.tensor(places)[:, None])
+    model.peft_config["default"].rank_pattern = {name.format(i): places for i, places in kept.items()}
+    folder = save(model, tmp_path / "theirs")
+    if without_peft:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a))
+    done = mt.import_adapter(folder, backbone)
+    assert done.adapter.method.ranks == (3, 1, 2) and ("PEFT" in done.check.by) != without_peft
+    assert done.check.max_difference <= RELATIVE * done.check.max_magnitude
+    back = mt.export_adapter(done.adapter, backbone, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / CONFIG_FILE).read_text())["peft_type"] == "LORA"
+    assert back.check.max_difference <= RELATIVE * back.check.max_magnitude
+    again = mt.import_adapter(tmp_path / "back", backbone)
+    assert (again.adapter.method.r, again.adapter.method.targets) == (3, ("key",))
+    assert again.adapter.method.scale == pytest.approx(6 / 5)
+
+
+@pytest.mark.parametrize(
+    "method", [mt.RsLoRA(r=3), mt.LoRAPlus(r=3), mt.PiSSA(r=2, alpha=3.0), mt.DoRA(r=2)], ids=lambda m: m.name
+)
+def test_the_lora_family_is_exported(bert, random_adapter, method, tmp_path):
+    adapter = random_adapter(bert, method, 1, pooling="pooler")
+    done = mt.export_adapter(adapter, bert, tmp_path / "out")
+    assert done.task == SEQUENCE and done.check.max_difference <= RELATIVE * done.check.max_magnitude
+    again = mt.import_adapter(tmp_path / "out", bert).adapter.method
+    assert again.r == (4 if method.name == "pissa" else method.r)
+    assert again.scale == pytest.approx(method.scale)
+
+
+def test_vera_of_other_matrices_is_refused(make_backbone, tmp_path):
+    backbone = make_backbone("bert")
+    config = peft.VeraConfig(task_type=SEQUENCE, r=4, target_modules=["query"])
+    folder = save(trained(plain(backbone, SEQUENCE), config), tmp_path / "theirs")
+    tensors = load_file(folder / TENSOR_FILE)
+    save_file(tensors | {"base_model.vera_A": tensors["base_model.vera_A"] + 1}, folder / TENSOR_FILE)
+    with pytest.raises(mt.AdapterError, match="'vera_A'.* is not the random matrix"):
+        mt.import_adapter(folder, backbone)
+
+
+def test_an_update_of_the_word_embeddings_is_not_exported(bert, random_adapter, tmp_path):
+    with pytest.raises(mt.AdapterError, match="adapts the word embeddings"):
+        mt.export_adapter(random_adapter(bert, mt.LoRA(r=2, targets=("embedding",)), 1), bert, tmp_path / "out")

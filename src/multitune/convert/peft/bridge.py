@@ -132,6 +132,7 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     start = "base_model." if one.prompt else "base_model.model."
     tensors = {k if one.prompt else f"{start}{prefix}{k}": t for k, t in written.tensors.items()}
     tensors |= {f"{start}{k}": t for k, t in head.items()}
+    tensors |= {f"base_model.{k}": t for k, t in written.whole.items()}
     config = {
         "peft_type": one.peft_type,
         "task_type": task,

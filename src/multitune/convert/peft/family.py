@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +59,8 @@ class Written:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     """By path in the model without a task head; a prompt's by the name PEFT gives it."""
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that belong to no module, by the name PEFT gives them."""
 
 
 class Family:
