@@ -206,19 +206,11 @@ def test_a_model_without_a_head_embeds(make_model, make_backbone, rows, tmp_path
 
 
 def test_a_method_that_needs_more_of_its_loop_is_refused(make_model):
-    class Pruned(mt.LoRA):
-        def after_step(self, params, step, num_steps):
-            pass
-
-    class Uneven(mt.LoRA):
-        def learning_rate_factor(self, name):
-            return 16.0 if name.endswith("B") else 1.0
-
     model = classifier(make_model)
     with pytest.raises(mt.ConfigError, match="calls its after_step"):
-        mt.attach(model, Pruned())
+        mt.attach(model, mt.AdaLoRA())
     with pytest.raises(mt.ConfigError, match="another learning rate for 'layer.0.query.B'"):
-        mt.attach(model, Uneven())
+        mt.attach(model, mt.LoRAPlus())
     mt.detach(mt.attach(model, mt.LoRA()))
 
 
