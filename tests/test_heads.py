@@ -101,6 +101,29 @@ def test_heads_of_other_sizes_and_rows_without_one(bert, hidden, close):
     assert mixed_logits(bert, [None], states[:1], None) == [None]
 
 
+def test_a_dense_layer_stands_before_the_outputs(bert, hidden, close):
+    states, mask = hidden
+    functions = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu, "none": lambda x: x}
+    own, expected = [], []
+    for i, (name, function) in enumerate(functions.items()):
+        head = Head(kind="classification", num_outputs=2 + i, pooling="cls", dense=name)
+        tensors = {k: normal(*shape, seed=i) for k, shape in head.shapes(bert).items()}
+        row = states[i % 3, 0]
+        before = function(tensors["dense_weight"] @ row + tensors["dense_bias"]) if name != "none" else row
+        expected.append(tensors["weight"] @ before + tensors["bias"])
+        own.append((head, tensors))
+        one = logits(bert, head, tensors, states[[i % 3]], mask[[i % 3]], training=False)
+        close(one[0], expected[-1])
+    embedding = Head(kind="embedding", num_outputs=0, pooling="mean")
+    assert embedding.shapes(bert) == {}
+    rows = [0, 1, 2, 0, 1]
+    found = mixed_logits(bert, [*own, (embedding, {})], states[rows], mask[rows])
+    for a, b in zip(found, [*expected, states[1, :2].mean(0)], strict=True):
+        close(a, b)
+    with pytest.raises(ConfigError, match="'tan' of the head's layer is unknown. Did you mean 'tanh'"):
+        Head(kind="classification", num_outputs=2, dense="tan")
+
+
 def test_dropout_in_training_only(bert):
     head = Head(kind="classification", num_outputs=2, dropout=0.5)
     tensors = {"weight": torch.ones(2, 32), "bias": torch.zeros(2)}

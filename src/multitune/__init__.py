@@ -1,8 +1,10 @@
 """multitune: one frozen backbone, every tuning method, any mix of tasks in one batch."""
 
 from multitune.adapter import Adapter
+from multitune.attach import attach, detach
 from multitune.backbone import Backbone
 from multitune.bank import Bank, Prediction
+from multitune.convert import export_adapter, import_adapter
 from multitune.errors import (
     AdapterError,
     BackboneError,
@@ -119,8 +121,12 @@ __all__ = [
     "UTuning",
     "VeRA",
     "__version__",
+    "attach",
+    "detach",
     "evaluate",
+    "export_adapter",
     "get_method",
+    "import_adapter",
     "infer_task",
     "load_task",
     "make_method",

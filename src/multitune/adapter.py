@@ -58,7 +58,7 @@ class Adapter:
     head: Head
     """Head configuration."""
     head_params: Mapping[str, Tensor]
-    """`weight [C, D]` and `bias [C]`."""
+    """The head's tensors, as `Head.shapes` names them."""
     task: Task
     """Columns, template, labels and metric."""
     backbone: Mapping[str, Any]
@@ -152,17 +152,21 @@ class Adapter:
         """Write the adapter folder atomically and return the adapter with its path. A table is not carried over."""
         folder = Path(path).absolute()
         digests: list[str] = []
-
-        def write(temporary: Path) -> None:
-            tensors = {f"method.{k}": t.detach().cpu().contiguous() for k, t in self.params.items()}
-            tensors |= {f"head.{k}": t.detach().cpu().contiguous() for k, t in self.head_params.items()}
-            save_file(tensors, temporary / TENSOR_FILE)
-            config = self._config(sha256(temporary / TENSOR_FILE), table=None)
-            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            digests.append(config["tensors_sha256"])
-
-        replace_folder(folder, write, ours=FILES)
+        replace_folder(folder, lambda temporary: digests.append(self.write_into(temporary)), ours=FILES)
         return replace(self, path=folder, table=None, digest=digests[0])
+
+    def write_into(self, folder: Path) -> str:
+        """Write the adapter's two files into a folder that exists and may hold others, and return the tensors' sha256.
+
+        Each file is replaced atomically, the tensors first.
+        """
+        tensors = {f"method.{k}": t.detach().cpu().contiguous() for k, t in self.params.items()}
+        tensors |= {f"head.{k}": t.detach().cpu().contiguous() for k, t in self.head_params.items()}
+        replace_file(folder / TENSOR_FILE, lambda temporary: save_file(tensors, temporary))
+        digest = sha256(folder / TENSOR_FILE)
+        text = json.dumps(self._config(digest, table=None), indent=2, ensure_ascii=False) + "\n"
+        replace_file(folder / CONFIG_FILE, lambda temporary: temporary.write_text(text, "utf-8"))
+        return digest
 
     def fuse(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> Adapter:
         """Compute the table of token rows once and write it into the adapter's folder.
@@ -285,9 +289,7 @@ class Adapter:
 
     def _expected(self, backbone: Backbone) -> dict[str, torch.Size]:
         shapes = {f"method.{k}": s for k, s in backbone.shapes_of(self.method).items()}
-        width = backbone.output_size
-        head = {"head.weight": (self.head.num_outputs, width), "head.bias": (self.head.num_outputs,)}
-        return shapes | {k: torch.Size(s) for k, s in head.items()}
+        return shapes | {f"head.{k}": s for k, s in self.head.shapes(backbone).items()}
 
     def _differences(self, backbone: Backbone, found: Mapping[str, Tensor]) -> list[str]:
         expected = self._expected(backbone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -245,6 +246,24 @@ class Backbone:
         offset = self.architecture.position_offset
         return offset if isinstance(offset, int) else self.pad_id + 1
 
+    @cached_property
+    def takes_position_ids(self) -> bool:
+        """Whether the model can be told where its tokens stand, as adapters that shift them need."""
+        return "position_ids" in inspect.signature(type(self.model).forward).parameters
+
+    def position_ids(self, input_ids: Tensor, shift: Tensor) -> Tensor:
+        """Positions `[B, T]` as the model counts them, each row's `shift [B]` further on; those of padding may be any.
+
+        Args:
+            input_ids: int64 `[B, T]`.
+            shift: int64 `[B]`.
+        """
+        if self.architecture.position_offset == "pad+1":  # these models count what is no padding
+            real = (input_ids != self.pad_id).long()
+            return (real.cumsum(1) + shift.unsqueeze(1)) * real + self.pad_id
+        positions = torch.arange(input_ids.shape[1], device=shift.device) + shift.unsqueeze(1)
+        return self._position_offset + positions.clamp(0, self.max_length - 1)  # what is outside is padding
+
     @property
     def takes_token_types(self) -> bool:
         """Whether the model has token types (segment ids)."""
@@ -309,10 +328,14 @@ class Backbone:
 
         Values are sampled evenly (a few hundred a tensor) and rounded to bfloat16, so that the same weights loaded
         in bfloat16 keep their fingerprint. By way of float16 they would be rounded twice and now and then
-        otherwise, so `load` takes the fingerprint before it casts to float16.
+        otherwise, so `load` takes the fingerprint before it casts to float16. The pooler is left out: transformers
+        builds some task models without it.
         """
         digest = hashlib.sha256(self.model.config.model_type.encode())
+        pooler = self.architecture.pooler
         for name, tensor in sorted(self.model.state_dict().items()):
+            if pooler is not None and name.startswith(f"{pooler}."):
+                continue
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16).cpu()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -36,9 +36,9 @@ class Prediction:
     probabilities: dict[str, float]
     """Per label name (multiple choice: "0", "1", ...); empty for regression, tagging and bare rows."""
     logits: Tensor | None
-    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; `None` for a bare row."""
+    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; `None` where there is an embedding."""
     embedding: Tensor | None = None
-    """float32 `[D]`, mean over tokens; for a bare row only."""
+    """float32 `[D]`, mean over tokens; for a bare row, and for an adapter whose task is an embedding."""
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON values."""
@@ -59,9 +59,9 @@ class _Served:
     head_params: dict[str, Tensor]
 
     @property
-    def prompt_length(self) -> int:
-        """Positions its prompt adds to a row."""
-        return self.delta_set.prompt_length
+    def num_positions(self) -> int:
+        """Positions that it takes in a row beside the tokens."""
+        return self.delta_set.num_positions
 
     def nbytes(self) -> int:
         """Bytes in memory: deltas and head."""
@@ -329,7 +329,7 @@ class Bank:
                 raise type(error)(f"row {first + i}: {error}") from error
             length, words = self.backbone.max_length, False
             if served is not None:
-                length = min(served.adapter.max_length, length - served.prompt_length)
+                length = min(served.adapter.max_length, length - served.num_positions)
                 words = served.adapter.task.kind == "tagging"
             pending.setdefault((length, words), []).extend((i, served, t) for t in texts)
         out = []
@@ -405,7 +405,7 @@ class _Sequence:
     @property
     def length(self) -> int:
         """Positions it takes, its prompt included."""
-        return len(self.encoded) + (self.served.prompt_length if self.served is not None else 0)
+        return len(self.encoded) + (self.served.num_positions if self.served is not None else 0)
 
 
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:
@@ -420,6 +420,8 @@ def _read(served: _Served | None, parts: Sequence[_Sequence]) -> Prediction:
     if served is None:
         return Prediction(adapter=None, label=None, probabilities={}, logits=None, embedding=values[0])
     task = served.adapter.task
+    if task.kind == "embedding":
+        return Prediction(adapter=served.name, label=None, probabilities={}, logits=None, embedding=values[0])
     starts = parts[0].encoded.word_starts
     logits = torch.cat(values) if task.kind == "multiple_choice" else values[0]
     read = heads.answer(task, logits, starts)

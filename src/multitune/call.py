@@ -131,8 +131,7 @@ class Call:
             self.inputs["token_type_ids"] = types
         if backbone.causal:
             self.inputs["use_cache"] = False
-        if backbone.architecture.own_positions:
-            self.inputs |= _own_positions(mask)
+        self.inputs |= _positions(plan, backbone, ids, mask)
         self._bias = self._token_bias(ids)
 
     def enter_layer(self, layers: tuple[int, ...]) -> int:
@@ -232,29 +231,41 @@ def check_ids(plan: Plan, backbone: Backbone, input_ids: Tensor) -> None:
         )
 
 
+def _shift(plan: Plan, device: torch.device) -> Tensor | None:
+    """`[B]`: how many positions further on each row's tokens count; `None` where none does."""
+    shifts = [0 if r is None else r.position_shift for r in plan.ordered]
+    return torch.tensor(shifts, device=device) if any(shifts) else None
+
+
 def _check_length(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | None) -> None:
     width = ids.shape[1]
-    if width > backbone.max_length:
+    shift = _shift(plan, ids.device)
+    ends = None
+    if width > backbone.max_length or shift is not None:
         ends = torch.full_like(ids, width)[:, 0] if mask is None else _ends(mask)
+        ends = ends if shift is None else ends + shift
+    if ends is not None and (width > backbone.max_length or int(ends.max()) > backbone.max_length):
         place = int(ends.argmax())
         row = plan.number(place)
         delta_set = plan.ordered[place]
-        prompt = 0 if delta_set is None else delta_set.prompt_length
+        prompt = 0 if delta_set is None else delta_set.num_positions
         raise PlanError(
             f"row {row}: {int(ends[place])} positions, {prompt} of them its prompt, in a batch of {width}, but the "
             f"backbone has {backbone.max_length}; truncate its text to {backbone.max_length - prompt} tokens"
         )
 
 
-def _own_positions(mask: Tensor | None) -> dict[str, Tensor]:
-    """Positions that count from each row's first real token, where padding on the left would shift them.
+def _positions(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Positions where the model's own would not do.
 
-    Padding on the right shifts nothing, and the model's own positions serve.
+    They count from each row's first real token, where padding on the left would shift them; padding on the right
+    shifts nothing. And they are shifted by a memory that counts as positions.
     """
-    if mask is None or bool((mask[:, 0] > 0).all()):
-        return {}
-    lead = ((mask > 0).cumsum(1) == 0).sum(1, keepdim=True)
-    return {"position_ids": (torch.arange(mask.shape[1], device=mask.device) - lead).clamp(min=0)}
+    shift = _shift(plan, ids.device)
+    if backbone.architecture.own_positions and mask is not None and not bool((mask[:, 0] > 0).all()):
+        lead = ((mask > 0).cumsum(1) == 0).sum(1)
+        shift = -lead if shift is None else shift - lead
+    return {} if shift is None else {"position_ids": backbone.position_ids(ids, shift)}
 
 
 def _ends(mask: Tensor) -> Tensor:

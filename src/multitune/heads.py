@@ -5,7 +5,7 @@ Legend: B sequences, T tokens, D width, C outputs of one head, R rows (a multipl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 Pooling = Literal["cls", "mean", "pooler", "last"]
+Dense = Literal["none", "tanh", "gelu", "relu"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 
 #: Target that no loss or metric counts (words cut off by truncation).
 IGNORED = -100
@@ -28,10 +31,11 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A linear head `[C, D]` over a pooled vector, or over each word for tagging."""
+    """A head of C outputs over a pooled vector, or over each word for tagging; linear, or with one layer before."""
 
     kind: str
-    """Kind of task: classification, regression, multilabel, multiple_choice, tagging."""
+    """Kind of task: classification, regression, multilabel, multiple_choice, tagging; embedding has no outputs but
+    the pooled vector itself."""
     num_outputs: int
     """Number of outputs C."""
     pooling: Pooling = "cls"
@@ -39,8 +43,16 @@ class Head:
     (`Backbone.default_pooling` says what suits a backbone); tagging reads every word."""
     dropout: float = 0.1
     """Probability of dropping an entry of the pooled vector, in training."""
+    dense: Dense = "none"
+    """Activation of a layer `[D, D]` in front of the outputs, as in RoBERTa's classifier (tanh); none has no layer."""
 
     def __post_init__(self) -> None:
+        if self.dense not in get_args(Dense):
+            known = get_args(Dense)
+            raise ConfigError(
+                f"activation '{self.dense}' of the head's layer is unknown.{suggest(str(self.dense), known)} "
+                f"Choose {', '.join(known)}"
+            )
         if self.pooling not in get_args(Pooling):
             known = get_args(Pooling)
             raise ConfigError(
@@ -52,14 +64,26 @@ class Head:
     @classmethod
     def for_task(cls, task: Task, pooling: Pooling = "cls", dropout: float = 0.1) -> Head:
         """The head that fits a task."""
-        outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)
+        outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)  # embedding: none
         return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
-        """Fresh tensors `weight [C, D]` (normal, std 0.02) and `bias [C]` (zero), float32."""
+        """Fresh tensors by name, float32: matrices normal with std 0.02, vectors zero."""
         self.check(backbone)
-        weight = torch.randn(self.num_outputs, backbone.output_size, generator=generator) * 0.02
-        return {"weight": weight, "bias": torch.zeros(self.num_outputs)}
+        return {
+            name: torch.randn(shape, generator=generator) * 0.02 if len(shape) == 2 else torch.zeros(shape)
+            for name, shape in self.shapes(backbone).items()
+        }
+
+    def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
+        """`weight [C, D]`, `bias [C]`, and with a dense layer `dense_weight [D, D]` and `dense_bias [D]`."""
+        if self.kind == "embedding":
+            return {}
+        width, outputs = backbone.output_size, self.num_outputs
+        shapes = {"weight": torch.Size((outputs, width)), "bias": torch.Size((outputs,))}
+        if self.dense != "none":
+            shapes |= {"dense_weight": torch.Size((width, width)), "dense_bias": torch.Size((width,))}
+        return shapes
 
     def check(self, backbone: Backbone) -> None:
         """Raise `ConfigError` if the backbone cannot pool this way."""
@@ -106,9 +130,13 @@ def logits(
     mask: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """One head for all sequences: `[B, C]`, or `[B, T, C]` for tagging."""
+    """One head for all sequences, tensors as `Head.shapes` names them: `[B, C]`, or `[B, T, C]` for tagging."""
     features = hidden if head.kind == "tagging" else pool(backbone, hidden, mask, head.pooling)
     features = F.dropout(features, head.dropout, training=training)
+    if head.dense != "none":
+        weight, bias = (tensors[f"dense_{k}"].to(features.dtype) for k in ("weight", "bias"))
+        features = _ACTIVATIONS[head.dense](F.linear(features, weight, bias))
+        features = F.dropout(features, head.dropout, training=training)
     return F.linear(features, tensors["weight"].to(features.dtype), tensors["bias"].to(features.dtype))
 
 
@@ -120,20 +148,22 @@ def mixed_logits(
 ) -> list[Tensor | None]:
     """Another head for every sequence, of any size, in one product per way of pooling.
 
-    Returns, per sequence, its own `[C]` (tagging: `[T, C]`), or `None` where it has no head.
+    Returns, per sequence, its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
     """
     out: list[Tensor | None] = [None] * len(heads)
-    ways = {"words" if h[0].kind == "tagging" else h[0].pooling for h in heads if h is not None}
-    for way in sorted(ways):
-        rows = [
-            i
-            for i, h in enumerate(heads)
-            if h is not None and way == ("words" if h[0].kind == "tagging" else h[0].pooling)
-        ]
+    for way, dense in sorted({_way(h[0]) for h in heads if h is not None}):
+        rows = [i for i, h in enumerate(heads) if h is not None and _way(h[0]) == (way, dense)]
         chosen = [h for i in rows if (h := heads[i]) is not None]
         picked = hidden[rows]
         picked_mask = None if mask is None else mask[rows]
+        if dense == "embedding":
+            for i, vector in zip(rows, pool(backbone, picked, picked_mask, way), strict=True):
+                out[i] = vector
+            continue
         features = picked if way == "words" else pool(backbone, picked, picked_mask, way).unsqueeze(1)
+        if dense != "none":
+            matrix, offset = (torch.stack([t[f"dense_{k}"] for _, t in chosen]) for k in ("weight", "bias"))
+            features = _ACTIVATIONS[dense](torch.baddbmm(offset.unsqueeze(1), features, matrix.transpose(1, 2)))
         weight = pad_sequence([t["weight"] for _, t in chosen], batch_first=True)  # [R, C_max, D]
         bias = pad_sequence([t["bias"] for _, t in chosen], batch_first=True).unsqueeze(1)
         values = torch.baddbmm(bias, features, weight.transpose(1, 2))  # [R, T or 1, C_max]
@@ -141,6 +171,12 @@ def mixed_logits(
             own = values[k, :, : chosen[k][0].num_outputs]
             out[i] = own if way == "words" else own[0]
     return out
+
+
+def _way(head: Head) -> tuple[str, str]:
+    """What heads share that are computed together: how they pool, and what they do then."""
+    then = "embedding" if head.kind == "embedding" else head.dense
+    return "words" if head.kind == "tagging" else head.pooling, then
 
 
 def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:

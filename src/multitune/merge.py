@@ -76,8 +76,8 @@ def merge_deltas(backbone: Backbone, deltas: DeltaSet) -> Backbone:
 def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> MergeReport:
     """Write the merged model as a plain transformers checkpoint, with tokenizer and head beside it.
 
-    The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with
-    `weight [C, D]` and `bias [C]` of the adapter's head, which a base model has no place for.
+    The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with the tensors
+    of the adapter's head as `Head.shapes` names them, which a base model has no place for.
 
     Args:
         adapter: a trained adapter of this backbone.
@@ -112,7 +112,8 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         merged.model.save_pretrained(temporary)
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
-        save_file({k: t.cpu().contiguous() for k, t in adapter.head_params.items()}, temporary / HEAD_FILE)
+        if adapter.head_params:
+            save_file({k: t.cpu().contiguous() for k, t in adapter.head_params.items()}, temporary / HEAD_FILE)
 
     replace_folder(folder, write, ours=_MERGED)
     return MergeReport(path=folder, num_deltas=num_deltas, max_difference=difference, max_magnitude=magnitude)

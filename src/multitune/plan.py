@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multitune.deltas import ORDER, Delta, Prompt, TableRows, TokenBias
+from multitune.deltas import ORDER, Delta, Memory, Prompt, TableRows, TokenBias
 from multitune.deltas.base import stack_view
 from multitune.errors import ConfigError
 from multitune.workspace import Workspace
@@ -81,6 +81,10 @@ class DeltaSet:
                 raise ConfigError(f"an adapter has one {twice[0]} at a site, but {site} would get several")
         self.prompt_length = sum(d.vectors.shape[0] for _, d in self.of(Prompt) if isinstance(d, Prompt))
         """How many vectors this adapter inserts into a row."""
+        self.position_shift = max((d.shift for _, d in self.of(Memory) if isinstance(d, Memory)), default=0)
+        """How many positions further on a row's own tokens count."""
+        self.num_positions = self.prompt_length + self.position_shift
+        """Positions that a row of this adapter takes beside its tokens."""
         self.tables: tuple[TableRows, ...] = tuple(
             d.source for _, d in self.of(TokenBias) if isinstance(d, TokenBias) and isinstance(d.source, TableRows)
         )

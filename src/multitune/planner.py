@@ -212,7 +212,7 @@ def measure_latency(
         finished, smaller = method.finish(tensors, backbone)
         sets.append(DeltaSet(finished.deltas(smaller, backbone)).fused(backbone.dtype, backbone.device))
     rows: Sequence[DeltaSet | None] = [sets[i % num_tasks] for i in range(workload.rows)]
-    longest = max(s.prompt_length for s in sets)
+    longest = max(s.num_positions for s in sets)
     length = min(workload.length, backbone.max_length - longest)
     workspace = Workspace()
     times: dict[bool, list[float]] = {True: [], False: []}

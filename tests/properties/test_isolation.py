@@ -121,7 +121,7 @@ STRATEGIES = {
         position=st.integers(0, MAX_TOKENS + 2),
         reparametrise=st.booleans(),
     ),
-    "ptuning_v2": st.builds(PTuningV2, length=st.integers(1, 9), layers=layers),
+    "ptuning_v2": st.builds(PTuningV2, length=st.integers(1, 9), layers=layers, shift_positions=st.booleans()),
     "aot_fc": st.builds(AoTFC, r=st.integers(1, 5), activation=activations),
     "aot_kronecker": st.builds(AoTKronecker, r=st.integers(1, 4)),
     "sift": st.builds(SIFT, density=st.sampled_from([0.002, 0.02, 0.05, 0.7]), targets=roles, layers=layers),

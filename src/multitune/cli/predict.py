@@ -99,6 +99,8 @@ def _one_row(bank: Bank, texts: Sequence[str], as_json: bool) -> None:
     elif prediction.probabilities:
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         show(shared.table([(n, f"{p:.1%}") for n, p in ranked], ("label", "probability"), right=("probability",)))
+    elif prediction.embedding is not None:
+        print(json.dumps(prediction.embedding.tolist()))
     else:
         print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
 

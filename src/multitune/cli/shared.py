@@ -25,7 +25,9 @@ PIPE_WIDTH = 1000
 
 
 #: The commands in the order in which a newcomer meets them.
-COMMANDS = ("demo", "methods", "tasks", "plan", "train", "evaluate", "predict", "inspect", "fuse", "merge")
+COMMANDS = (
+    "demo", "methods", "tasks", "plan", "train", "evaluate", "predict", "inspect", "fuse", "merge", "import", "export",
+)  # fmt: skip
 
 
 class Group(TyperGroup):

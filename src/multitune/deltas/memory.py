@@ -15,8 +15,8 @@ from multitune.deltas.base import Delta, round_up_power_of_two
 class Memory(Delta):
     """Keys and values put in front of a row's own (prefix-tuning, arXiv 2101.00190; P-tuning v2, arXiv 2110.07602).
 
-    Semantics, one row and head:  `softmax(q [keys ; K]ᵀ / √K) [values ; V]`. Queries, positions and the row's
-    own mask do not change; entries whose `open` is 0 are never attended to.
+    Semantics, one row and head:  `softmax(q [keys ; K]ᵀ / √K) [values ; V]`. Queries and the row's own mask do
+    not change, positions by `shift`; entries whose `open` is 0 are never attended to.
     """
 
     kind: ClassVar[str] = "Memory"
@@ -31,6 +31,8 @@ class Memory(Delta):
     """`[M, H, K]`"""
     open: Tensor
     """`[M]`, 1 where an entry exists and 0 where it only pads to a common length."""
+    shift: int = 0
+    """How many positions further on the row's own tokens count: 0, or M for the convention of key/value caches."""
 
     def canonical(self) -> Self:
         length = self.keys.shape[0]

@@ -37,6 +37,8 @@ class PrefixMemory(Method):
     """Layers that get them; none stands for all."""
     std: float = 0.02
     """Standard deviation of the start without network; small values keep a fresh prefix near an empty one."""
+    shift_positions: bool = False
+    """Count the memory as positions in front of the text, as key/value caches do (Hugging Face PEFT's convention)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "length", "hidden")
@@ -47,6 +49,11 @@ class PrefixMemory(Method):
         return {}
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        if self.shift_positions:
+            name = backbone.model.config.model_type
+            check(backbone.takes_position_ids, self, f"{name} counts its own positions", "give shift_positions=false")
+            room = backbone.max_length - 2
+            check(self.length <= room, self, f"length={self.length} leaves no room", f"give at most {room}")
         start = self.start_from(backbone)
         if self.reparametrise:
             return self._init_network(backbone, generator, start)
@@ -104,10 +111,11 @@ class PrefixMemory(Method):
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         plain = self._plain(params, backbone)
         heads = backbone.num_key_value_heads
+        shift = self.length if self.shift_positions else 0
 
         def memory(site: Site) -> Memory:
             keys, values = (plain[f"{site.name}.{k}"].view(self.length, heads, -1) for k in ("keys", "values"))
-            return Memory(keys=keys, values=values, open=torch.ones(self.length, device=keys.device))
+            return Memory(keys=keys, values=values, open=torch.ones(self.length, device=keys.device), shift=shift)
 
         return {site.name: [memory(site)] for site in self.sites(backbone)}
 

@@ -26,7 +26,7 @@ class PTuningV2(PrefixMemory):
         - The length matters by task: below 20 for simple classification, about 100 for sequence labelling.
         - The authors call search a part of the method; RTE with short prompts and few epochs stays near chance.
         - `reparametrise` helps some tasks and harms others (section 3.3), and wants a smaller learning rate.
-        - Positions do not shift here. A prefix trained elsewhere with shifted positions is another function.
+        - Positions do not shift unless `shift_positions` is set; PEFT's prefixes are trained with shifted ones.
     Published:
         The authors' repository, RoBERTa-large, dev: BoolQ 84.0, COPA 92.0, RTE 86.6, WiC 73.7, WSC 64.4, CoNLL04 88.4,
         OntoNotes 90.1, CoNLL12 84.7, SQuAD 1.1 88.1 / 94.2 (EM / F1).

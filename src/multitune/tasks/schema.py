@@ -15,7 +15,7 @@ from multitune.tasks.templates import Row, Template, cell
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal["classification", "regression", "multilabel", "multiple_choice", "tagging"]
+Kind = Literal["classification", "regression", "multilabel", "multiple_choice", "tagging", "embedding"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Target = int | float | tuple[int, ...]
 
@@ -50,7 +50,8 @@ class Task:
     name: str
     """Name of the task, such as "glue/rte"; free, but not empty."""
     kind: Kind
-    """"classification", "regression", "multilabel", "multiple_choice" or "tagging"."""
+    """"classification", "regression", "multilabel", "multiple_choice", "tagging", or "embedding": a row's vector, which
+    no label column trains and no metric judges (adapters that come without a head)."""
     template: Template
     """The text of a row: a Template, or its parts. For tagging, the column that holds the list of words."""
     label: str = ""
@@ -172,6 +173,8 @@ class Task:
                 return targets.choice_id(value, self.choices)
             case "tagging":
                 return targets.tag_ids(value, self.labels, num_words)
+            case "embedding":
+                return None
 
     def _columns(self, known: list[str], labelled: bool) -> list[str]:
         """The columns of a table to read, all of them known."""
@@ -183,6 +186,8 @@ class Task:
         return list(dict.fromkeys(read))
 
     def _usual_metric(self) -> str:
+        if self.kind == "embedding":
+            return ""
         if self.kind == "tagging":
             return "tag_f1" if is_bio(self.labels) else "token_accuracy"
         return _DEFAULT_METRIC[self.kind]
@@ -216,6 +221,11 @@ class Task:
         _ = self._choices  # a malformed choice is reported here, not at the first row
 
     def _check_metric(self) -> None:
+        if self.kind == "embedding":
+            given = [name for name in ("label", "metric") if getattr(self, name)]
+            if given:
+                raise TaskError(f"embedding has no label to judge by, but {given[0]} was given; leave it out")
+            return
         metric = lookup(self.metric)
         if self.kind not in metric.kinds:
             fit = ", ".join(name for name, other in METRICS.items() if self.kind in other.kinds)

@@ -244,7 +244,7 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
 def _room(model: TuningModel, config: TrainConfig) -> int:
     """Tokens a text may have beside the prompt."""
     params = {n: p.detach() for n, p in model.own().items()}
-    prompt = DeltaSet(model.method.deltas(params, model.backbone)).prompt_length
+    prompt = DeltaSet(model.method.deltas(params, model.backbone)).num_positions
     return min(config.max_length, model.backbone.max_length - prompt)
 
 

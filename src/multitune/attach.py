@@ -1,0 +1,313 @@
+"""`attach`: tune a Hugging Face model in place, so that any loop written for transformers trains it.
+
+The model keeps its class, its modules and its head. Its base model is instrumented, the method's tensors are registered
+as one more module, and its forward pass runs under the plan of that one adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from multitune.backbone import Backbone
+from multitune.call import Call, active, recompute_context
+from multitune.errors import BackboneError, ConfigError, PlanError
+from multitune.files import replace_file
+from multitune.hooks import Undo, wrap_forward
+from multitune.methods import Method
+from multitune.plan import DeltaSet, Plan
+
+if TYPE_CHECKING:
+    from multitune.adapter import Adapter
+
+#: Name of the module that holds the tensors, and so the start of their names in the model's `state_dict`.
+MODULE = "multitune"
+
+#: What a Trainer loads again when it resumes, or takes back its best step: the trained tensors by their names there.
+STATE_FILE = "model.safetensors"
+
+
+def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", seed: int = 0) -> PreTrainedModel:
+    """Make `model` train `method` and its head alone, whatever loop trains it; the model itself is returned.
+
+    Parameters of the base model are frozen, and so is a language model's head. A classifier's head stays trainable.
+    `model.save_pretrained(FOLDER)` writes the adapter in our format, which `Bank` and `multitune predict` read, and
+    beside it what a `Trainer` needs to resume. `model.detach()` takes everything off again.
+
+    Args:
+        model: a transformers model of a supported architecture, with or without a task head.
+        method: any method that changes no weights.
+        name: what saved adapters are called.
+        seed: seed of the fresh tensors.
+
+    Raises:
+        BackboneError: an unsupported architecture, or a model that is attached already.
+        ConfigError: full fine-tuning, which needs none of this; or a method that does not fit.
+    """
+    if MODULE in model._modules or hasattr(model, MODULE):
+        raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
+    if method.changes_weights:
+        raise ConfigError(f"{method.title} trains the model's own weights, for which nothing need be attached")
+    _check_plain_loop(method)
+    attached = Attached(model, method, name, seed)
+    model.add_module(MODULE, attached.tensors)
+    return model
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: the model is what it was, bit for bit, but for a head that was trained.
+
+    Raises:
+        BackboneError: nothing is attached.
+    """
+    tensors = model._modules.get(MODULE)
+    if not isinstance(tensors, AttachedTensors):
+        raise BackboneError("nothing is attached to this model; attach a method first: attach(model, LoRA(r=8))")
+    tensors.owner.detach()
+
+
+#: What `multitune.train` calls while it trains, and no other loop does.
+_HOOKS = ("after_step", "penalty", "calibrate")
+
+
+def _check_plain_loop(method: Method) -> None:
+    """Raise `ConfigError` for a method that needs more of its loop than gradients."""
+    for hook in _HOOKS:
+        if getattr(type(method), hook, None) is not getattr(Method, hook, None):
+            raise ConfigError(
+                f"{method.title} needs a loop that calls its {hook}, which loops of others do not; use multitune.train"
+            )
+
+
+class AttachedTensors(nn.Module):
+    """A method's tensors as a module of the model, so that optimizers, checkpoints and devices find them."""
+
+    def __init__(self, owner: Attached, params: Mapping[str, Tensor], method: Method) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # no module and no part of the state
+        for name, tensor in params.items():
+            trained = method.trains(name)
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor, requires_grad=trained))
+
+    owner: Attached
+
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """The tensors as `method.init` names them."""
+        return {name.replace("/", "."): p for name, p in self.named_parameters()}
+
+
+class Attached:
+    """What `attach` did to one model, and how to undo it."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, name: str, seed: int) -> None:
+        self.model = model
+        self.method = method
+        self.name = name
+        base = model.base_model
+        assert isinstance(base, PreTrainedModel)
+        self.base = base
+        was_training = {m: m.training for m in model.modules()}
+        was_trained = {p: p.requires_grad for p in model.parameters()}
+        self.backbone = Backbone(self.base, None, name=str(model.config.name_or_path or model.config.model_type))
+        for module, training in was_training.items():
+            module.training = training
+        _ = self.backbone.fingerprint  # before the adapter's own tensors join the base model
+        try:
+            params = method.init(self.backbone, torch.Generator().manual_seed(seed))
+            faster = [k for k in params if method.trains(k) and method.learning_rate_factor(k) != 1]
+            if faster:
+                raise ConfigError(
+                    f"{method.title} wants another learning rate for '{faster[0]}', which other loops do not give it; "
+                    f"use multitune.train"
+                )
+        except ConfigError:
+            self.backbone.detach()
+            for parameter, trained in was_trained.items():
+                parameter.requires_grad_(trained)
+            raise
+        self.tensors = AttachedTensors(self, {k: t.to(self.backbone.device) for k, t in params.items()}, method)
+        self._signature = inspect.signature(self.base.forward)
+        self._undo: list[Undo] = [wrap_forward(self.base, self._instrumented)]
+        self._replace("_set_gradient_checkpointing", self._checkpointing)
+        self._replace("save_pretrained", self._saving)
+        self._set("detach", self.detach)
+        self._freeze_output_embeddings()
+        self._undo.append(lambda: _restore(was_trained))
+
+    # ---------------------------------------------------------------- on and off
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
+        self.backbone.detach()
+        self.model._modules.pop(MODULE, None)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Give the model an attribute of its own until it is detached."""
+        self.model.__dict__[name] = value
+        self._undo.append(lambda: self.model.__dict__.pop(name, None))
+
+    def _replace(self, name: str, make: Callable[[Any], Any]) -> None:
+        self._set(name, make(getattr(self.model, name)))
+
+    def _freeze_output_embeddings(self) -> None:
+        """A language model's head belongs to the frozen model; only heads of a task are trained."""
+        out = self.model.get_output_embeddings()
+        if isinstance(out, nn.Module):
+            out.requires_grad_(False)
+
+    # ---------------------------------------------------------------- running
+
+    def delta_set(self) -> DeltaSet:
+        """The deltas that the tensors yield now, differentiably, in the backbone's dtype."""
+        dtype = self.backbone.dtype
+        params = {k: p.to(dtype) if p.is_floating_point() else p for k, p in self.tensors.by_name().items()}
+        return DeltaSet(self.method.deltas(params, self.backbone))
+
+    def _instrumented(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = self._signature.bind_partial(*args, **kwargs)
+            given = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
+            # Task models pass on what they were not given as None, which is every argument's default.
+            given = {k: v for k, v in given.items() if v is not None}
+            return self._run(original, given)
+
+        return forward
+
+    def _run(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+        ids = given.get("input_ids")
+        if ids is None:
+            raise PlanError("an attached model takes input_ids, not inputs_embeds: methods read the token ids")
+        deltas = self.delta_set()
+        plan = Plan([deltas] * ids.shape[0])
+        mask = given.get("attention_mask")
+        flat = mask if mask is None or mask.ndim == 2 else None
+        _check_given(given, deltas)
+        if deltas.num_positions:
+            given.pop("position_ids", None)  # ordinary ones, as was checked; the call has others
+        call = Call(self.backbone, plan, ids, flat, _types(given))
+        inputs = {k: v for k, v in call.inputs.items() if k not in given or k in _FROM_CALL}
+        if _past(given) and "position_ids" not in given:
+            inputs.pop("position_ids", None)  # of the whole row; the model itself counts on from its cache
+        with active(call):
+            output = original(**{**given, **inputs})
+        return output if call.prompts is None else self._without_prompts(call, output)
+
+    def _without_prompts(self, call: Call, output: Any) -> Any:
+        """The output with the inserted vectors taken out again, and the pooler on the first token of the text."""
+        hidden = call.restore(output[0])
+        if isinstance(output, tuple):
+            raise PlanError("an attached prompt needs return_dict=True, since it changes the output's length")
+        output["last_hidden_state"] = hidden
+        if output.get("pooler_output") is not None and self.backbone.pooler is not None:
+            output["pooler_output"] = self.backbone.pooler(hidden)
+        return output
+
+    def _checkpointing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Recomputed layers find their own call again, which torch keeps with the graph."""
+
+        @functools.wraps(original)
+        def set_checkpointing(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(original).bind(*args, **kwargs)
+            function = bound.arguments.get("gradient_checkpointing_func")
+            if function is not None:
+                settings = dict(getattr(function, "keywords", None) or {})
+                if settings.get("use_reentrant", True):
+                    raise ConfigError(
+                        "recomputed layers need use_reentrant=False here: give "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    )
+                bound.arguments["gradient_checkpointing_func"] = functools.partial(
+                    function, context_fn=recompute_context
+                )
+            return original(*bound.args, **bound.kwargs)
+
+        return set_checkpointing
+
+    # ---------------------------------------------------------------- saving
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, with the model's head where our heads can hold it.
+
+        Raises:
+            AdapterError: a head that ours cannot express.
+        """
+        from multitune.convert.hugging_face import adapter_of
+
+        with torch.no_grad():
+            params = {k: p.detach().float().cpu().clone() for k, p in self.tensors.by_name().items()}
+            method, params = self.method.finish(params, self.backbone)  # type: ignore[assignment]
+        return adapter_of(self.model, self.backbone, method, params, self.name)
+
+    def _saving(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def save_pretrained(
+            save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+        ) -> None:
+            if not is_main_process:
+                return
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.adapter().write_into(folder)
+            trained = {k: p.detach().cpu().contiguous() for k, p in self.model.named_parameters() if p.requires_grad}
+            trained |= {f"{MODULE}.{k}": p.detach().cpu().contiguous() for k, p in self.tensors.named_parameters()}
+            replace_file(folder / STATE_FILE, lambda file: save_file(trained, file, metadata={"format": "pt"}))
+
+        return save_pretrained
+
+
+#: Inputs that a call may change, and so come from it even where they were given.
+_FROM_CALL = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def _types(given: Mapping[str, Any]) -> Tensor | None:
+    types = given.get("token_type_ids")
+    return types if isinstance(types, Tensor) else None
+
+
+def _past(given: Mapping[str, Any]) -> int:
+    """Tokens in a key/value cache."""
+    cache = given.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _check_given(given: Mapping[str, Any], deltas: DeltaSet) -> None:
+    """Raise `PlanError` for arguments without a meaning where a prompt lengthens the rows or moves their positions."""
+    if not deltas.num_positions:
+        return
+    if _past(given):
+        raise PlanError("a prompt would be added again at every step with a cache; generate with use_cache=False")
+    mask = given.get("attention_mask")
+    refused = ("output_hidden_states", "output_attentions") if deltas.prompt_length else ()
+    on = next((name for name in refused if given.get(name)), None)
+    if mask is not None and mask.ndim != 2:
+        on = "an attention_mask of more than two dimensions"
+    elif not _ordinary(given.get("position_ids"), mask):
+        on = "position_ids that do not count each row from its first token"
+    if on is not None:
+        raise PlanError(f"{on} cannot be honoured while the attached prompt takes positions of its own; leave it out")
+
+
+def _ordinary(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether `positions [B, T]` count every row's real tokens from 0, as `generate` gives them."""
+    if positions is None:
+        return True
+    if mask is None:
+        return bool((positions == torch.arange(positions.shape[1], device=positions.device)).all())
+    return bool(((positions == mask.cumsum(1) - 1) | (mask == 0)).all())
+
+
+def _restore(was_trained: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, trained in was_trained.items():
+        parameter.requires_grad_(trained)

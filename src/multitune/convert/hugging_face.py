@@ -1,0 +1,65 @@
+"""A tuned Hugging Face model's adapter: its method's tensors, and its task head in our form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from multitune.convert.heads import SEQUENCE, TOKEN, classifier_of, read_head
+from multitune.heads import Head
+from multitune.methods import Method
+from multitune.tasks import Task
+
+if TYPE_CHECKING:
+    from multitune.adapter import Adapter
+    from multitune.backbone import Backbone
+
+#: What `config.problem_type` means in our words.
+_KINDS = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+}
+
+
+def adapter_of(
+    model: PreTrainedModel, backbone: Backbone, method: Method, params: Mapping[str, Tensor], name: str
+) -> Adapter:
+    """An adapter with the head of `model`; one that embeds texts where our heads cannot hold the model's head."""
+    from multitune.adapter import Adapter
+
+    head, tensors = _head(model, backbone, name)
+    named: dict[Any, str] = dict(model.config.id2label or {})
+    labels = tuple(str(named.get(i, f"LABEL_{i}")) for i in range(head.num_outputs))
+    template = "words" if head.kind == "tagging" else "{text}"
+    task = Task(
+        name=name,
+        kind=head.kind,  # type: ignore[arg-type]  # the task checks it
+        template=(template,),  # type: ignore[arg-type]
+        labels=labels if head.kind not in ("regression", "embedding") else (),
+    )
+    return Adapter(
+        name=name,
+        method=method,
+        params=params,
+        head=head,
+        head_params=tensors,
+        task=task,
+        backbone=backbone.describe(),
+        recipe={"trained_by": f"attached to {type(model).__name__}"},
+    )
+
+
+def _head(model: PreTrainedModel, backbone: Backbone, name: str) -> tuple[Head, dict[str, Tensor]]:
+    ends = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN}
+    task = next((t for end, t in ends.items() if type(model).__name__.endswith(end)), None)
+    if task is None or classifier_of(str(model.config.model_type), task) is None:
+        return Head(kind="embedding", num_outputs=0, pooling="mean"), {}
+    inside = {id(p) for p in model.base_model.parameters()}
+    own = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if id(p) not in inside}
+    own = {n: t for n, t in own.items() if not n.startswith("multitune.")}
+    kind = _KINDS.get(str(getattr(model.config, "problem_type", None)))
+    return read_head(own, backbone, task, kind if task == SEQUENCE else None, f"adapter '{name}'")

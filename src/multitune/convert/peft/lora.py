@@ -1,0 +1,208 @@
+"""LoRA, rsLoRA and DoRA:  PEFT keeps `lora_A [R, I]` and `lora_B [O, R]` per module, we keep their transposes.
+
+DoRA's `lora_magnitude_vector [O]` is the whole magnitude, ours what differs from the norm of the frozen weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multitune.convert.names import ModuleNames, product_of
+from multitune.convert.peft.family import Family, Source, Written, family, weight_of
+from multitune.deltas import LowRank
+from multitune.errors import AdapterError
+from multitune.methods import Method, SiteMethod
+from multitune.methods.dora import DoRA, weight_norm
+from multitune.methods.lora import LoRA
+from multitune.methods.low_rank import frozen_weight
+from multitune.sites import Site
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+
+#: Starts that PEFT reaches by changing the base model's weights; the checkpoint then fits the changed ones only.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@family
+class LoRAFamily(Family):
+    """`peft_type` LORA. What trains otherwise and is served as one low-rank update is written as LoRA, too."""
+
+    peft_type = "LORA"
+    methods = ("lora", "rslora", "lora_plus", "pissa", "adalora", "dora")
+    suffixes = (A, B, MAGNITUDE)
+    settings = frozenset(
+        {
+            "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+            "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_lora_weights", "bias", "megatron_core",
+            "qalora_group_size", "ensure_weight_tying",
+        }
+    )  # fmt: skip
+
+    def read(self, source: Source) -> tuple[Method, dict[str, Tensor]]:
+        check_lora_settings(source)
+        check_pairs(source, source.by_module(A), source.by_module(B))
+        first, second, magnitudes = _by_site(source)
+        rank = int(_uniform(source, "rank_pattern", {name: t.shape[0] for name, t in source.by_module(A).items()}))
+        alpha = _uniform(source, "alpha_pattern", {name: alpha_of(source, name) for name in source.by_module(A)})
+        roles, layers = product_of(first, source.backbone, source.where)
+        stabilised = bool(source.config.get("use_rslora"))
+        common: dict[str, Any] = {
+            "r": rank,
+            "dropout": float(source.config.get("lora_dropout") or 0.0),
+            "targets": roles,
+            "layers": layers,
+        }
+        params = {f"{s.name}.A": t.T for s, t in first.items()} | {f"{s.name}.B": t.T for s, t in second.items()}
+        if not source.config.get("use_dora"):
+            return LoRA(alpha=alpha, rank_stabilised=stabilised, **common), params
+        if set(magnitudes) != set(first):
+            raise AdapterError(f"{source.where}: use_dora=True, but some modules have no '{MAGNITUDE[1:]}'")
+        for site, whole in magnitudes.items():
+            params[f"{site.name}.m"] = whole.flatten() - _norm_of(site, source.backbone)
+        return DoRA(alpha=alpha * (math.sqrt(rank) if stabilised else 1), **common), params
+
+    def write(self, method: Method, params: Mapping[str, Tensor], backbone: Backbone) -> Written:
+        assert isinstance(method, SiteMethod)
+        sites = list(method.sites(backbone))
+        if any(s.kind != "linear" for s in sites):
+            raise AdapterError("it adapts the word embeddings, which is not exported")
+        deltas = {s: _low_rank(method, params, s, backbone) for s in sites}
+        rank, scale = max(d.A.shape[1] for d in deltas.values()), next(iter(deltas.values())).scale
+        stabilised = method.name == "rslora" or getattr(method, "rank_stabilised", False)
+        dora = isinstance(method, DoRA)
+        config = {
+            "r": rank,
+            "lora_alpha": scale * (math.sqrt(rank) if stabilised else rank),
+            "lora_dropout": getattr(method, "dropout", 0.0),
+            "use_rslora": stabilised,
+            "use_dora": dora,
+            "target_modules": ModuleNames(backbone).target_modules(sites),
+            "fan_in_fan_out": any(s.transposed for s in sites),
+            "bias": "none",
+            "init_lora_weights": True,
+        }
+        first = {s: F.pad(d.A, (0, rank - d.A.shape[1])) for s, d in deltas.items()}
+        second = {s: F.pad(d.B, (0, 0, 0, rank - d.B.shape[0])) for s, d in deltas.items()}
+        tensors = _by_module(first, second, backbone)
+        if dora:
+            whole = {s: params[f"{s.name}.m"] + _norm_of(s, backbone) for s in sites}
+            for module in dict.fromkeys(s.module for s in sites):
+                tensors[module + MAGNITUDE] = torch.cat([whole[s] for s in _parts(module, backbone)])
+        return Written(config=config, tensors=tensors)
+
+    def fold(self, source: Source, model: nn.Module) -> int:
+        up, magnitudes = source.by_module(B), source.by_module(MAGNITUDE)
+        for name, down in source.by_module(A).items():
+            rank = down.shape[0]
+            scale = alpha_of(source, name) / (math.sqrt(rank) if source.config.get("use_rslora") else rank)
+            weight = weight_of(model, ModuleNames(source.backbone).bare(name))
+            weight += scale * (up[name].double() @ down.double())
+            if name in magnitudes:
+                weight *= magnitudes[name].double().view(-1, 1) / weight.norm(dim=1, keepdim=True)
+        return 0
+
+
+def _low_rank(method: SiteMethod, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> LowRank:
+    """The low-rank update of a site, as it is served."""
+    own = {k.removeprefix(f"{site.name}."): t for k, t in params.items() if k.startswith(f"{site.name}.")}
+    delta = method.delta(own, site, backbone)
+    assert isinstance(delta, LowRank)
+    return delta
+
+
+def _norm_of(site: Site, backbone: Backbone) -> Tensor:
+    """The norm of each output feature's frozen weights, float32 `[O]` on the CPU."""
+    return weight_norm(frozen_weight(site, backbone)[0]).float().cpu()
+
+
+def _parts(module: str, backbone: Backbone) -> list[Site]:
+    """The sites of a module, in the order of its output features."""
+    return sorted((s for s in backbone.sites if s.module == module and s.kind == "linear"), key=lambda s: s.part or ())
+
+
+def _by_site(source: Source) -> tuple[dict[Site, Tensor], dict[Site, Tensor], dict[Site, Tensor]]:
+    """`lora_A [R, I]`, `lora_B [O, R]` and DoRA's magnitudes `[O]` by site.
+
+    A fused projection shares its first factor among its parts, and the others are cut.
+    """
+    names = ModuleNames(source.backbone)
+    first: dict[Site, Tensor] = {}
+    second: dict[Site, Tensor] = {}
+    third: dict[Site, Tensor] = {}
+    up, magnitudes = source.by_module(B), source.by_module(MAGNITUDE)
+    for path, down in source.by_module(A).items():
+        for site in names.sites_of(path, source.where):
+            begin, end = site.part or (0, up[path].shape[0])
+            first[site], second[site] = down, up[path][begin:end]
+            if path in magnitudes:
+                third[site] = magnitudes[path].flatten()[begin:end]
+    return first, second, third
+
+
+def _by_module(first: Mapping[Site, Tensor], second: Mapping[Site, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """The factors by module; a fused projection needs all its parts, with one first factor."""
+    tensors = {}
+    for module in dict.fromkeys(s.module for s in first):
+        parts = _parts(module, backbone)
+        missing = [s.name for s in parts if s not in first]
+        mine = next(t for s, t in first.items() if s.module == module)
+        if missing or any(not torch.equal(first[s], mine) for s in parts):
+            raise AdapterError(
+                f"the module '{module}' computes {', '.join(s.role for s in parts)} at once, for which PEFT has one "
+                f"pair of factors, and this adapter has "
+                + (f"none for {missing[0]}" if missing else "a first factor for each")
+            )
+        tensors[module + A] = mine.T
+        tensors[module + B] = torch.cat([second[s] for s in parts], dim=1).T
+    return tensors
+
+
+def check_lora_settings(source: Source) -> None:
+    """Raise `AdapterError` for settings of LoRA's that change what a checkpoint means."""
+    start = source.config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{source.where}: init_lora_weights={start!r} changed the base model's weights, so that these tensors fit "
+            f"only the changed ones; save it again as a plain LoRA: "
+            f"save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)"
+        )
+    bias = source.config.get("bias", "none")
+    if bias != "none":
+        raise AdapterError(f"{source.where}: bias={bias!r} trained biases beside LoRA, which our method has none of")
+
+
+def check_pairs(source: Source, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Raise `AdapterError` unless both factors of every module are there, and any at all."""
+    alone = sorted(set(first) ^ set(second))
+    if alone or not first:
+        which = f"only one of the two factors of '{alone[0]}'" if alone else "no LoRA factors"
+        raise AdapterError(f"{source.where}: the checkpoint holds {which}; it is damaged, save it again")
+
+
+def alpha_of(source: Source, module: str) -> float:
+    """`lora_alpha` of a module: that of the first pattern that fits the end of its path, or the common one."""
+    for pattern, alpha in (source.config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return float(alpha)
+    return float(source.config.get("lora_alpha", 8))
+
+
+def _uniform(source: Source, setting: str, values: Mapping[str, float]) -> float:
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    examples = {value: name for name, value in values.items()}
+    shown = ", ".join(f"{value:g} at {name}" for value, name in sorted(examples.items()))
+    raise AdapterError(
+        f"{source.where}: {setting}={source.config.get(setting)!r} gives modules different values ({shown}), and our "
+        f"LoRA has one for all; merge it with PEFT, or train it again without {setting}"
+    )
