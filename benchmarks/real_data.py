@@ -64,6 +64,11 @@ TASKS = {
     "glue/mrpc": Setting(title="MRPC", max_length=128, scores=("f1", "accuracy")),
     "glue/rte": Setting(title="RTE", max_length=128, scores=("accuracy",), seeds=(0,)),
 }
+#: The methods of the table; others may be asked for by name.
+METHODS = (
+    "aot_fc", "aot_kronecker", "bitfit", "full", "head", "houlsby", "ia3", "layernorm", "lora", "pfeiffer", "prompt",
+    "ptuning_v2",
+)  # fmt: skip
 PEFT_METHODS = ("ia3", "layernorm", "lora", "prompt")
 BACKBONE = "minilm"
 EPOCHS = 2
@@ -462,7 +467,7 @@ def _notes(args: argparse.Namespace, done: list[Row]) -> str:
 
 def _command(args: argparse.Namespace) -> str:
     parts = [" --threads 1 --shard I/2"]
-    for name, default in (("methods", multitune.method_names()), ("tasks", tuple(TASKS)), ("seeds", None)):
+    for name, default in (("methods", METHODS), ("tasks", tuple(TASKS)), ("seeds", None)):
         given = getattr(args, name)
         if given is not None and tuple(given) != tuple(default or ()):
             parts.append(f" --{name} {' '.join(map(str, given))}")
@@ -545,7 +550,14 @@ def _shard(text: str) -> tuple[int, int]:
 def _arguments() -> argparse.Namespace:
     names = multitune.method_names()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=names, choices=names, metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=names,
+        metavar="NAME",
+        help=f"default: {' '.join(METHODS)}",
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")
     parser.add_argument("--systems", nargs="+", default=["multitune", "peft"], choices=["multitune", "peft"])
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: a table per task")

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +19,9 @@ from multitune import Backbone, Method, get_method, method_names
 from multitune.cli.catalogue import facts
 from multitune.cli.fields import fields_of
 from multitune.cli.sections import SECTIONS, sections_of
-from multitune.plan import DeltaSet
+from multitune.errors import ConfigError
+from multitune.merge import why_not_mergeable
+from multitune.plan import DeltaSet, Plan
 from multitune.sites import Site
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -138,6 +142,90 @@ def mixes(cls: type[Method]) -> str:
     return "no: it changes the backbone's own weights" if cls.changes_weights else "yes, with every other method"
 
 
+#: Columns of the table of architectures: the tests' configuration, and its heading.
+COLUMNS = {
+    "bert": "BERT",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-R",
+    "electra": "ELECTRA",
+    "distilbert": "DistilBERT",
+    "albert": "ALBERT",
+    "mpnet": "MPNet",
+    "deberta": "DeBERTa",
+    "deberta-v2/v3": "DeBERTa-v2/v3",
+    "modernbert": "ModernBERT",
+    "t5": "T5",
+    "t5/gated": "Flan-T5",
+    "bart": "BART",
+    "gpt2": "GPT-2",
+    "opt": "OPT",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+}
+
+
+def architectures() -> str:
+    """The table of every method on every architecture; each cell has been run at random initialisation."""
+    backbones = {heading: tiny(name) for name, heading in COLUMNS.items()}
+    notes: dict[str, int] = {}
+
+    def note(reason: str) -> str:
+        return str(notes.setdefault(reason, len(notes) + 1))
+
+    lines = [
+        NOTE,
+        "# Every method on every architecture\n",
+        "Each cell is a run on a small model of random weights (the configurations of `tests/conftest.py`): a batch of "
+        "a row with the method and a bare row, compared with each row alone. `yes` runs and mixes, `merges` does so "
+        "and folds into the weights, `own` trains weights and is served by a backbone of its own; a number stands for "
+        "why not, below. What keeps a method from merging is on its page, or depends on the architecture: weights "
+        "that layers share cannot differ between them, and offsets need a bias or an offset to be added to. Encoders "
+        "of T5 and BART are used without their decoders.\n",
+        "| method | " + " | ".join(backbones) + " |",
+        "|---|" + "---|" * len(backbones),
+    ]
+    for name in method_names():
+        cells = [cell(get_method(name), backbone, note) for backbone in backbones.values()]
+        lines.append(f"| [{get_method(name).title}](methods/{name}.md) | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in notes.items())]
+    return "\n".join(lines) + "\n"
+
+
+def tiny(name: str) -> Backbone:
+    """A small backbone of random weights, as the tests make it."""
+    spec = importlib.util.spec_from_file_location("test_configurations", DOCS.parent / "tests" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return Backbone(sys.modules[spec.name]._model(name), name=name)
+
+
+def cell(cls: type[Method], backbone: Backbone, note: Callable[[str], str]) -> str:
+    """One cell: run the method beside a bare row, and see whether it merges."""
+    method, generator = cls(), torch.Generator().manual_seed(0)
+    try:
+        params = {
+            k: t + 0.1 * torch.randn(t.shape, generator=generator) if method.trains(k) else t
+            for k, t in method.init(backbone, generator).items()
+        }
+        deltas = DeltaSet(method.deltas(params, backbone))
+    except ConfigError as error:
+        return note(str(error))
+    if method.changes_weights:
+        return "own"
+    ids = torch.arange(12).view(2, 6) + 5
+    with torch.no_grad():
+        mixed = backbone.run(Plan([deltas, None]), ids)
+        alone = torch.cat([backbone.run(Plan([own]), ids[i : i + 1]) for i, own in enumerate((deltas, None))])
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-5)
+    return "merges" if why_not_mergeable(backbone, deltas) is None else "yes"
+
+
 def yes(condition: bool) -> str:
     """The word for a table."""
     return "yes" if condition else "no"
@@ -147,6 +235,7 @@ def pages() -> dict[Path, str]:
     """Every generated file and its content."""
     minilm, roberta = Backbone.load("minilm"), roberta_base()
     made = {DOCS / "methods.md": overview(minilm, roberta) + unified(minilm)}
+    made[DOCS / "architectures.md"] = architectures()
     for name in method_names():
         made[DOCS / "methods" / f"{name}.md"] = page(get_method(name), minilm, roberta)
     return made
