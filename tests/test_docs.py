@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -69,6 +70,22 @@ def test_the_readme_names_every_method():
 def test_the_readme_code_uses_names_that_exist():
     used = {n for block in blocks("README.md", "python") for n in re.findall(r"\bmt\.(\w+)", block)}
     assert used and all(hasattr(mt, name) for name in used), used
+
+
+def test_the_readme_code_for_your_own_data_runs(minilm, tmp_path, monkeypatch):
+    (code,) = (b for b in blocks("README.md", "python") if "load_table" in b)
+    rows = [f"Row {i} is {word}.,{label}" for i, (word, label) in enumerate([("good", "yes"), ("bad", "no")] * 10)]
+    causes = [{"premise": f"Lamp {i} is dark.", "first": "No power.", "second": "Red.", "answer": 0} for i in range(9)]
+    monkeypatch.chdir(tmp_path)
+    for file in ("reviews.csv", "more.csv"):
+        Path(file).write_text("\n".join(["review,verdict", *rows]), "utf-8")
+    Path("causes.jsonl").write_text("\n".join(map(json.dumps, [*causes, {**causes[0], "answer": 1}])), "utf-8")
+    exec(compile(code, "README.md", "exec"), {"mt": mt, "backbone": minilm})
+    bank = mt.Bank(minilm)
+    for name in ("reviews", "causes"):
+        bank.add(name, f"adapters/{name}")
+    answers = bank.predict([("reviews", "Good."), ("causes", causes[0])])
+    assert [set(a.probabilities) for a in answers] == [{"yes", "no"}, {"0", "1"}]
 
 
 def test_no_document_links_to_a_file_that_is_not_there():

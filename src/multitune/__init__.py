@@ -60,7 +60,7 @@ from multitune.methods.top_layers import TopLayers
 from multitune.methods.u_tuning import UTuning
 from multitune.methods.vera import VeRA
 from multitune.plan import DeltaSet, Plan
-from multitune.tasks import Task, infer_task, load_task, read_table
+from multitune.tasks import Task, TaskData, Template, infer_task, list_tasks, load_table, load_task, read_table
 from multitune.training import TrainConfig, TrainResult, evaluate, train
 from multitune.version import __version__
 
@@ -114,7 +114,9 @@ __all__ = [
     "SiteMethod",
     "SoTU",
     "Task",
+    "TaskData",
     "TaskError",
+    "Template",
     "TopLayers",
     "TrainConfig",
     "TrainResult",
@@ -128,6 +130,8 @@ __all__ = [
     "get_method",
     "import_adapter",
     "infer_task",
+    "list_tasks",
+    "load_table",
     "load_task",
     "make_method",
     "merge",

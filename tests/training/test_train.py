@@ -5,6 +5,7 @@ import math
 import os
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from multitune import (
     Plan,
     PromptTuning,
     TopLayers,
+    Task,
     TrainConfig,
     evaluate,
     get_method,
@@ -201,7 +203,8 @@ def test_early_stopping(tiny, make_data, quick):
     )
     evaluated = [e["step"] for e in result.history if "eval_loss" in e]
     assert result.num_steps == 9 and evaluated == [3, 6, 9]
-    assert result.best_step == 3
+    losses = {e["step"]: e["eval_loss"] for e in result.history if "eval_loss" in e}
+    assert result.best_step == max(losses, key=lambda step: (-losses[step], step))
 
 
 def test_evaluations_per_epoch(tiny, make_data, quick):
@@ -339,3 +342,27 @@ def test_partial_tuning_moves_its_layers_and_goes_no_deeper(method, tiny, make_d
         )
     copied.run(Plan([None]), torch.tensor([[5, 6, 7]]))
     assert needs_backward == [i >= layer for i in range(tiny.num_layers)]
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("pairs.csv", r"not a str; give load_table\('pairs.csv'"),
+        (Path("pairs.csv"), r"load_table\('pairs.csv'"),
+        ([{"text": "a", "label": 1}], r"not a list; give load_table\(rows"),
+        (Task(name="t", kind="regression", template="text", label="y"), r"load_table\(FILE, task=task\)"),
+    ],
+)
+def test_what_has_no_rows_of_a_task_is_refused_with_the_line_that_makes_some(tiny, given, fix):
+    with pytest.raises(DataError, match=fix):
+        train(tiny, given, "lora")
+
+
+def test_evaluate_reads_a_file(tiny, make_data, quick, tmp_path):
+    data = make_data()
+    adapter = quick(tiny, data).adapter
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, data.validation)), "utf-8")
+    assert evaluate(tiny, adapter, file) == evaluate(tiny, adapter, str(file)) == evaluate(tiny, adapter, data)
+    with pytest.raises(DataError, match="not a Task"):
+        evaluate(tiny, adapter, data.task)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
@@ -31,11 +30,10 @@ from multitune.cli.shared import (
 from multitune.errors import ConfigError, DataError, TaskError, suggest
 from multitune.methods import make_method
 from multitune.methods.combined import part_names
-from multitune.tasks import TaskData, infer_task, list_splits, load_task, read_table, split_table
+from multitune.tasks import TaskData, any_split, load_table, load_task
 from multitune.training import TrainConfig, evaluate, train
 
 SETTINGS = fields_of(TrainConfig)
-HELD_OUT = 0.1
 
 _OWN = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "name")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
@@ -156,6 +154,8 @@ def train_command(
         "with_head": result.num_method_parameters + result.num_head_parameters,
         "metric": data.task.metric,
         "score": result.best_metric,
+        "best_step": result.best_step,
+        "steps": result.num_steps,
         "seconds": round(result.seconds, 1),
         "bytes": shared.adapter_size(out),
         "adapter": str(out),
@@ -163,9 +163,11 @@ def train_command(
     if as_json:
         print_json(facts)
         return
-    cells = (count(facts["parameters"]), count(facts["with_head"]), score(facts["score"]), f"{facts['seconds']:.1f}")
-    columns = ("method", "parameters", "with head", data.task.metric, "seconds", "size", "adapter")
-    show(shared.table([(method.name, *cells, size(facts["bytes"]), out)], columns, right=columns[1:6]))
+    kept = f"step {count(result.best_step)} of {count(result.num_steps)}"
+    cells = (count(facts["parameters"]), count(facts["with_head"]), score(facts["score"]), kept)
+    columns = ("method", "parameters", "with head", data.task.metric, "kept", "seconds", "size", "adapter")
+    more = (f"{facts['seconds']:.1f}", size(facts["bytes"]), out)
+    show(shared.table([(method.name, *cells, *more)], columns, right=columns[1:7]))
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -259,24 +261,7 @@ def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
         return load_task(str(chosen["task"]))
     if "train" not in own:
         raise ConfigError("train needs data: --task NAME (`multitune tasks` lists them) or --train FILE")
-    splits = list_splits(own["train"])
-    table = read_table(own["train"], split="train" if "train" in splits else None)
-    columns = {key: own[key] for key in ("text", "text_pair", "label", "kind") if key in own}
-    task = infer_task(table, **columns, name=own.get("name") or Path(own["train"]).stem)
-    if "metric" in own:
-        task = replace(task, metric=own["metric"])
-    if "validation" in own:
-        return TaskData(task=task, train=table, validation=_any_split(own["validation"], "validation"))
-    if "validation" in splits:
-        return TaskData(task=task, train=table, validation=read_table(own["train"], split="validation"))
-    train_rows, held_out = split_table(table, HELD_OUT, seed, label=task.label)
-    return TaskData(task=task, train=train_rows, validation=held_out)
-
-
-def _any_split(source: str, split: str) -> Any:
-    """The named split of a source, or its only one."""
-    splits = list_splits(source)
-    return read_table(source, split=split if len(splits) > 1 else None)
+    return load_table(own.pop("train"), **own, seed=seed)  # type: ignore[arg-type]
 
 
 def _task_of(adapter: Adapter, name: str | None) -> TaskData:
@@ -329,7 +314,7 @@ def evaluate_command(
         raise ConfigError("--task and --data both say what to judge by; give one of them")
     dropped = _layers(drop_layers)
     loaded = [Adapter.load(folder) for folder in adapters]
-    tables = [_any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
+    tables = [any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
     found: list[dict[str, Any]] = []
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):

@@ -9,6 +9,7 @@ Knows tables and texts, never tensors or models.
 
 from multitune.tasks.infer import infer_task
 from multitune.tasks.metrics import compute, higher_is_better
+from multitune.tasks.own import any_split, load_table
 from multitune.tasks.readers import list_splits, read_table
 from multitune.tasks.schema import Example, Task
 from multitune.tasks.splits import split_table
@@ -20,11 +21,13 @@ __all__ = [
     "Task",
     "TaskData",
     "Template",
+    "any_split",
     "compute",
     "higher_is_better",
     "infer_task",
     "list_splits",
     "list_tasks",
+    "load_table",
     "load_task",
     "read_table",
     "split_table",

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from multitune.heads import Head
 from multitune.methods import Method, make_method
 from multitune.plan import DeltaSet
 from multitune.tables import TABLE_FILE
-from multitune.tasks import TaskData, compute
+from multitune.tasks import Task, TaskData, any_split, compute
+from multitune.tasks.readers import Source
 from multitune.training.checkpoints import FOLDER, Checkpoints
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.curve import write_curve
@@ -52,7 +53,7 @@ class TrainResult:
     best_metric: float
     """Best value of the task's headline metric on the validation rows."""
     best_step: int
-    """Step that reached it."""
+    """Step that reached it and is kept: of equal values that with the lowest validation loss, then the latest."""
     num_steps: int
     """Optimizer steps taken."""
     num_method_parameters: int
@@ -77,7 +78,7 @@ def train(
     """Train an adapter for one task. The same seed gives the same tensors, bit for bit.
 
     Args:
-        data: the task with its tables of training and validation rows.
+        data: the task with its tables of training and validation rows, from `load_task` or `load_table`.
         method: a method, or the name of one with its usual hyper-parameters, or of several joined by "+".
         output_dir: where the adapter and, while it runs, its checkpoints go. A run that was killed is resumed
             by the same call. `None` saves nothing.
@@ -90,6 +91,7 @@ def train(
         DataError: a row that does not fit the task.
     """
     start = time.perf_counter()
+    _check_data(data)
     chosen = make_method(method) if isinstance(method, str) else method
     config = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides}).resolve(chosen)
     config = replace(config, pooling=config.pooling or backbone.default_pooling)
@@ -143,7 +145,7 @@ def train(
 def evaluate(
     backbone: Backbone,
     adapter: Adapter | str | Path,
-    data: TaskData | Any,
+    data: TaskData | Source,
     split: str = "validation",
     batch_size: int = 32,
     drop_layers: Sequence[int] = (),
@@ -151,7 +153,8 @@ def evaluate(
     """Metrics of an adapter, by the path that serves it.
 
     Args:
-        data: a task's data, of which `split` is read; or a table of labelled rows.
+        data: a task's data or a source with several splits, of which `split` is read; or labelled rows, as anything
+            that `read_table` reads: a file, a `datasets.Dataset`, a list of mappings.
         split: "train", "validation" or "test".
         drop_layers: layers in which the adapter is left out, see `Bank.add`.
 
@@ -161,8 +164,7 @@ def evaluate(
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, backbone)
     task = adapter.task
-    table = _split(data, split) if isinstance(data, TaskData) else data
-    table = table if hasattr(table, "column_names") else list(table)
+    table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
     targets: list[Any] = [e.target for e in task.examples(table)]
     if not targets:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
@@ -185,6 +187,32 @@ def _split(data: TaskData, split: str) -> Any:
     if tables[split] is None:
         raise DataError(f"task '{data.task.name}' has no labelled {split} split; choose train or validation")
     return tables[split]
+
+
+def _labelled(data: Any, split: str) -> Any:
+    """The labelled rows of a source; rows in memory as they are."""
+    if isinstance(data, (str, Path, Mapping)):  # a file, a folder, a hub data set, or tables by split
+        return any_split(data, split)
+    if isinstance(data, Task) or not isinstance(data, Iterable):
+        raise DataError(
+            f"evaluate takes rows with labels, not a {type(data).__name__}; give load_task(NAME), a file, or a list of "
+            f"mappings of columns to values"
+        )
+    return data if hasattr(data, "column_names") else list(data)
+
+
+def _check_data(data: Any) -> None:
+    """Raise `DataError` with the line that makes rows out of what was given."""
+    if isinstance(data, TaskData):
+        return
+    if isinstance(data, Task):
+        problem = f"a Task ('{data.name}') says how rows are read and has none"
+        fix = "load_table(FILE, task=task)"
+    else:
+        shown = repr(str(data)) if isinstance(data, (str, Path)) else "rows"
+        problem = f"train takes a task with its rows (TaskData), not a {type(data).__name__}"
+        fix = f"load_table({shown}, text=COLUMN, label=COLUMN), or load_task(NAME) for one that has a name"
+    raise DataError(f"{problem}; give {fix}")
 
 
 def _check_backbone(backbone: Backbone) -> None:
