@@ -70,6 +70,34 @@ def test_accumulation_and_early_stopping_survive_a_stop(after, tiny, make_data, 
     assert resumed.history == whole.history
 
 
+@pytest.mark.parametrize("after", [0, 30, 45])
+def test_of_equal_scores_the_lowest_loss_is_kept_also_after_a_stop(
+    after, tiny, make_data, quick, same_tensors, tmp_path
+):
+    data, settings = make_data(validation=2), SETTINGS | dict(epochs=8, evaluations_per_epoch=3, learning_rate=3e-3)
+    whole = quick(tiny, data, LoRA(), tmp_path / "whole", **settings)
+    judged = [e for e in whole.history if "eval_accuracy" in e]
+    tied = [e for e in judged if e["eval_accuracy"] == whole.best_metric]
+    best = min(tied, key=lambda e: (e["eval_loss"], -e["step"]))
+    assert whole.best_metric == max(e["eval_accuracy"] for e in judged)
+    assert whole.best_step == best["step"] != tied[0]["step"]
+    assert whole.adapter.metrics["loss"] == best["eval_loss"]
+    if after:
+        with pytest.raises(Stop):
+            quick(tiny, data, _stopping(LoRA, after)(), tmp_path / "broken", **settings)
+        resumed = quick(tiny, data, LoRA(), tmp_path / "broken", **settings)
+        assert resumed.best_step == whole.best_step
+        same_tensors(whole.adapter, resumed.adapter)
+
+
+def test_patience_counts_from_the_metric_and_not_from_the_loss(tiny, make_data, quick):
+    settings = SETTINGS | dict(epochs=8, evaluations_per_epoch=3, early_stopping=4)
+    result = quick(tiny, make_data(validation=2), LoRA(), **settings)
+    judged = [e for e in result.history if "eval_accuracy" in e]
+    first = next(i for i, e in enumerate(judged) if e["eval_accuracy"] == result.best_metric)
+    assert len(judged) == first + 1 + 4
+
+
 def test_a_run_killed_after_its_last_step_only_publishes(tiny, make_data, quick, same_tensors, tmp_path):
     out = tmp_path / "out"
     whole = quick(tiny, make_data(), LoRA(), out, keep_checkpoints=True, **SETTINGS)

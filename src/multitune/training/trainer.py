@@ -267,24 +267,32 @@ class TuningTrainer(Trainer):
         return {"loss": loss / max(count, 1), **compute(task.metric, predictions, targets, task.labels)}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Keep the tensors if they are the best so far, and stop when they have not been for long enough."""
+        """Keep the tensors if they are the best so far, and stop when the metric has not risen for long enough.
+
+        Few validation rows soon give equal scores: of those the lower validation loss is better, then the later step.
+        """
         value, best = metrics[f"eval_{self.metric}"], self.state.best_metric
         settled = self.tuned.method.is_settled(self.state.global_step, self.max_steps)
         better = best is None or (value > best if higher_is_better(self.metric) else value < best)
         if settled and not self.tuned.method.is_settled(self.state.best_global_step or 0, self.max_steps):
             better = True  # what was best so far is not in the method's final form
-        if better:
+        tied = value == best and metrics["eval_loss"] <= self.best_metrics["loss"]
+        if better or tied:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.best = self.tuned.snapshot()
             self.best_metrics = {k.removeprefix("eval_"): v for k, v in metrics.items()}
         patience = self.config.early_stopping
-        if settled and patience is not None and self._evaluations_since_best() >= patience:
+        if settled and patience is not None and self._evaluations_without_a_better_one() >= patience:
             self.control.should_training_stop = True
-        return better
+        return better or tied
 
-    def _evaluations_since_best(self) -> int:
-        steps = {e["step"] for e in self.state.log_history if f"eval_{self.metric}" in e}
-        return sum(step > (self.state.best_global_step or 0) for step in steps)
+    def _evaluations_without_a_better_one(self) -> int:
+        """How many evaluations have passed since the best value of the metric was first reached."""
+        key = f"eval_{self.metric}"
+        settled = self.tuned.method.is_settled
+        by_step = {e["step"]: e[key] for e in self.state.log_history if key in e and settled(e["step"], self.max_steps)}
+        reached = min(step for step, value in by_step.items() if value == self.state.best_metric)
+        return sum(step > reached for step in by_step)
 
     # ---------------------------------------------------------------- checkpoints
 
