@@ -273,9 +273,12 @@ def test_a_folder_of_adapters_shows_what_is_inside(bert, random_adapter, tmp_pat
         random_adapter(bert, LoRA(), 1).save(tmp_path / name)
     with pytest.raises(AdapterError, match=r"has no adapter\.json\. It holds the adapters mood, topic: name one of th"):
         Adapter.load(tmp_path, bert)
-    for nothing in (tmp_path / "nothing", tmp_path / "mood" / "adapter.json"):
-        with pytest.raises(AdapterError, match=r"is not an adapter folder: it has no adapter\.json\.$"):
-            Adapter.load(nothing, bert)
+    with pytest.raises(AdapterError, match=r"is not an adapter folder: it has no adapter\.json\.$"):
+        Adapter.load(tmp_path / "mood" / "adapter.json", bert)
+    with pytest.raises(AdapterError, match=r"there is no folder .*nothing\.$"):
+        Adapter.load(tmp_path / "nothing", bert)
+    with pytest.raises(AdapterError, match=r"there is no folder .*moot\. Did you mean 'mood'\?$"):
+        Adapter.load(tmp_path / "moot", bert)
 
 
 # ---- the backbone it belongs to
@@ -283,13 +286,17 @@ def test_a_folder_of_adapters_shows_what_is_inside(bert, random_adapter, tmp_pat
 
 def test_a_foreign_backbone_is_refused_and_the_difference_shown(bert, make_backbone, folder):
     same_shape, other = make_backbone("bert", seed=5), make_backbone("roberta")
-    with pytest.raises(
-        BackboneError, match=r"'lora-1' was trained on backbone 'bert', not on 'bert' \(same shape, oth"
-    ):
+    words = (
+        r"'lora-1' was trained on backbone 'bert' with fingerprint (\w+), not on 'bert' with fingerprint "
+        r"(?!\1)\w+ \(same shape, other weights\)\. (?!.*Backbone\.load)"
+    )
+    with pytest.raises(BackboneError, match=words):
         Adapter.load(folder, same_shape)
-    with pytest.raises(BackboneError, match=r"not on 'roberta' \(name 'bert' there and 'roberta' here, architecture "):
+    with pytest.raises(
+        BackboneError, match=r"not on 'roberta' .*\(name 'bert' there and 'roberta' here, architecture "
+    ):
         Adapter.load(folder, other)
-    with pytest.raises(BackboneError, match=r"num_layers 3 there and 2 here\)\. .*Backbone\.load\('bert'\)"):
+    with pytest.raises(BackboneError, match=r"2 here\)\. .*Backbone\.load\('bert'\), or --backbone bert"):
         Adapter.load(folder, other)
     loaded = Adapter.load(folder)  # without a backbone there is nothing to compare with, until it is used
     with pytest.raises(BackboneError):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from multitune import (
     AoTFC,
@@ -186,6 +187,26 @@ def test_a_name_that_is_nothing_says_what_can_be_given(tmp_path):
     for name in ("no-such-org/no-such-model", str(tmp_path / "nothing"), str(tmp_path), "minilmm"):
         with pytest.raises(BackboneError, match=rf"cannot load backbone '{name}': .*Give 'minilm', a folder with conf"):
             Backbone.load(name)
+    (tmp_path / "mybert").mkdir()
+    with pytest.raises(BackboneError, match=r"there is no folder '.*mybart'\. Did you mean 'mybert'\? As a hub id: "):
+        Backbone.load(tmp_path / "mybart")
+    with pytest.raises(BackboneError, match="Did you mean 'minilm'"):
+        Backbone.load("minilmm")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_says_what_to_do(device):
+    with pytest.raises(ConfigError, match=f"cannot use device '{device}': .* Leave it out to use the CPU"):
+        Backbone.load("minilm", device=device)
+
+
+def test_loading_prints_nothing(checkpoint, capfd):
+    folder = checkpoint()
+    transformers_logging.enable_progress_bar()
+    capfd.readouterr()
+    Backbone.load(folder)
+    assert transformers_logging.is_progress_bar_enabled()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("keep", [0, 9, 0.5, -10])

@@ -124,7 +124,7 @@ def test_what_does_not_fit_stays_out(bert, make_backbone, random_adapter, saved,
         bank.add("a", foreign)
     with pytest.raises(BackboneError, match="same shape, other weights"):
         bank.add("a", foreign.save(tmp_path / "foreign").path)
-    with pytest.raises(AdapterError, match="is not an adapter folder"):
+    with pytest.raises(AdapterError, match="there is no folder .*nothing"):
         bank.add("a", tmp_path / "nothing")
     with pytest.raises(AdapterError, match=r"no table of token rows on disk; run `multitune fuse .*aot'?`"):
         Bank(bert, aot_store="mmap").add("a", saved("aot", AoTFC(r=2)))
@@ -295,7 +295,7 @@ def test_a_folder_that_is_gone_after_eviction_is_named(bert, saved):
     bank.add("a", folder)
     bank.add("b", saved("b", LoRA(), 2))
     shutil.rmtree(folder)
-    with pytest.raises(AdapterError, match=f"{folder} is not an adapter folder"):
+    with pytest.raises(AdapterError, match=f"there is no folder {folder}"):
         bank.predict([("a", "x")])
     assert bank.predict([("b", "x")])[0].adapter == "b"
 
@@ -645,3 +645,8 @@ def test_one_task_object_may_serve_two_names(bert, random_adapter):
     first, second = bank.predict([("a", "good film"), ("b", "good film")])
     assert (first.adapter, second.adapter) == ("a", "b")
     assert first.label == second.label
+
+
+def test_a_plan_takes_one_name_per_row(bert):
+    with pytest.raises(PlanError, match=r"not a single text; give bank\.plan\(\['topic'\]\)"):
+        Bank(bert).plan("topic")

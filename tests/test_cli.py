@@ -147,6 +147,7 @@ def test_as_a_process_data_and_errors_go_separate_ways(monkeypatch: pytest.Monke
 def test_an_unknown_command_and_option_are_refused() -> None:
     assert Answer("trian").code == 2
     assert Answer("methods", "--jsn").code == 2
+    assert "--learning-rate" in Answer("train", "--lr", "1e-3").err
 
 
 def test_sizes() -> None:

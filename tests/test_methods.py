@@ -1,5 +1,6 @@
 """One table of invariants for every registered method: a new method is tested from the day it is added."""
 
+import copy
 import dataclasses
 import json
 import pkgutil
@@ -403,6 +404,17 @@ def test_an_unknown_hyper_parameter_names_the_nearest(any_method):
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"), [("rank", "r"), ("lora_alpha", "alpha"), ("dropuot", "dropout"), ("target_modules", "targets")]
+)
+def test_a_class_refuses_what_is_no_hyper_parameter_of_it_and_knows_other_names(given, meant):
+    with pytest.raises(ConfigError, match=rf"method 'lora' has no hyper-parameter '{given}'\. Did you mean '{meant}'"):
+        LoRA(**{given: 3})
+    with pytest.raises(ConfigError, match="given by name"):
+        LoRA(3)
+    assert dataclasses.replace(copy.deepcopy(LoRA(r=3)), alpha=2.0) == LoRA(r=3, alpha=2.0)
+
+
+@pytest.mark.parametrize(
     ("method", "settings", "words"),
     [
         (LoRA, {"r": 0}, "method 'lora': r=0 is not possible; give r of at least 1"),
@@ -460,13 +472,13 @@ def test_an_unknown_hyper_parameter_names_the_nearest(any_method):
         (UTuning, {"width": 0}, "width=0 is not possible"),
         (UTuning, {"tuner": "prompt"}, "tuner='prompt' .*choose one of bottleneck, low_rank, prefix"),
         (UTuning, {"tuner": "prefix", "activation": "relu"}, "tuner=prefix has no use for activation=relu"),
-        (LoRA, {"r": "eight"}, "r='eight' is not of type int"),
-        (LoRA, {"r": 2.5}, "r=2.5 is not of type int .not a whole number"),
-        (LoRA, {"r": True}, "r=True is not of type int"),
-        (LoRA, {"r": None}, "r=None is not of type int"),
-        (LoRA, {"alpha": True}, "alpha=True is not of type float"),
-        (LoRA, {"targets": [1]}, "targets=.* is not of type .*not a text"),
-        (LoRA, {"rank_stabilised": "maybe"}, "rank_stabilised='maybe' is not of type bool"),
+        (LoRA, {"r": "eight"}, "r='eight' is not possible; give a whole number"),
+        (LoRA, {"r": 2.5}, "r=2.5 is not possible; give a whole number"),
+        (LoRA, {"r": True}, "r=True is not possible; give a whole number"),
+        (LoRA, {"r": None}, "r=None is not possible; give a whole number"),
+        (LoRA, {"alpha": True}, "alpha=True is not possible; give a number"),
+        (LoRA, {"targets": [1]}, "targets=.* is not possible; give a list of texts"),
+        (LoRA, {"rank_stabilised": "maybe"}, "rank_stabilised='maybe' is not possible; give true or false"),
         (Houlsby, {"activation": "swish"}, "activation='swish' .*choose one of gelu, relu, silu, tanh"),
         (PromptTuning, {"start": "zeros"}, "start='zeros' .*choose one of vocabulary, uniform, text, labels"),
     ],

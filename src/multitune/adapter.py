@@ -20,7 +20,7 @@ from torch import Tensor
 
 from multitune import tables
 from multitune.deltas import TableRows, TokenBias, build_table
-from multitune.errors import AdapterError, BackboneError, MultituneError, suggest
+from multitune.errors import AdapterError, BackboneError, MultituneError, suggest, suggest_file
 from multitune.files import replace_file, replace_folder, sha256
 from multitune.heads import Head
 from multitune.layer_drop import without_layers
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
+UNFINISHED = "checkpoints/run.json"
+"""What a training run writes first, and removes last."""
 
 #: What an adapter's folder may hold: these two, a fused table, and what training leaves beside them.
 FILES = (CONFIG_FILE, TENSOR_FILE, tables.TABLE_FILE, "history.json", "curve.png")
@@ -98,10 +100,13 @@ class Adapter:
         if mine["fingerprint"] != theirs["fingerprint"]:
             differing = [k for k in theirs if k != "fingerprint" and mine.get(k) != theirs[k]]
             details = ", ".join(f"{k} {mine.get(k)!r} there and {theirs[k]!r} here" for k in differing)
+            fix = f"Load the backbone it names: Backbone.load({mine['name']!r}), or --backbone {mine['name']}"
+            if mine["name"] == theirs["name"]:  # what goes by this name has changed, and loading it again is no help
+                fix = "Load the backbone it was trained on, or train the adapter anew on this one"
             raise BackboneError(
-                f"adapter '{self.name}' was trained on backbone '{mine['name']}', not on '{theirs['name']}'"
-                f" ({details or 'same shape, other weights'}). Load the backbone it names: "
-                f"Backbone.load({mine['name']!r})"
+                f"adapter '{self.name}' was trained on backbone '{mine['name']}' with fingerprint "
+                f"{mine['fingerprint']}, not on '{theirs['name']}' with fingerprint {theirs['fingerprint']} "
+                f"({details or 'same shape, other weights'}). {fix}"
             )
 
     def delta_set(self, backbone: Backbone, *, aot_store: str = "factors", drop_layers: Sequence[int] = ()) -> DeltaSet:
@@ -314,6 +319,13 @@ def _finite(t: Tensor) -> bool:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.exists():
+        if not folder.exists():
+            raise AdapterError(f"there is no folder {folder}.{suggest_file(folder)}")
+        if (folder / UNFINISHED).exists():
+            raise AdapterError(
+                f"{folder} holds an unfinished training run and no adapter yet; give its train command again, which "
+                f"goes on where it was"
+            )
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
         hint = f" It holds the adapters {', '.join(inside)}: name one of those." if inside else ""
         raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}.{hint}")

@@ -8,7 +8,8 @@ import importlib.util
 import inspect
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,11 +27,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind, architecture_for
 from multitune.call import Call, active, check_ids, recompute_context
-from multitune.errors import BackboneError, ConfigError, PlanError
+from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
@@ -98,11 +100,12 @@ class Backbone:
 
         Raises:
             BackboneError: nothing by that name, an unsupported architecture, or weights that do not load.
-            ConfigError: an unknown dtype.
+            ConfigError: an unknown dtype, or a device that this machine does not have.
         """
         wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if wanted is None:
             raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
+        _check_device(device)
         source = _resolve(str(name))
         try:
             config = AutoConfig.from_pretrained(source)
@@ -110,13 +113,17 @@ class Backbone:
             # float16 is cast to below: see fingerprint
             load_as = torch.float32 if wanted is torch.float16 else wanted
             loader = _loader(config)
-            model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
+            with _no_bar():
+                model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except BackboneError:
             raise
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            place = Path(source)
+            near = suggest(str(name), PACKAGED) or suggest_file(place)
+            absent = "" if place.exists() else f"there is no folder '{name}'.{near} As a hub id: "
             raise BackboneError(
-                f"cannot load backbone '{name}': {str(error).splitlines()[0]}. Give 'minilm', a folder with "
+                f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0]}. Give 'minilm', a folder with "
                 f"config.json, model.safetensors and the tokenizer, or a hub id that this machine can reach"
             ) from error
         _check_complete(str(name), model, report["missing_keys"])
@@ -519,6 +526,28 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # how torch refuses a device that it does not have
+        raise ConfigError(
+            f"cannot use device '{device}': {str(error).splitlines()[0]}. Leave it out to use the CPU; a GPU needs its "
+            f"driver and a build of torch for it (https://pytorch.org/get-started)"
+        ) from error
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the progress bars of transformers, which leaves one behind for every model, however small."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _loader(config: PretrainedConfig) -> Any:

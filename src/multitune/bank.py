@@ -258,7 +258,10 @@ class Bank:
         Raises:
             AdapterError: a name the bank does not have.
             MixError: a row's method cannot be mixed; names the row.
+            PlanError: `names` is a single text.
         """
+        if isinstance(names, str):
+            raise PlanError(f"a plan takes one name per row, not a single text; give bank.plan([{names!r}])")
         with torch.no_grad():
             return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self._workspace)
 

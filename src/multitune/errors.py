@@ -15,6 +15,7 @@ are assertions, never one of these.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MultituneError(ValueError):
@@ -57,3 +58,13 @@ def suggest(asked: str, exist: Iterable[str]) -> str:
     spelled = {name.lower(): name for name in exist}
     near = difflib.get_close_matches(asked.lower(), spelled, n=1)
     return f" Did you mean {spelled[near[0]]!r}?" if near else ""
+
+
+def suggest_file(asked: Path) -> str:
+    """`suggest` among what stands beside a path that does not exist.
+
+    The ending, which all files of a kind share, brings none of them nearer.
+    """
+    beside = sorted(p.name for p in asked.parent.iterdir()) if asked.parent.is_dir() else []
+    stems = difflib.get_close_matches(asked.stem.lower(), {Path(name).stem.lower() for name in beside}, cutoff=0.7)
+    return suggest(asked.name, [name for name in beside if Path(name).stem.lower() in stems])

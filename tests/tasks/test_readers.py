@@ -268,3 +268,11 @@ except ValueError as error:
     said = run(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path))
     assert said.startswith(f"DataError {source.split(':')[0]!r} is no local file or folder, and the data set could not")
     assert "save the table as a .csv, .jsonl or .parquet file and give its path" in said
+
+
+def test_an_ending_that_files_share_makes_no_name_near(tmp_path):
+    (tmp_path / "score.csv").write_text("text,label\na,b\n")
+    with pytest.raises(DataError, match=r"no file or folder '.*nosuch.csv'\. Folder '.*' holds score\.csv"):
+        read_table(tmp_path / "nosuch.csv")
+    with pytest.raises(DataError, match=r"Did you mean 'score\.csv'"):
+        read_table(tmp_path / "scores.tsv")

@@ -169,6 +169,8 @@ def test_an_unfinished_run_of_other_settings_is_refused_by_name(tiny, make_data,
     out = tmp_path / "out"
     with pytest.raises(Stop):
         quick(tiny, make_data(), _stopping(LoRA, 5)(), out, **SETTINGS)
+    with pytest.raises(AdapterError, match="unfinished training run.*give its train command again"):
+        Adapter.load(out)
     with pytest.raises(ConfigError, match=r"other settings: learning_rate is 0.003 there and 0.5 here.*overwrite=True"):
         quick(tiny, make_data(), LoRA(), out, learning_rate=0.5, **SETTINGS)
     with pytest.raises(ConfigError, match=r"method\.r is 8 there and 2 here"):

@@ -9,7 +9,9 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from multitune.words import in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,6 @@ def fields_of(cls: type[Any]) -> tuple[Field, ...]:
         Field(name=f.name, hint=hints[f.name], default=_default(f), doc=docs.get(f.name, ""))
         for f in dataclasses.fields(cls)
     )
-
-
-def in_words(hint: Any) -> str:
-    """A type as the reader of a command line understands it."""
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(in_words(option) for option in options)
-    if origin is Literal:
-        return ", ".join(map(str, options))
-    if origin is tuple:
-        return f"list of {in_words(options[0])}s"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "none"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

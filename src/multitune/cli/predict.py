@@ -18,7 +18,7 @@ from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.bank import Bank, Prediction
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
-from multitune.errors import AdapterError, ConfigError, DataError, MultituneError, suggest
+from multitune.errors import AdapterError, ConfigError, DataError, MultituneError, suggest, suggest_file
 
 
 @app.command()
@@ -138,8 +138,7 @@ def adapter_folders(named: Iterable[str]) -> dict[str, Path]:
 
 def _open(path: Path) -> BinaryIO:
     if not path.is_file():
-        near = suggest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
-        raise DataError(f"no file {str(path)!r} to read rows from.{near}")
+        raise DataError(f"no file {str(path)!r} to read rows from.{suggest_file(path)}")
     return path.open("rb")
 
 

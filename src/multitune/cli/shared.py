@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
 from multitune.backbone import Backbone
-from multitune.errors import ConfigError, MultituneError
+from multitune.errors import MultituneError
 from multitune.version import __version__
 
 #: Width of a table in a pipe: no line of it is ever broken, so that `grep` finds whole rows.
@@ -28,6 +28,23 @@ PIPE_WIDTH = 1000
 COMMANDS = (
     "demo", "methods", "tasks", "plan", "train", "evaluate", "predict", "inspect", "fuse", "merge", "import", "export",
 )  # fmt: skip
+
+
+#: What other tools call an option.
+ALSO_CALLED = {
+    "--lr": "--learning-rate",
+    "--bs": "--batch-size",
+    "--per-device-train-batch-size": "--batch-size",
+    "--num-epochs": "--epochs",
+    "--num-train-epochs": "--epochs",
+    "--model": "--backbone",
+    "--model-name-or-path": "--backbone",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "--train-file": "--train",
+    "--rank": "--set",
+    "--force": "--overwrite",
+}
 
 
 class Group(TyperGroup):
@@ -45,6 +62,11 @@ class Group(TyperGroup):
             if error.filename is None:  # no file's fault: our own, or a pipe whose reader has gone
                 raise
             problem = f"{error.strerror}: {error.filename}"
+        except Exception as error:
+            usual = ALSO_CALLED.get(getattr(error, "option_name", ""))
+            if usual is not None and hasattr(error, "possibilities"):  # typer's error about an unknown option
+                error.possibilities = [usual]
+            raise
         note(f"error: {problem}")
         raise typer.Exit(1)
 
@@ -91,17 +113,12 @@ AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder o
 
 
 def load_backbone(name: str, device: str = "cpu", dtype: str = "float32") -> Backbone:
-    """`Backbone.load`, with transformers kept quiet and an unusable device as an expected error."""
+    """`Backbone.load`, with transformers kept quiet."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        return Backbone.load(name, device=device, dtype=dtype)
-    except MultituneError:
-        raise
-    except (RuntimeError, AssertionError) as error:  # how torch refuses a device that it does not have
-        raise ConfigError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
+    return Backbone.load(name, device=device, dtype=dtype)
 
 
 def backbone_of(adapter: Adapter, name: str | None, device: str = "cpu", dtype: str = "float32") -> Backbone:

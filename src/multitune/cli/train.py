@@ -12,7 +12,7 @@ import yaml
 
 from multitune.adapter import Adapter
 from multitune.cli import shared
-from multitune.cli.fields import Field, fields_of, in_words
+from multitune.cli.fields import Field, fields_of
 from multitune.cli.shared import (
     AsJson,
     Device,
@@ -32,6 +32,7 @@ from multitune.methods import make_method
 from multitune.methods.combined import part_names
 from multitune.tasks import TaskData, any_split, load_table, load_task
 from multitune.training import TrainConfig, evaluate, train
+from multitune.words import in_words
 
 SETTINGS = fields_of(TrainConfig)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from multitune.deltas import Delta
 from multitune.errors import ConfigError, suggest
+from multitune.words import in_words
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
 #: loss by the site's frozen weight, summed over the rows of the first `num_batches` training batches. Gradients of
 #: one layer at most exist at a time; keep of each only what you need.
 WeightGradients = Callable[["Iterable[Site]", int, "Callable[[Site, Tensor], None]"], None]
+
+#: What other libraries and papers call a hyper-parameter.
+_ALSO_CALLED = {
+    "rank": "r",
+    "r": "rank",
+    "lora_rank": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "layers_to_transform": "layers",
+    "d": "bottleneck",
+    "num_virtual_tokens": "length",
+    "prefix_length": "length",
+    "bottleneck_size": "bottleneck",
+    "adapter_size": "bottleneck",
+    "reduction": "bottleneck",
+}
 
 Roles = tuple[str, ...]
 Layers = tuple[int, ...] | None
@@ -64,6 +82,13 @@ class Method:
     """Whether fusing writes a table by token id."""
     needs_gradients: ClassVar[bool] = False
     """Whether `calibrate` chooses by gradients of the frozen weights."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse what is no hyper-parameter, before the dataclass's own `__init__` would with a `TypeError`."""
+        if args:
+            raise ConfigError(f"hyper-parameters are given by name, as {cls.__name__}(name=value), not {args[0]!r}")
+        _check_names(cls, settings, {f.name for f in fields(cls)})
+        return super().__new__(cls)
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         """The tensors of a fresh adapter by name, on the CPU; float32, or whole numbers where they are indices.
@@ -142,12 +167,7 @@ class Method:
         """
         known = {f.name for f in fields(cls)}
         hints = get_type_hints(cls)
-        for key in settings:
-            if key not in known:
-                raise ConfigError(
-                    f"method '{cls.name}' has no hyper-parameter '{key}'.{suggest(key, known)} "
-                    f"It has: {', '.join(sorted(known)) or 'none'}"
-                )
+        _check_names(cls, settings, known)
         return cls(**{key: _parse(cls.name, key, value, hints[key]) for key, value in settings.items()})
 
 
@@ -185,6 +205,17 @@ class SiteMethod(Method):
         return {site.name: self.site_deltas(by_site[site.name], site, backbone) for site in self.sites(backbone)}
 
 
+def _check_names(cls: type[Method], given: Iterable[str], known: Collection[str]) -> None:
+    """Raise `ConfigError` for a hyper-parameter that the method does not have."""
+    for key in given:
+        if key not in known:
+            near = suggest(key, known) or suggest(_ALSO_CALLED.get(key, ""), known)
+            raise ConfigError(
+                f"method '{getattr(cls, 'name', cls.__name__)}' has no hyper-parameter '{key}'.{near} "
+                f"It has: {', '.join(sorted(known)) or 'none'}"
+            )
+
+
 def check(condition: bool, method: Method, problem: str, fix: str) -> None:
     """Raise `ConfigError` about a hyper-parameter unless `condition` holds."""
     if not condition:
@@ -209,8 +240,9 @@ def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
     try:
         return _convert(value, hint)
     except (TypeError, ValueError) as error:
-        wanted = getattr(hint, "__name__", str(hint))
-        raise ConfigError(f"method '{method}': {key}={value!r} is not of type {wanted} ({error})") from error
+        words = in_words(hint)
+        fix = f"choose one of {words}" if get_origin(hint) is Literal else f"give {'' if hint is bool else 'a '}{words}"
+        raise ConfigError(f"method '{method}': {key}={value!r} is not possible; {fix}") from error
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from multitune.errors import DataError, suggest
+from multitune.errors import DataError, suggest, suggest_file
 from multitune.tasks.files import READERS, from_rows, read_file
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f" There is no folder {str(path.parent)!r} either"
     names = sorted(file.name for file in path.parent.iterdir())
-    near = suggest(path.name, names)
+    near = suggest_file(path)
     return near or f" Folder {str(path.parent)!r} holds {', '.join(names[:10]) or 'nothing'}"
 
 

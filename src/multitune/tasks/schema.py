@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from multitune.errors import DataError, TaskError, suggest
 from multitune.tasks import targets
-from multitune.tasks.columns import class_names, require
+from multitune.tasks.columns import class_names, named
 from multitune.tasks.metrics import METRICS, lookup
 from multitune.tasks.spans import is_bio
 from multitune.tasks.templates import Row, Template, cell
@@ -182,7 +182,12 @@ class Task:
             raise DataError(f"task {self.name!r} has no label column; set Task(label=…), or labelled=False to predict")
         read = [*self.columns, self.label] if labelled else list(self.columns)
         for column in read:
-            require(known, column, "the task's label" if column == self.label else "the task's template")
+            if column not in known:
+                part = "label" if column == self.label else "text"
+                raise DataError(
+                    f"no column {column!r}; the table has {named(known)}.{suggest(column, known)} Task {self.name!r} "
+                    f"reads the {part} of a row from {column!r}: rename the column in the table"
+                )
         return list(dict.fromkeys(read))
 
     def _usual_metric(self) -> str:

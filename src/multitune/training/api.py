@@ -234,11 +234,12 @@ def _check_folder(output: Path, overwrite: bool) -> None:
     )
     if foreign:
         raise ConfigError(
-            f"output_dir {output} holds files of another kind ({', '.join(foreign[:3])}); give a new folder"
+            f"output_dir {output} holds files of another kind ({', '.join(foreign[:3])}); give a new folder (--out)"
         )
     if (output / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(
-            f"output_dir {output} holds a finished adapter; give another folder, or overwrite=True to replace it"
+            f"output_dir {output} holds a finished adapter; give another folder (--out), or overwrite=True "
+            f"(--overwrite) to replace it"
         )
 
 

@@ -57,7 +57,8 @@ class Checkpoints:
             if differing and not restart:
                 raise ConfigError(
                     f"{self.folder.parent} holds an unfinished run with other settings: {'; '.join(differing)}. Train "
-                    f"with those settings to resume it, give another output_dir, or overwrite=True to start anew"
+                    f"with those settings to resume it, give another output_dir (--out), or overwrite=True "
+                    f"(--overwrite) to start anew"
                 )
         self._remove()
         self._write_run(settings, finished=False)
