@@ -585,3 +585,29 @@ def test_predict_refuses_what_it_cannot_honour(adapters: Path, tmp_path: Path) -
     assert "window=0" in bad("predict", "--adapters", one, "--window", "0")
     assert "aot_store 'disk'" in bad("predict", "--adapters", one, "--aot-store", "disk", input="")
     assert "dtype 'float8'" in bad("predict", "--adapters", one, "--dtype", "float8", input="")
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
+    tmp_path: Path, short: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ("train", "--task", "demo/topic", "--method", "bitfit", "--out", out, *short, "--max-steps", 4)
+    command = (*command, "--evaluations-per-epoch", 100)
+    good(*command[:6], tmp_path / "whole", *command[7:])
+    after_step = get_method("bitfit").after_step
+
+    def stop(self: Any, params: Any, step: int, num_steps: int) -> None:
+        after_step(self, params, step, num_steps)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(get_method("bitfit"), "after_step", stop)
+        stopped = Answer(*command)
+    assert stopped.code == 130
+    assert "interrupted; the last checkpoint is step " in stopped.err.splitlines()[-1]
+    assert f"in {out}; give the same command to go on" in stopped.err
+    resumed = good(*command)
+    assert "resuming at step " in resumed.err and " of 4" in resumed.err
+    tensors = [folder / "adapter.safetensors" for folder in (out, tmp_path / "whole")]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()

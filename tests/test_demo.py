@@ -35,7 +35,7 @@ def test_it_prints_both_tables_within_100_columns(printed: tuple[Path, str, str]
         mine = [line for line in lines if f" {lesson.method} " in line and lesson.task in line]
         assert len(mine) == 3, "its line in the first table, and two rows in the second"
     assert sum("embedding" in line for line in lines) == 1
-    assert err.count("\n") == len(LESSONS) + 2
+    assert err.count("\n") == 2 * len(LESSONS) + 2, "for each one evaluation and its end; the backbone, the batch"
 
 
 def test_the_adapters_are_on_disk(printed: tuple[Path, str, str]) -> None:
@@ -43,9 +43,22 @@ def test_the_adapters_are_on_disk(printed: tuple[Path, str, str]) -> None:
     assert {file.parent.name for file in folder.glob("*/adapter.json")} == {lesson.name for lesson in LESSONS}
 
 
-def test_a_second_demo_replaces_the_first(tmp_path: Path) -> None:
-    for _ in range(2):
-        result = run_demo(tmp_path, quick=True, lessons=LESSONS[2:3])
+def test_a_second_demo_uses_what_the_first_has_trained_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("[2/2]") and "step" in line:
+            raise KeyboardInterrupt
+
+    lessons, lines = LESSONS[2:4], []
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, quick=True, lessons=lessons, report=stop)
+    assert not (tmp_path / lessons[1].name / "adapter.json").exists()
+    first, second = run_demo(tmp_path, quick=True, lessons=lessons, report=lines.append).adapters
+    assert first.seconds is None and second.seconds is not None
+    file = tmp_path / lessons[0].name / "adapter.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])  # a damaged adapter is trained anew
+    result = run_demo(tmp_path, quick=True, lessons=lessons[:1])
+    assert result.adapters[0].seconds is not None and file.read_bytes() == content
     assert result.agrees
     assert len(result.rows) == 3
     assert result.rows[0].expected != result.rows[1].expected

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from multitune.adapter import CONFIG_FILE, TENSOR_FILE
+from multitune.adapter import CONFIG_FILE, TENSOR_FILE, UNFINISHED, Adapter
 from multitune.backbone import Backbone
 from multitune.bank import Bank, Prediction
-from multitune.errors import ConfigError
-from multitune.methods import get_method
+from multitune.errors import ConfigError, MultituneError
+from multitune.methods import Method, get_method
 from multitune.tasks import Task, compute, load_task
-from multitune.training import evaluate, train
+from multitune.training import TrainConfig, evaluate, train
+from multitune.training.config import COSMETIC
 
 TOLERANCE = 1e-4
 """Largest difference between a row's answer in the mixed batch and its answer alone: float32 arithmetic."""
@@ -79,8 +80,8 @@ class DemoAdapter:
     """On the held-out rows."""
     baseline: float
     """The same metric for the answer that is most frequent in training; for amounts, their mean."""
-    seconds: float
-    """Training time."""
+    seconds: float | None
+    """Training time, of a resumed run since it was resumed; `None` if an earlier demo had trained it."""
     path: Path
 
 
@@ -136,7 +137,8 @@ def run_demo(
     """Train the adapters of `lessons`, save them under `out`, and answer one batch that mixes all of them.
 
     Args:
-        out: folder for the adapters, one folder each; adapters of an earlier demo are replaced.
+        out: folder for the adapters, one folder each. What an earlier demo of equal settings finished there is
+            used again, and what it left unfinished goes on; other adapters are replaced.
         quick: one epoch on a few rows, to see that everything runs; the scores mean nothing then.
         threads: CPU threads. The scores depend on their number in the last digits; and on a machine that has
             other work, one is faster than two.
@@ -150,7 +152,7 @@ def run_demo(
     if threads < 1:
         raise ConfigError(f"threads={threads} is not possible; give at least 1")
     for folder in (Path(out) / lesson.name for lesson in lessons):
-        if folder.exists() and not (folder / CONFIG_FILE).exists():
+        if folder.exists() and not any((folder / file).exists() for file in (CONFIG_FILE, UNFINISHED)):
             raise ConfigError(f"{folder} would be replaced, and is not an adapter; give another folder with --out")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -182,16 +184,15 @@ def _learn_all(
 ) -> list[DemoAdapter]:
     adapters = []
     for number, lesson in enumerate(lessons, start=1):
-        made = _learn(backbone, lesson, out, quick)
+        what = f"[{number}/{len(lessons)}] {lesson.task} with {lesson.method}"
+        made = _learn(backbone, lesson, out, quick, lambda line, what=what: report(f"{what}: {line}"))  # type: ignore[misc]
         adapters.append(made)
-        report(
-            f"[{number}/{len(lessons)}] {lesson.task} with {lesson.method}: {made.metric} {made.score:.3f} "
-            f"in {made.seconds:.1f} s"
-        )
+        how = "trained by an earlier demo" if made.seconds is None else f"in {made.seconds:.1f} s"
+        report(f"{what}: {made.metric} {made.score:.3f}, {how}")
     return adapters
 
 
-def _learn(backbone: Backbone, lesson: Lesson, out: Path, quick: bool) -> DemoAdapter:
+def _learn(backbone: Backbone, lesson: Lesson, out: Path, quick: bool, report: Callable[[str], None]) -> DemoAdapter:
     """Train one adapter, judge it on the held-out rows, save it."""
     data = load_task(f"demo/{lesson.task}")
     rows, held_out, chosen = data.train, data.validation, dict(TRAINING)
@@ -199,23 +200,42 @@ def _learn(backbone: Backbone, lesson: Lesson, out: Path, quick: bool) -> DemoAd
         rows, held_out, chosen = rows.select(range(16)), held_out.select(range(16)), chosen | {"epochs": 1}
     method = get_method(lesson.method).from_settings(lesson.method_settings)
     # The best epoch is chosen by the training rows: the held-out rows are looked at once, here, and choose nothing.
-    result = train(backbone, replace(data, train=rows, validation=rows), method, name=lesson.name, **chosen)
-    scores = evaluate(backbone, result.adapter, held_out)
-    path = out / lesson.name
-    replace(result.adapter, metrics=scores).save(path)
+    path, seconds = out / lesson.name, None
+    adapter = _earlier(backbone, path, data.task, method, TrainConfig(**chosen), len(rows))
+    if adapter is None:
+        both = replace(data, train=rows, validation=rows)
+        result = train(backbone, both, method, path, name=lesson.name, overwrite=True, report=report, **chosen)
+        adapter, seconds = result.adapter, result.seconds
+    scores = evaluate(backbone, adapter, held_out)
+    if adapter.metrics != scores:
+        adapter = replace(adapter, metrics=scores).save(path)
     return DemoAdapter(
         name=lesson.name,
         task=data.task.name,
         method=method.name,
-        parameters=result.num_method_parameters,
-        with_head=result.num_method_parameters + result.num_head_parameters,
+        parameters=adapter.num_method_parameters,
+        with_head=adapter.num_method_parameters + adapter.num_head_parameters,
         num_bytes=sum((path / file).stat().st_size for file in (CONFIG_FILE, TENSOR_FILE)),
         metric=data.task.metric,
         score=scores[data.task.metric],
         baseline=_baseline(data.task, rows, held_out),
-        seconds=result.seconds,
+        seconds=seconds,
         path=path,
     )
+
+
+def _earlier(
+    backbone: Backbone, path: Path, task: Task, method: Method, config: TrainConfig, num_train: int
+) -> Adapter | None:
+    """The adapter in a folder if it is what training there would give, else `None`."""
+    try:
+        adapter = Adapter.load(path, backbone)
+    except MultituneError:
+        return None
+    settings = {k: v for k, v in config.resolve(method).to_dict().items() if k not in COSMETIC}
+    wanted = settings | {"num_train": num_train}
+    same = (adapter.task, adapter.method) == (task, method) and {k: adapter.recipe.get(k) for k in wanted} == wanted
+    return adapter if same else None
 
 
 def _baseline(task: Task, rows: Any, held_out: Any) -> float:

@@ -51,7 +51,7 @@ def _print(result: DemoResult, out: Path) -> None:
             a.metric,
             score(a.score),
             score(a.baseline),
-            f"{a.seconds:.1f}",
+            "earlier" if a.seconds is None else f"{a.seconds:.1f}",
         )
         for a in result.adapters
     ]

@@ -32,6 +32,7 @@ from multitune.methods import make_method
 from multitune.methods.combined import part_names
 from multitune.tasks import TaskData, any_split, load_table, load_task
 from multitune.training import TrainConfig, evaluate, train
+from multitune.training.checkpoints import Checkpoints
 from multitune.words import in_words
 
 SETTINGS = fields_of(TrainConfig)
@@ -140,15 +141,22 @@ def train_command(
         f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
         f"{data.task.metric} on {count(len(data.validation))}"
     )
-    result = train(
-        backbone,
-        data,
-        method,
-        out,
-        config=config,
-        name=out.resolve().name,
-        overwrite=chosen.get("overwrite", False),
-    )
+    try:
+        result = train(
+            backbone,
+            data,
+            method,
+            out,
+            config=config,
+            name=out.resolve().name,
+            overwrite=chosen.get("overwrite", False),
+            report=note,
+        )
+    except KeyboardInterrupt:
+        steps = Checkpoints(out).steps
+        last = f"the last checkpoint is step {steps[-1]} in {out}" if steps else "there was no checkpoint yet"
+        note(f"interrupted; {last}; give the same command to go on")
+        raise typer.Exit(130) from None
     facts: dict[str, Any] = {
         "method": method.name,
         "parameters": result.num_method_parameters,

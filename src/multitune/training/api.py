@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def train(
     config: TrainConfig | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    report: Callable[[str], None] | None = None,
     **overrides: Any,
 ) -> TrainResult:
     """Train an adapter for one task. The same seed gives the same tensors, bit for bit.
@@ -85,6 +86,7 @@ def train(
         config: training settings; `overrides` are fields of it.
         name: what to call the adapter; by default the task's name.
         overwrite: replace a finished adapter, or an unfinished run of other settings, in `output_dir`.
+        report: called with a line when a run resumes, and after each evaluation unless a progress bar shows it.
 
     Raises:
         ConfigError: an unknown or impossible setting; a folder that holds something else; a run that diverged.
@@ -121,7 +123,7 @@ def train(
     if config.gradient_checkpointing:
         model.backbone.enable_gradient_checkpointing()
     try:
-        trainer = run(model, config, rows["train"], rows["validation"], checkpoints)
+        trainer = run(model, config, rows["train"], rows["validation"], checkpoints, report)
     finally:
         if config.gradient_checkpointing:
             model.backbone.disable_gradient_checkpointing()

@@ -7,7 +7,7 @@ import math
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,14 @@ class TuningTrainer(Trainer):
         validation: TaskRows,
         checkpoints: Checkpoints | None,
         scratch: Path,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
             config: resolved, see `TrainConfig.resolve`.
             checkpoints: where to save, `None` to save nothing.
             scratch: an empty folder that transformers may think of as its output.
+            report: called with a line when the run resumes, and after each evaluation unless a bar shows it.
         """
         assert config.learning_rate is not None
         self.config = config
@@ -63,6 +65,7 @@ class TuningTrainer(Trainer):
         self.validation_rows = validation
         self.checkpoints = checkpoints
         self.metric = train.task.metric
+        self.report = report
         self.best: dict[str, Tensor] | None = None
         self.best_metrics: dict[str, float] = {}
         self.collator = Collator(train.task.kind, model.backbone.pad_id)
@@ -101,6 +104,8 @@ class TuningTrainer(Trainer):
         callbacks: list[TrainerCallback] = [rhythm, _AfterStep(model, self.max_steps)]
         if config.progress:
             callbacks.append(_Bar(self.metric))
+        if report is not None and not (config.progress and Console(stderr=True).is_terminal):
+            callbacks.append(_Lines(self.metric, report))
         super().__init__(model=model, args=args, train_dataset=train, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -124,6 +129,8 @@ class TuningTrainer(Trainer):
         self.best = {k: best_tensors[f"tensors.{k}"] for k in self.tuned.tensors()}
         self.best_metrics = state["best_metrics"]
         self._resumed = (tensors, state)
+        if self.report is not None:
+            self.report(f"resuming at step {steps[-1]} of {self.max_steps}")
         if not state["done"]:
             self.train(resume_from_checkpoint=str(last))
             return
@@ -376,6 +383,18 @@ class _AfterStep(TrainerCallback):
             self.model.method.after_step(self.model.own(), state.global_step + 1, self.num_steps)
 
 
+class _Lines(TrainerCallback):
+    """A line after each evaluation."""
+
+    def __init__(self, metric: str, report: Callable[[str], None]) -> None:
+        self.metric = metric
+        self.report = report
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        found = f"{self.metric} {metrics[f'eval_{self.metric}']:.3f}, loss {metrics['eval_loss']:.4g}"
+        self.report(f"step {state.global_step} of {state.max_steps}: {found}")
+
+
 class _Bar(TrainerCallback):
     """A progress bar on standard error, if that is a terminal."""
 
@@ -408,7 +427,12 @@ class _Bar(TrainerCallback):
 
 
 def run(
-    model: TuningModel, config: TrainConfig, train: TaskRows, validation: TaskRows, checkpoints: Checkpoints | None
+    model: TuningModel,
+    config: TrainConfig,
+    train: TaskRows,
+    validation: TaskRows,
+    checkpoints: Checkpoints | None,
+    report: Callable[[str], None] | None = None,
 ) -> TuningTrainer:
     """Train to the end and return the trainer; global state and the backbone's mode are left as they were.
 
@@ -416,7 +440,7 @@ def run(
         ConfigError: the loss or a tensor is not finite.
     """
     with tempfile.TemporaryDirectory() as scratch, _globals_kept():
-        trainer = TuningTrainer(model, config, train, validation, checkpoints, Path(scratch))
+        trainer = TuningTrainer(model, config, train, validation, checkpoints, Path(scratch), report)
         try:
             trainer.train_to_end()
         finally:
