@@ -297,7 +297,9 @@ class TuningTrainer(Trainer):
         """How many evaluations have passed since the best value of the metric was first reached."""
         key = f"eval_{self.metric}"
         settled = self.tuned.method.is_settled
-        by_step = {e["step"]: e[key] for e in self.state.log_history if key in e and settled(e["step"], self.max_steps)}
+        by_step = {
+            e["step"]: e[key] for e in self.state.log_history if key in e and settled(int(e["step"]), self.max_steps)
+        }
         reached = min(step for step, value in by_step.items() if value == self.state.best_metric)
         return sum(step > reached for step in by_step)
 
