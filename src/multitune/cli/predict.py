@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.bank import Bank, Prediction
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
-from multitune.errors import AdapterError, ConfigError, DataError, MultituneError, suggest, suggest_file
+from multitune.errors import AdapterError, BackboneError, ConfigError, DataError, MultituneError, suggest, suggest_file
 
 
 @app.command()
@@ -72,24 +72,48 @@ def predict(
         raise ConfigError(
             f"--output {output} is the input, which would be emptied before it is read; give another file"
         )
-    first = Adapter.load(next(iter(folders.values())))
-    bank = Bank(shared.backbone_of(first, backbone, device, dtype), aot_store=aot_store)  # type: ignore[arg-type]
-    for name, folder in folders.items():
-        bank.add(name, folder)
+    bank, broken = _bank(folders, backbone, device, dtype, aot_store)
     if texts:
-        _one_row(bank, texts, as_json)
+        _one_row(bank, texts, as_json, more=len(broken))
         return
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(_open(Path(input_)))
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-        for answer in answers(bank, lines, batch_size=batch_size, window=window):
+        for answer in answers(bank, lines, batch_size=batch_size, window=window, broken=broken):
             print(json.dumps(answer, ensure_ascii=False), file=sink, flush=window == 1)
 
 
-def _one_row(bank: Bank, texts: Sequence[str], as_json: bool) -> None:
-    if len(bank) > 1 or len(texts) > 2:
+def _bank(
+    folders: dict[str, Path], backbone: str | None, device: str, dtype: str, aot_store: str
+) -> tuple[Bank, dict[str, str]]:
+    """The adapters in a bank, and what is wrong with those that cannot be loaded; a row may ask for neither.
+
+    Raises:
+        MultituneError: not one adapter can be loaded; says why of the first.
+    """
+    errors: dict[str, MultituneError] = {}
+    bank: Bank | None = None
+    for name, folder in folders.items():
+        try:
+            if bank is None:
+                on = shared.backbone_of(Adapter.load(folder), backbone, device, dtype)
+                bank = Bank(on, aot_store=aot_store)  # type: ignore[arg-type]
+            bank.add(name, folder)
+        except (AdapterError, BackboneError) as error:
+            errors[name] = error
+    if bank is None or not bank.names:
+        raise next(iter(errors.values()))
+    broken = {name: str(each) for name, each in errors.items()}
+    for name, problem in broken.items():
+        shared.note(f"left out adapter '{name}', which no row may ask for: {problem}")
+    return bank, broken
+
+
+def _one_row(bank: Bank, texts: Sequence[str], as_json: bool, *, more: int) -> None:
+    number = len(bank) + more
+    if number > 1 or len(texts) > 2:
         raise ConfigError(
-            f"a row on the command line is one or two texts for one adapter, not {len(texts)} text(s) for {len(bank)}; "
+            f"a row on the command line is one or two texts for one adapter, not {len(texts)} text(s) for {number}; "
             f"pass rows as JSON lines: --input rows.jsonl"
         )
     (name,) = bank.names
@@ -142,8 +166,12 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def answers(bank: Bank, lines: Iterable[bytes], *, batch_size: int, window: int) -> Iterator[dict[str, Any]]:
+def answers(
+    bank: Bank, lines: Iterable[bytes], *, batch_size: int, window: int, broken: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Answers to JSON lines, in order. At a bad line the lines before it are answered, then it is named.
+
+    `broken` says what is wrong with adapters that could not be loaded, by name.
 
     Raises:
         DataError: a line is not JSON, or does not fit the adapter that it names; says which line.
@@ -156,7 +184,7 @@ def answers(bank: Bank, lines: Iterable[bytes], *, batch_size: int, window: int)
             if not line.strip():
                 continue
             try:
-                rows.append(_row(bank, line))
+                rows.append(_row(bank, line, broken or {}))
             except MultituneError as error:
                 problem = DataError(f"line {number}: {error}")
                 break
@@ -165,7 +193,7 @@ def answers(bank: Bank, lines: Iterable[bytes], *, batch_size: int, window: int)
             raise problem
 
 
-def _row(bank: Bank, line: bytes) -> tuple[str | None, Any]:
+def _row(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, Any]:
     """The adapter and the row that a line names, checked."""
     try:
         values = json.loads(line)
@@ -175,7 +203,7 @@ def _row(bank: Bank, line: bytes) -> tuple[str | None, Any]:
         raise DataError(
             f'a line is an object such as {{"adapter": "topic", "text": "…"}}, not a {type(values).__name__}'
         )
-    if "adapter" not in values and len(bank) > 1:
+    if "adapter" not in values and len(bank) + len(broken) > 1:
         raise DataError(f'no "adapter"; name one of {", ".join(bank.names)}, or null for the bare backbone')
     name = values.pop("adapter") if "adapter" in values else bank.names[0]
     texts = [values[key] for key in ("text", "text_pair") if key in values]
@@ -184,6 +212,8 @@ def _row(bank: Bank, line: bytes) -> tuple[str | None, Any]:
         if "text" not in values or not all(isinstance(text, str) for text in texts):
             raise DataError('a row without an adapter has a "text", and may have a "text_pair"')
         return None, row
+    if isinstance(name, str) and name in broken:
+        raise AdapterError(f"adapter {name!r} could not be loaded: {broken[name]}")
     if not isinstance(name, str) or name not in bank:
         raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {', '.join(bank.names)}")
     task = bank.adapter(name).task
