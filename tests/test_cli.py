@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -236,7 +237,7 @@ def test_train_has_one_option_per_training_setting() -> None:
 def test_train_writes_an_adapter_and_prints_one_row(tmp_path: Path, short: tuple[str, ...]) -> None:
     answer = good("train", "--task", "demo/sentiment", "--method", "ia3", "--out", tmp_path / "a", *short)
     header, _, row = answer.out.splitlines()
-    assert header.split() == ["method", "parameters", "with", "head", "accuracy", "seconds", "size", "adapter"]
+    assert header.split() == ["method", "parameters", "with", "head", "accuracy", "kept", "seconds", "size", "adapter"]
     parameters = LAYERS * (2 * WIDTH + INNER)
     assert row.split()[:3] == ["ia3", str(parameters), str(parameters + 2 * WIDTH + 2)]
     assert row.endswith(str(tmp_path / "a"))
@@ -611,3 +612,30 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     assert "resuming at step " in resumed.err and " of 4" in resumed.err
     tensors = [folder / "adapter.safetensors" for folder in (out, tmp_path / "whole")]
     assert tensors[0].read_bytes() == tensors[1].read_bytes()
+
+
+def test_a_damaged_adapter_stops_only_the_rows_that_ask_for_it(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "topic", tmp_path / "topic")
+    shutil.copytree(adapters / "topic", tmp_path / "lost")
+    (tmp_path / "lost" / "adapter.safetensors").write_bytes(b"x")
+    answer = good("predict", "--adapters", tmp_path, input=_lines({"adapter": "topic", "text": "The moon."}))
+    assert len(answer.lines) == 1
+    assert "left out adapter 'lost'" in answer.err and "damaged" in answer.err
+    says = bad("predict", "--adapters", tmp_path, input=_lines({"adapter": "lost", "text": "The moon."}))
+    assert "line 1: adapter 'lost' could not be loaded" in says
+    assert 'no "adapter"' in bad("predict", "--adapters", tmp_path, input=_lines({"text": "Whose?"}))
+    assert "damaged" in bad("predict", "--adapters", tmp_path / "lost", "x")
+
+
+def test_what_was_guessed_and_what_is_empty_is_said(tmp_path: Path, short: tuple[str, ...]) -> None:
+    file, out = tmp_path / "rows.csv", tmp_path / "out"
+    file.write_text("text,label\n" + "".join(f"{'' if i == 3 else f'row {i}'},{'ab'[i % 2]}\n" for i in range(20)))
+    train = ("train", "--train", file, "--validation", file, "--method", "bitfit", "--out", out, *short)
+    err = good(*train).err
+    assert "reading the text from text and the answer from label (2 labels: a, b)" in err
+    assert "warning: task 'rows': 1 of 20 train rows have an empty text (rows 3, counted from 0)" in err
+    assert "validation rows have an empty text" in err
+    err = good("evaluate", out, "--data", file).err
+    assert "given rows have an empty text" in err
+    assert f"held out by its seed is in `multitune inspect {out}`" in err
+    assert "reading the text" not in good(*train, "--overwrite", "--text", "text", "--label", "label").err

@@ -9,6 +9,8 @@
     ├── MixError        tasks or methods that cannot share one batch
     └── PlanError       a plan that does not fit the batch or the bank it is applied to
 
+`DataWarning` (a UserWarning) is the one warning: rows that can be used, but are hardly meant as they are.
+
 A message carries what was asked, what exists, the nearest match, and the line that fixes it. Our own bugs
 are assertions, never one of these.
 """
@@ -48,6 +50,10 @@ class MixError(MultituneError):
 
 class PlanError(MultituneError):
     """A plan does not fit the batch or the bank it is applied to."""
+
+
+class DataWarning(UserWarning):
+    """Rows that can be used, but are hardly meant as they are."""
 
 
 def suggest(asked: str, exist: Iterable[str]) -> str:

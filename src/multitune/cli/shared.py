@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ from typer.core import TyperGroup
 
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
 from multitune.backbone import Backbone
-from multitune.errors import MultituneError
+from multitune.errors import DataWarning, MultituneError
 from multitune.version import __version__
 
 #: Width of a table in a pipe: no line of it is ever broken, so that `grep` finds whole rows.
@@ -55,7 +57,11 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", DataWarning)
+                before = warnings.showwarning
+                warnings.showwarning = partial(_show_warning, before)
+                return super().invoke(ctx)
         except MultituneError as error:
             problem = str(error)
         except OSError as error:
@@ -72,6 +78,14 @@ class Group(TyperGroup):
 
 
 app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def _show_warning(before: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """A warning about the user's rows as a note, any other as it was shown before."""
+    if issubclass(category, DataWarning):
+        note(f"warning: {message}")
+    else:
+        before(message, category, *where)
 
 
 def main() -> None:

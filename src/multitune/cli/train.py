@@ -136,6 +136,10 @@ def train_command(
     data = task_data(chosen, config.seed)
     place = {key: str(chosen[key]) for key in ("device", "dtype") if key in chosen}
     backbone = shared.load_backbone(str(chosen.get("backbone", "minilm")), **place)
+    if "task" not in chosen and not {"text", "label"} <= set(chosen):
+        task = data.task
+        labels = f" ({len(task.labels)} labels: {', '.join(task.labels[:8])})" if task.labels else ""
+        note(f"reading the text from {' | '.join(task.template.parts)} and the answer from {task.label}{labels}")
     out = Path(str(chosen["out"]))
     note(
         f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
@@ -329,6 +333,12 @@ def evaluate_command(
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):
         scores = evaluate(on, folder, table, split=split, batch_size=batch_size, drop_layers=dropped)
         found.append({"adapter": str(folder), "method": adapter.method.name, "task": adapter.task.name, **scores})
+    if data is not None and split == "validation":
+        for folder in adapters:
+            note(
+                f"all rows of {data} were judged; if {folder} was trained on some of them, its score on the rows held "
+                f"out by its seed is in `multitune inspect {folder}`"
+            )
     if as_json:
         print_json(found)
         return

@@ -30,7 +30,7 @@ from multitune.tasks.readers import Source
 from multitune.training.checkpoints import FOLDER, Checkpoints
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.curve import write_curve
-from multitune.training.data import TaskRows
+from multitune.training.data import TaskRows, warn_of_empty
 from multitune.training.model import TuningModel
 from multitune.training.trainer import TuningTrainer, run
 
@@ -167,7 +167,9 @@ def evaluate(
         adapter = Adapter.load(adapter, backbone)
     task = adapter.task
     table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
-    targets: list[Any] = [e.target for e in task.examples(table)]
+    examples = task.examples(table)
+    warn_of_empty(task.name, "given", examples)
+    targets: list[Any] = [e.target for e in examples]
     if not targets:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)

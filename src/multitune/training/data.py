@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multitune.backbone import Backbone
 from multitune.batching import Encoded, encode, pad
-from multitune.errors import DataError
+from multitune.errors import DataError, DataWarning
 from multitune.heads import IGNORED
-from multitune.tasks import Task
+from multitune.tasks import Example, Task
 
 #: Batches of one length-sorted pool; larger pools pad less, smaller ones mix more.
 _POOL = 50
@@ -33,6 +34,19 @@ class Item:
         return max(len(s) for s in self.sequences)
 
 
+def warn_of_empty(task: str, split: str, examples: Sequence[Example]) -> None:
+    """Warn of rows in which a text is empty or blank: they are read as they are, and seldom meant."""
+    empty = [i for i, e in enumerate(examples) if any(not text.strip() for texts in e.texts for text in texts)]
+    if empty:
+        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        warnings.warn(
+            f"task '{task}': {len(empty)} of {len(examples)} {split} rows have an empty text (rows {shown}, counted "
+            f"from 0); fill them in or drop them",
+            DataWarning,
+            stacklevel=4,
+        )
+
+
 class TaskRows(Dataset[Item]):
     """The labelled rows of one split, tokenized."""
 
@@ -47,6 +61,7 @@ class TaskRows(Dataset[Item]):
             raise DataError(f"{split} rows of {error}") from error
         if not examples:
             raise DataError(f"task '{task.name}' has no {split} rows; give a table with at least one")
+        warn_of_empty(task.name, split, examples)
         texts = [t for e in examples for t in e.texts]
         encoded = iter(encode(backbone, texts, max_length=max_length, words=task.kind == "tagging"))
         self.task = task
