@@ -40,7 +40,7 @@ class PrefixTuning(PrefixMemory):
         - The network wants a far smaller learning rate than free keys and values do (`reparametrise=false`).
         - `start_text` is best a few words about the task, and helps most with few examples. With the network those
           activations are kept and its output, zero at first, is added to them: the first step is exactly the start.
-        - Positions do not shift here. A prefix trained elsewhere with shifted positions is another function.
+        - Positions do not shift unless `shift_positions` is set; prefixes trained as key/value caches shift them.
     Published:
         Li & Liang 2021, Table 1, GPT-2 medium, prefix of 0.1 % (full fine-tuning in brackets), BLEU: E2E 69.7 (68.2),
         WebNLG 55.1 (46.5), DART 46.4 (46.2). XSum with BART-large, 2 %, ROUGE-L: 36.05 (37.25). Best lengths: 10 for
