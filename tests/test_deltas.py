@@ -327,7 +327,7 @@ def test_canonical_equals_the_original(case, close):
 @pytest.mark.parametrize(("width", "rounded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)])
 def test_canonical_rounds_widths_so_that_neighbours_pack_together(width, rounded):
     g = torch.Generator().manual_seed(0)
-    assert low_rank(g, r=width, scale=3.0).canonical().A.shape == (I, rounded)
+    assert low_rank(g, r=width, scale=3.0).canonical().first.shape == (I, rounded)
     assert bottleneck(g, m=width).canonical().down.shape == (O, rounded)
     memory = Memory(keys=normal(g, width, 2, 3), values=normal(g, width, 2, 3), open=torch.ones(width)).canonical()
     assert memory.keys.shape[0] == memory.values.shape[0] == rounded

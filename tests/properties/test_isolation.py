@@ -179,6 +179,8 @@ def fitting(method, backbone):
             changes[field] = kept or (() if field == "inputs" else ("key",))
     if getattr(method, "embedding_norm", False) and "embedding_norm" not in have:
         changes["embedding_norm"] = False
+    if getattr(method, "shift_positions", False) and not backbone.takes_position_ids:
+        changes["shift_positions"] = False
     if isinstance(method, IA3) and "key" in changes.get("outputs", ()):
         changes["inputs"] = tuple(role for role in changes.get("inputs", method.inputs) if role != "key")
     method = dataclasses.replace(method, **changes)
