@@ -123,9 +123,9 @@ def _blocks(dense: Dense, query: Tensor, front: Tokens, tokens: Tokens, lsg: LSG
 
 
 def _windows(t: Tensor, start: int, size: int, step: int, count: int) -> Tensor:
-    """`t [B, H, n, ...]` to `[B, H, count, size, ...]`: window i begins at `start + i * step`, zeros where there is no t.
+    """`t [B, H, n, ...]` to `[B, H, count, size, ...]`: window i begins at `start + i * step`.
 
-    A view of one padded copy.
+    Zeros where there is no t. A view of one padded copy.
     """
     t = t[:, :, max(start, 0) :]
     before = max(-start, 0)
