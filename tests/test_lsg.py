@@ -23,6 +23,7 @@ from multitune import (
     PromptTuning,
     PTuningV2,
     TrainConfig,
+    attach,
     convert_to_lsg,
     get_method,
     merge,
@@ -361,3 +362,10 @@ def test_a_row_too_long_is_named(make_backbone, random_rows):
     ids, mask = random_rows(converted, (10, 201)).padded()
     with pytest.raises(PlanError, match=r"row 1: 201 positions"):
         run(converted, Plan([None, None]), ids, mask)
+
+
+def test_transformers_own_loops_are_refused(make_backbone):
+    converted = convert_to_lsg(make_backbone(), **SMALL)
+    converted.detach()
+    with pytest.raises(BackboneError, match="LSG attention"):
+        attach(converted.model, LoRA())
