@@ -11,8 +11,8 @@ one.
 The task is weak by construction. Of each pair of a buggy method and its fix one was picked at random, names are
 replaced by numbers, and the two differ by a few tokens: naive Bayes over tokens reaches 53 percent and a threshold on
 the length 54 percent where chance is 50. The backbone was not trained on code. The methods are short (the table says
-how long the longest is), so that nothing is cut at 512 and there is no length for LSG to win: with blocks of 16 it shows
-what its sparsity costs, with blocks of 128 what its global token does. Rows are in no order of time.
+how long the longest is), so that nothing is cut at 512 and there is no length for LSG to win: blocks of 16 show
+what its sparsity costs, blocks of 128 what its global token does. Rows are in no order of time.
 
 One run is a way of tuning, an attention and a seed. Finished runs are kept in a store and never run again, so a killed
 benchmark goes on when the command is given again. Scores are those of the test split, by the epoch that was best on
