@@ -16,6 +16,7 @@ from multitune.errors import (
     TaskError,
 )
 from multitune.heads import Head
+from multitune.lsg import LSG, convert_to_lsg
 from multitune.merge import MergeReport, merge
 from multitune.methods import (
     Combined,
@@ -68,6 +69,7 @@ __all__ = [
     "DRA",
     "DSEE",
     "IA3",
+    "LSG",
     "MAM",
     "SIFT",
     "AdaLoRA",
@@ -124,6 +126,7 @@ __all__ = [
     "VeRA",
     "__version__",
     "attach",
+    "convert_to_lsg",
     "detach",
     "evaluate",
     "export_adapter",

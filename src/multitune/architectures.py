@@ -96,6 +96,10 @@ class Architecture:
     max_length: int | None = None
     """Longest sequence in positions where the model has no position table; `config.max_position_embeddings`, where
     there is one, goes before it."""
+    positions: str | None = None
+    """Encoders: model path of the table of learned absolute positions; `None` where positions are of another kind."""
+    token_types: str | None = None
+    """Model path of the table of token types that is added where the positions are."""
     first_token: bool = True
     """Whether rows begin with a token that stands for the whole row; without one, `mean` is the pooling to use."""
 
@@ -164,6 +168,7 @@ _T5 = Architecture(
 _DEBERTA_FUSED = "attention.self.in_proj"
 _EMBEDDING = "embeddings.word_embeddings"
 _EMBEDDING_NORM = {"embedding_norm": "embeddings.LayerNorm"}
+_POSITIONS, _TOKEN_TYPES = "embeddings.position_embeddings", "embeddings.token_type_embeddings"
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
@@ -176,6 +181,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         pooler="pooler",
+        positions=_POSITIONS,
+        token_types=_TOKEN_TYPES,
     ),
     Architecture(
         model_types=("roberta", "xlm-roberta"),
@@ -188,6 +195,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         attention="attention.self",
         pooler="pooler",
         position_offset="pad+1",
+        positions=_POSITIONS,
+        token_types=_TOKEN_TYPES,
     ),
     Architecture(
         model_types=("electra",),
@@ -198,6 +207,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         norms=_BERT_NORMS,
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
+        positions=_POSITIONS,
+        token_types=_TOKEN_TYPES,
     ),
     Architecture(
         model_types=("distilbert",),
@@ -218,6 +229,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn": SubLayer(enters="ffn.lin1", leaves="ffn.dropout"),
         },
         attention="attention",
+        positions=_POSITIONS,
     ),
     Architecture(
         model_types=("deberta-v2",),  # DeBERTa-v3 checkpoints carry this model type too
@@ -273,6 +285,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         attention="attention",
         pooler="pooler",
         pooler_activation="pooler_activation",
+        positions=_POSITIONS,
+        token_types=_TOKEN_TYPES,
     ),
     Architecture(
         model_types=("mpnet",),
@@ -317,6 +331,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn": SubLayer(enters="fc1", leaves="fc2"),
         },
         attention="self_attn",
+        positions="encoder.embed_positions",
     ),
     replace(  # T5 v1.1 and Flan-T5
         _T5,

@@ -22,6 +22,7 @@ from multitune.call import Call, active, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.files import replace_file
 from multitune.hooks import Undo, wrap_forward
+from multitune.lsg import LSG
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
 
@@ -56,6 +57,11 @@ def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", see
         raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
     if method.changes_weights:
         raise ConfigError(f"{method.title} trains the model's own weights, for which nothing need be attached")
+    if LSG.of(model.config) is not None:
+        raise BackboneError(
+            "this model was converted to LSG attention, whose global tokens its own heads do not know; train on its "
+            "backbone: multitune.train(backbone, data, method)"
+        )
     _check_plain_loop(method)
     attached = Attached(model, method, name, seed)
     model.add_module(MODULE, attached.tensors)

@@ -6,7 +6,8 @@ as they are. Models whose query heads share key and value heads get the memory i
 a bias by distance to the scores, a memory's entries get none.
 
 Models that call transformers' attention interface get a function registered there that wraps the implementation they
-were loaded with. DeBERTa and MPNet compute their attention themselves, and each has a form of its own.
+were loaded with, or has it work block by block where the backbone was converted to LSG attention (`lsg_attention`).
+DeBERTa and MPNet compute their attention themselves, and each has a form of its own.
 
 Legend: B rows, H heads, Q queries, S keys, M memory entries, K head width.
 """
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from multitune.call import current_call
 from multitune.deltas import Memory
+from multitune.lsg_attention import Dense, Memories, lsg_attention
 from multitune.plan import Group, Step
 
 #: Attention implementations that can carry a memory; the others need masks that cannot be lengthened here.
@@ -38,7 +40,12 @@ def register_attention() -> None:
     """Add the wrapped implementations to transformers' registries; harmless to repeat."""
     for name in WRAPPED:
         ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, partial(_attend, name))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[name]))
+
+
+def _mask(make: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+    """The model's mask; none for LSG attention, which makes its own and must never see one of Q times S entries."""
+    return make(*args, **kwargs) if current_call().lsg_open is None else None
 
 
 def _attend(
@@ -63,6 +70,8 @@ def _attend(
     if site is not None:
         call.record(site(call), key, value)
     steps = call.steps(site(call)) if site is not None else None
+    if call.lsg_open is not None:
+        return _attend_lsg(partial(_dense, base, module, kwargs), steps or [], query, key, value), None
     if not steps:
         return base(module, query, key, value, attention_mask, **kwargs)
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False))) and query.shape[2] > 1
@@ -82,7 +91,31 @@ def _attend(
     return _by_rows(steps, query.shape[0], attend), None
 
 
-Memories = tuple[Tensor, Tensor, Tensor]
+def _dense(
+    base: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    return base(module, query, key, value, mask, **kwargs)[0]
+
+
+def _attend_lsg(dense: Dense, steps: list[Step], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """LSG attention, a memory in front of the global tokens; `[B, Q, H, K]`."""
+    call = current_call()
+    lsg, is_open = call.backbone.lsg, call.lsg_open
+    assert lsg is not None and is_open is not None
+
+    def attend(rows: slice | Tensor | None, memory: Memories | None) -> Tensor:
+        q, k, v, seen = (t if rows is None else t[rows] for t in (query, key, value, is_open))
+        return lsg_attention(dense, q, k, v, seen, lsg, call.layer, memory)
+
+    return _by_rows(steps, query.shape[0], attend) if steps else attend(None, None)
+
+
 Attend = Callable[[slice | Tensor | None, Memories | None], Tensor]
 
 

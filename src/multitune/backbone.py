@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ from multitune.architectures import Architecture, AttentionKind, architecture_fo
 from multitune.call import Call, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
+from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
@@ -73,6 +75,8 @@ class Backbone:
         self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
         self.name = name or model.config.name_or_path or model.config.model_type
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
+        self.lsg: LSG | None = LSG.of(model.config)
+        """How the model was converted to LSG attention, if it was."""
         self.attention_names: dict[nn.Module, hooks.NameAt] = {}
         """For every attention module, the name of its site in a call."""
         self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
@@ -94,14 +98,19 @@ class Backbone:
         """Load a backbone.
 
         Args:
-            name: `"minilm"` (ships as a package, needs no network), a local folder, or a hub id.
+            name: `"minilm"` (ships as a package, needs no network), a local folder, or a hub id; with `+lsg` behind it,
+                and perhaps settings, converted to LSG attention: `"minilm+lsg:kind=pooling,block=64"`.
             dtype: `float32`, `bfloat16` or `float16`.
             device: where the weights live, as torch names devices.
 
         Raises:
             BackboneError: nothing by that name, an unsupported architecture, or weights that do not load.
-            ConfigError: an unknown dtype, or a device that this machine does not have.
+            ConfigError: an unknown dtype, a device that this machine does not have, or impossible settings of LSG
+                attention.
         """
+        base, lsg = split_name(str(name))
+        if lsg is not None:
+            return convert_to_lsg(cls.load(base, dtype=dtype, device=device), **asdict(lsg))
         wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if wanted is None:
             raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
@@ -339,6 +348,8 @@ class Backbone:
         builds some task models without it.
         """
         digest = hashlib.sha256(self.model.config.model_type.encode())
+        if self.lsg is not None:
+            digest.update(self.lsg.key.encode())
         pooler = self.architecture.pooler
         for name, tensor in sorted(self.model.state_dict().items()):
             if pooler is not None and name.startswith(f"{pooler}."):
@@ -365,6 +376,7 @@ class Backbone:
         self._undo = hooks.install(self.model, self.sites)
         try:
             self._attach_attention()
+            self._attach_globals()
         except BackboneError:
             self.detach()
             raise
@@ -402,6 +414,19 @@ class Backbone:
             )
         config._attn_implementation = attention.PREFIX + before
         self._undo.append(lambda: setattr(config, "_attn_implementation", before))
+
+    def _attach_globals(self) -> None:
+        """LSG: the global tokens go in front of every row where the embeddings are summed up and not yet normed."""
+        if self.lsg is None or not self.lsg.num_global:
+            return
+        states = self.running._parameters.get(GLOBALS)
+        if states is None:
+            raise BackboneError(
+                f"the configuration of '{self.name}' says that it was converted to LSG attention, but the model has no "
+                f"global tokens; load the original by the name of the converted one: Backbone.load('NAME+lsg')"
+            )
+        (norm,) = self.architecture.embedding_norms.values()
+        self._undo.append(hooks.prepend(self.model.get_submodule(norm), states))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the layers in the backward pass instead of keeping their activations (training only)."""
@@ -515,7 +540,7 @@ class Backbone:
 
     def describe(self) -> dict[str, Any]:
         """What an adapter file records about the backbone it was trained on."""
-        return {
+        found = {
             "name": self.name,
             "architecture": self.model.config.model_type,
             "hidden_size": self.hidden_size,
@@ -523,6 +548,7 @@ class Backbone:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
+        return found if self.lsg is None else found | {"lsg": asdict(self.lsg)}
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"

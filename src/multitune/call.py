@@ -27,6 +27,7 @@ from multitune.plan import Group, Plan, Step
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
+    from multitune.lsg import LSG
 
 _CURRENT: ContextVar[Call] = ContextVar("multitune_call")
 
@@ -115,6 +116,10 @@ class Call:
         ordered = [_in_order(t, plan.order) for t in (input_ids, attention_mask, token_type_ids)]
         ids, mask, types = ordered
         assert ids is not None
+        self._unshift: Tensor | None = None
+        """LSG: where each token `[B, T]` stands now that padding on the left is taken off; `None` if there was none."""
+        if backbone.lsg is not None:
+            ids, mask, types = self._to_the_left(ids, mask, types)
         self.prompts: Prompts | None = None
         if any(r is not None and r.prompt_length for r in plan.ordered):
             self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types)
@@ -124,8 +129,10 @@ class Call:
                 self.prompts.token_type_ids,
             )
         _check_length(plan, backbone, ids, mask)
+        self.lsg_open = None if backbone.lsg is None else self._open_tokens(ids, mask, backbone.lsg)
+        """LSG: bool `[B, T']`, which tokens may be attended to; `None` for a backbone that was not converted."""
         self.inputs: dict[str, Any] = {"input_ids": ids}
-        if mask is not None:
+        if mask is not None and self.lsg_open is None:
             self.inputs["attention_mask"] = mask
         if types is not None and backbone.takes_token_types:
             self.inputs["token_type_ids"] = types
@@ -151,9 +158,36 @@ class Call:
         return copied
 
     def record(self, site: str, key: Tensor, value: Tensor) -> None:
-        """Note what a site attends to, `key, value [B, H, T, K]`, if this call was made to find that out."""
+        """Note what a site attends to, `key, value [B, H, T, K]`, if this call was made to find that out.
+
+        LSG's global tokens, which stand in front, are left out.
+        """
         if self.recorded is not None:
-            self.recorded[site] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+            lsg = self.backbone.lsg
+            first = 0 if lsg is None else lsg.num_global
+            self.recorded[site] = key[0, :, first:].transpose(0, 1), value[0, :, first:].transpose(0, 1)
+
+    def _to_the_left(
+        self, ids: Tensor, mask: Tensor | None, types: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Every row begins with its first real token, because blocks count from there."""
+        lead = None if mask is None else ((mask > 0).cumsum(1) == 0).sum(1, keepdim=True)
+        if lead is None or not bool(lead.any()):
+            return ids, mask, types
+        width = ids.shape[1]
+        columns = torch.arange(width, device=ids.device)
+        self._unshift = (columns - lead) % width
+        shifted = (columns + lead) % width
+        moved = [None if t is None else t.gather(1, shifted) for t in (ids, mask, types)]
+        assert moved[0] is not None
+        return moved[0], moved[1], moved[2]
+
+    def _open_tokens(self, ids: Tensor, mask: Tensor | None, lsg: LSG) -> Tensor:
+        is_open = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
+        if lsg.mask_first:
+            first = torch.zeros_like(ids[:, :1]) if self.prompts is None else self.prompts.positions[:, :1]
+            is_open = is_open.scatter(1, first, False)
+        return is_open
 
     def steps(self, site: str) -> list[Step] | None:
         """What to apply at a site, or `None`."""
@@ -181,6 +215,13 @@ class Call:
         """`hidden [B, T, D]` at a layer's input with the token biases of that layer added; never in place."""
         if not self._bias:
             return hidden
+        lsg = self.backbone.lsg
+        if lsg is not None and lsg.num_global:  # they stand for no token
+            front, rest = hidden[:, : lsg.num_global], hidden[:, lsg.num_global :]
+            return torch.cat([front, self._add_bias(layer, rest)], dim=1)
+        return self._add_bias(layer, hidden)
+
+    def _add_bias(self, layer: int, hidden: Tensor) -> Tensor:
         only = self._bias[0]
         if len(self._bias) == 1 and only.rows is None:
             return hidden + only.at(layer).to(hidden.dtype)
@@ -194,10 +235,21 @@ class Call:
         return hidden
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """`[B, T', D]` in plan order with prompts to `[B, T, D]` in the caller's order without them."""
+        """`[B, T', D]` in plan order with prompts to `[B, T, D]` in the caller's order without them.
+
+        LSG: with the global tokens in front, `[B, G + T', D]`, which are taken off first.
+        """
+        lsg = self.backbone.lsg
+        first = hidden[:, :1]
+        if lsg is not None:
+            hidden = hidden[:, lsg.num_global :]
         if self.prompts is not None:
             index = self.prompts.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
+        if lsg is not None and lsg.mask_first:
+            hidden = torch.cat([first, hidden[:, 1:]], dim=1)
+        if self._unshift is not None:
+            hidden = hidden.gather(1, self._unshift.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return _in_order(hidden, self.plan.inverse)  # type: ignore[return-value]
 
 

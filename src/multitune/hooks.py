@@ -213,6 +213,19 @@ def _norm(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo]:
     return [wrap_forward(module, make)]
 
 
+def prepend(module: nn.Module, states: Tensor) -> Undo:
+    """Put `states [G, E]` in front of every row `[B, T, E]` that `module` is called with."""
+
+    def make(original: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = original(torch.cat([states.to(x.dtype).expand(len(x), -1, -1), x], dim=1))
+            return y
+
+        return forward
+
+    return wrap_forward(module, make)
+
+
 def _reads_input(steps: list[Step]) -> bool:
     return any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps)
 

@@ -84,10 +84,15 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         output_dir: the folder to write; replaced atomically if it exists.
 
     Raises:
-        AdapterError: the adapter's method does not merge; says why.
+        AdapterError: the adapter's method does not merge, or its backbone has LSG attention; says why.
         BackboneError: the adapter belongs to another backbone.
     """
     adapter.check_backbone(backbone)
+    if backbone.lsg is not None:
+        raise AdapterError(
+            f"adapter '{adapter.name}' cannot be merged: its backbone '{backbone.name}' has LSG attention, which a "
+            f"plain transformers checkpoint cannot say. Serve it unmerged with Bank.predict"
+        )
     if adapter.method.changes_weights:
         merged, num_deltas = backbone.with_weights(adapter.params), len(adapter.params)
         attached: Backbone | None = None

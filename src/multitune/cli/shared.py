@@ -112,7 +112,11 @@ def _options(
 
 BackboneName = Annotated[
     str,
-    typer.Option("--backbone", metavar="NAME", help="Backbone: minilm (ships with multitune), a folder, or a hub id."),
+    typer.Option(
+        "--backbone",
+        metavar="NAME",
+        help="Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs.",
+    ),
 ]
 OptionalBackboneName = Annotated[
     str | None,

@@ -72,7 +72,10 @@ OPTIONS: dict[str, Any] = {
     "out": _option(_TASK, "Folder to write the adapter to.", metavar="FOLDER"),
     "overwrite": _option(_TASK, "Replace an adapter that is there already.", bool, "--overwrite"),
     "backbone": _option(
-        _TASK, "Backbone: minilm (ships with multitune), a folder, or a hub id. \\[default: minilm]", metavar="NAME"
+        _TASK,
+        "Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs. "
+        "\\[default: minilm]",
+        metavar="NAME",
     ),
     "device": _option(_TASK, "Where the backbone runs, as torch names devices. \\[default: cpu]", metavar="DEVICE"),
     "dtype": _option(
