@@ -32,6 +32,25 @@ class AdaLoRA(LowRankMethod):
     A triplet is one entry of E with its column of A and row of B. While it trains, triplets are scored by how much
     the loss depends on them, and only as many as the budget allows keep a non-zero E. The budget falls from r to
     target_r a site on average over the run. A finished adapter holds the kept triplets alone, `ranks` says how many.
+
+    Shapes:
+        Per chosen linear `A [I, R]`, `E [R]`, `B [R, O]`; `x [.., I]` adds `(alpha / r) · ((x A) ⊙ E) B [.., O]`. While
+        training two scores of the same shape go with each. A finished adapter has its own R at every linear.
+    Parameters:
+        `R · (I + O + 1)` per chosen linear. RoBERTa-base, query and value: 442,656 in training at r=12, 295,104 left at
+        8 each.
+    Use it when:
+        You have a budget of parameters and many targets, and do not know which layers need rank.
+    Pitfalls:
+        - The pruning is spread over the run: a longer run is another schedule, and few steps leave few prunings.
+        - No step before the last pruning can be the result, so early stopping has only the last part of the run to
+          choose from.
+        - The scale stays `alpha / r` with the rank at the start, whatever rank is left.
+        - Ranks differ between sites, so `r` says little about a finished adapter; `ranks` does.
+    Published:
+        Hugging Face PEFT's method comparison (Llama-3.2-3B trained on MetaMathQA, accuracy on GSM8K): 37.3 with
+        18,353,664 parameters, LoRA r=32 47.8 with 9,175,040. No figure of Zhang et al. 2023 has been checked, so none
+        stands here.
     """
 
     name: ClassVar[str] = "adalora"

@@ -29,6 +29,23 @@ class DoRA(LowRankMethod):
 
     Served as `LowRank`, `Scale` and `Bias`: `g ⊙ (x W + b + s·x A B) + (1 - g) b`, where `g = (‖W‖ + m) / ‖W + s·AB‖`
     is constant once training is over; the frozen bias b is not scaled.
+
+    Shapes:
+        Per chosen linear `A [I, R]`, `B [R, O]` and `m [O]`, the change of the magnitude; the gain `g [O]` is computed
+        from them and the frozen weight. `x [.., I]` leads to `[.., O]`.
+    Parameters:
+        `R · (I + O) + O` per chosen linear. RoBERTa-base, query and value: r=8 313,344.
+    Use it when:
+        LoRA at a small rank falls short and a slower training run is acceptable; merged, it serves at no cost.
+    Pitfalls:
+        - Every training step computes the norm of the updated weight; serving does not.
+        - With `constant_norm` off the gradient is exact and takes more memory; the two runs are not the same.
+        - It reads the frozen weight, so a gain belongs to one backbone, and quantised weights do not suit it.
+        - Unmerged it rescales the frozen output too: it is no longer a term that is added to it.
+    Published:
+        Hugging Face PEFT's method comparison (Llama-3.2-3B trained on MetaMathQA, accuracy on GSM8K): r=32 46.9 in
+        1,191 seconds of training, LoRA r=32 47.8 in 942. No figure of Liu et al. 2024 has been checked, so none stands
+        here.
     """
 
     name: ClassVar[str] = "dora"

@@ -16,6 +16,19 @@ class LoRAPlus(LowRankMethod):
     """LoRA whose two matrices learn at different rates; what is served is the same. `learning_rate` is that of A.
 
     The head learns at the rate of A, too.
+
+    Shapes:
+        Those of LoRA: per chosen linear `A [I, R]`, `B [R, O]`; `x [.., I]` adds `(alpha / r) · x A B [.., O]`.
+    Parameters:
+        `R · (I + O)` per chosen linear, as LoRA. RoBERTa-base, query and value: r=8 294,912.
+    Use it when:
+        LoRA learns too slowly for you: only the optimizer differs, serving and merging are LoRA's.
+    Pitfalls:
+        - `learning_rate` is that of A; at LoRA's own rate, B would learn `ratio` times too fast. Choose A's rate first.
+        - AdamW's decay is multiplied by the rate, so B is pulled towards zero `ratio` times as strongly.
+        - `ratio=1` is LoRA; a sweep should include it.
+    Published:
+        No figure could be verified, and the recommended ratio is known second-hand only.
     """
 
     name: ClassVar[str] = "lora_plus"

@@ -33,6 +33,24 @@ class PiSSA(SiteMethod):
     The backbone is shared, so its weights stay whole: the delta is `s (A B - A_start B_start)`, of rank 2R, computed
     as `s (A_change B + A_start B_change)`, which is exactly zero at first. The starts `A_start [I, R]` and
     `B_start [R, O]` are stored with the adapter, because another machine's decomposition may differ in sign and order.
+
+    Shapes:
+        Per chosen linear `A_change [I, R]`, `B_change [R, O]`, and stored beside them, not trained, `A_start [I, R]`,
+        `B_start [R, O]`; `x [.., I]` adds `[.., O]`, by a product of rank 2R.
+    Parameters:
+        `R · (I + O)` per chosen linear are trained, as many again are stored. RoBERTa-base, query and value: r=8
+        294,912.
+    Use it when:
+        LoRA's start from zero converges too slowly and the adapter may be twice as large; merged, it costs nothing.
+    Pitfalls:
+        - A and B start at the size of the weights, not at zero: LoRA's learning rates are too large for it.
+        - The exact decomposition of every target takes a while on wide backbones; `niter` makes it faster and rougher.
+        - Adapters of other libraries may hold A and B for a backbone from which `A₀B₀` was taken away; on the whole
+          backbone they are wrong.
+        - Weight decay pulls towards the start, which is the backbone, and not A and B towards zero.
+        - It decomposes the frozen weight, so quantised weights do not suit it.
+    Published:
+        No figure of Meng et al. 2024 could be verified; they claim faster convergence than LoRA's.
     """
 
     name: ClassVar[str] = "pissa"

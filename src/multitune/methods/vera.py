@@ -30,6 +30,24 @@ class VeRA(SiteMethod):
     The matrices are as large as the largest target needs, and a smaller one uses their first rows and columns; all
     adapters of one seed, rank and width share them in memory. A row of a mixed batch adds its two vectors only, but
     multiplies at the full rank: 2·R·(I + O) operations a token and site, 32 times those of LoRA at r=8.
+
+    Shapes:
+        Per chosen linear `d [R]` and `b [O]`; `x [.., I]` adds `((x A) ⊙ d) B ⊙ b [.., O]`. `A [I, R]` and `B [R, O]`
+        belong to the seed and no adapter.
+    Parameters:
+        `R + O` per chosen linear. RoBERTa-base, query and value: r=256 24,576, r=1024 43,008.
+    Use it when:
+        Very many adapters have to be stored or held in memory, and a larger product per token is affordable, or they
+        are merged.
+    Pitfalls:
+        - Few parameters are not little work: unmerged, every token is multiplied at the full rank.
+        - The matrices follow from the seed, the rank and the widest of the targets: other targets, other matrices.
+        - They are drawn anew where the adapter is loaded: a generator that draws otherwise makes another adapter.
+        - Weight decay pulls d from its start at 0.1 towards zero as well.
+    Published:
+        Hugging Face PEFT's method comparison (Llama-3.2-3B trained on MetaMathQA, accuracy on GSM8K): 35.4 with 129,024
+        parameters, LoRA r=32 47.8 with 9,175,040. No figure of Kopiczko et al. 2024 has been checked, so none stands
+        here.
     """
 
     name: ClassVar[str] = "vera"
