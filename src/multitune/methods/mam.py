@@ -23,7 +23,25 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class MAM(Method):
-    """The prefix is trained directly, without a network over it; it takes attention mass, so a fresh one shows."""
+    """The prefix is trained directly, without a network over it; it takes attention mass, so a fresh one shows.
+
+    Shapes:
+        Per layer `keys [P, H·K]` and `values [P, H·K]` in attention, and beside the feed-forward `W_d [D, M]`, `b_d
+        [M]`, `W_u [M, D]`, `b_u [D]`, with `learn_scale` also `s [1]`. P is `prefix_length`, M the bottleneck.
+    Parameters:
+        `L · (2·P·H·K + 2·D·M + M + D)`, one more per layer with `learn_scale`. RoBERTa-base: P=16, M=16 599,232.
+    Use it when:
+        Neither a prefix nor an adapter alone is enough, and half a percent of the parameters is affordable.
+    Pitfalls:
+        - A fresh one is not the identity: the prefix takes attention mass from the first step.
+        - Prefixes usually want larger rates than adapters, and both have one here.
+        - Settings for classification and for generation differ much: 16 and 16 with scale 2, against 30 and 512 with
+          scale 4.
+        - Neither part merges.
+    Published:
+        Second-hand from AdapterHub: RoBERTa-base SST-2 94.2, MNLI 87.4; XSum R-1/R-2/R-L 45.12/21.90/36.91, En-Ro BLEU
+        37.5. AdapterHub's own runs, one seed: SST-2 94.26, MNLI 86.47, XSum R-2 21.75, En-Ro 36.9.
+    """
 
     name: ClassVar[str] = "mam"
     title: ClassVar[str] = "MAM adapter"

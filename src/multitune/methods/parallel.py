@@ -23,7 +23,24 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ParallelAdapter(SiteMethod):
-    """A bottleneck that reads the sub-layer's input; `W_d` is Kaiming-uniform and `W_u` zero at first."""
+    """A bottleneck that reads the sub-layer's input; `W_d` is Kaiming-uniform and `W_u` zero at first.
+
+    Shapes:
+        Per chosen sub-layer `W_d [D, M]`, `b_d [M]`, `W_u [M, D]`, `b_u [D]`, and with `learn_scale` `s [1]`; the
+        sub-layer's input `[.., D]` adds `[.., D]` to its output.
+    Parameters:
+        `L · (2·D·M + M + D)`, one more per layer with `learn_scale`. RoBERTa-base: M=384 7,091,712, M=512 9,452,544,
+        with `learn_scale` 9,452,556.
+    Use it when:
+        You can afford a wide bottleneck, and want it to read the feed-forward's input and not wait for its output.
+    Pitfalls:
+        - `scale` multiplies the learning rate's effect: change one and the other has to be found again.
+        - It does not merge; in products it widens the feed-forward by M.
+        - The default width is an eighth of the largest in the paper.
+    Published:
+        Second-hand from AdapterHub, scaled parallel adapter: XSum R-1/R-2/R-L 44.35/20.98/35.98, En-Ro BLEU 37.1.
+        AdapterHub's own runs, one seed, RoBERTa-base: SST-2 94.61, MNLI 86.41; XSum R-2 21.53, En-Ro 36.4.
+    """
 
     name: ClassVar[str] = "parallel"
     title: ClassVar[str] = "Parallel adapter"

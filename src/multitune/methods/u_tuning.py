@@ -34,7 +34,25 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class UTuning(SiteMethod):
-    """A small trained module in parallel with each chosen operation; its last matrix is zero at first."""
+    """A small trained module in parallel with each chosen operation; its last matrix is zero at first.
+
+    Shapes:
+        Per chosen operation, `bottleneck`: `W_d [D, M]`, `b_d [M]`, `W_u [M, D]`, `b_u [D]`; `low_rank`: `W_d` and
+        `W_u` alone (A and B above); `prefix`: `keys [M, H·K]`, `values [M, H·K]`. The operation's input `[.., D]` adds
+        `[.., D]` to its output.
+    Parameters:
+        Per operation `2·D·M + M + D`, `2·D·M` or `2·M·H·K`. RoBERTa-base, M=16: bottleneck at all three 912,960,
+        low-rank at all three 884,736, prefix at attention 294,912.
+    Use it when:
+        You want to compare where to tune and with what form of tuner, all else being equal.
+    Pitfalls:
+        - All three operations at once are not independent: a block contains the other two.
+        - No form merges, the linear one neither, since its operation is not a linear map.
+        - The `prefix` tuner has a softmax of its own; prefix-tuning shares one with the text, so the two differ.
+    Published:
+        Jiang et al. 2023, abstract: on par with or better than earlier methods on CIFAR-100 and fine-grained image
+        classification; second-hand, above full fine-tuning on the average of the latter. No figure could be verified.
+    """
 
     name: ClassVar[str] = "u_tuning"
     title: ClassVar[str] = "U-Tuning"
