@@ -41,6 +41,24 @@ class DSEE(Method):
 
     Left out: the unstructured mask S₁ of the paper, which zeroes single pretrained weights. It saves nothing on dense
     kernels, and rows of other tasks need those weights.
+
+    Shapes:
+        Per query and value `U [I, R]`, `V [R, O]`, `values [N]`, all trained, and `indices [N]`, int32, places in the
+        weight `[O, I]`; with `pruned_heads` per layer `heads [H]`, ones and zeros, not trained. `x [.., I]` adds
+        `(alpha / r) · (x U V + x S₂ᵀ) [.., O]`.
+    Parameters:
+        `R · (I + O) + N` per query and value. RoBERTa-base: r=4, N=128 150,528; r=8, N=64 296,448; r=16, N=64 591,360.
+    Use it when:
+        LoRA misses a few large single changes, or a checkpoint of one task is to lose attention heads as well.
+    Pitfalls:
+        - Shut heads are masked: nothing is faster before they are cut out of a checkpoint of the adapter's own.
+        - With `pruned_heads` no step before they are shut can be the result; every layer loses as many.
+        - One path of the released code scales S₂ alone by alpha / r; here, as in the equation, the low-rank part too.
+        - The places `residual` are found by decomposing every target, which takes a while on wide backbones.
+    Published:
+        Chen et al. 2021, abstract: BERT with 0.5 % of the parameters trained and about a quarter of the arithmetic
+        saved at comparable quality (the first version: about 35 %, with less than 1 %). No figure of the tables could
+        be verified.
     """
 
     name: ClassVar[str] = "dsee"

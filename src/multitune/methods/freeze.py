@@ -21,6 +21,22 @@ class Freeze(PartialTuning):
     Layers count from 0 at the bottom; negative numbers count from the top, -1 being the uppermost. Where to cut can
     be measured: `multitune.layers.choose_layers` (after semantic-aware layer freezing, Gu et al. 2024, arXiv
     2406.11753).
+
+    Shapes:
+        Those of the weights of the trained layers.
+    Parameters:
+        `n · (4·D² + 2·D·F + 9·D + F)` for n layers of BERT's kind. RoBERTa-base: a layer 7,087,872, layers 10 and 11
+        14,175,744, 6 to 11 42,527,232, all 85,054,464.
+    Use it when:
+        Full fine-tuning is what you want, and its time or memory is too much; or you want to see which layers a task
+        needs.
+    Pitfalls:
+        - Only layers below the lowest trained one are free in the backward pass; frozen ones above it are not.
+        - It changes weights, so rows of its task cannot share a batch with other tasks.
+        - The embeddings stay frozen even where every layer is trained.
+        - The rates are those of full fine-tuning, far below those of adapters.
+    Published:
+        No figure of Lee et al. 2019, nor of Gu et al. 2024 on the choice of the layers, could be verified.
     """
 
     name: ClassVar[str] = "freeze"

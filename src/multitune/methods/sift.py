@@ -27,6 +27,26 @@ class SIFT(SparseUpdate):
     and decay acts on the increment. The released code steps one iteration late and loses the last step; here an
     increment is an ordinary tensor of the optimizer. It keeps `floor(density * size) + 1` entries of every weight,
     here a layer's weights share `floor(density * size of all)`.
+
+    Shapes:
+        Per chosen linear `values [N]`, trained, and `indices [N]`, int32, places in the weight `[O, I]`; `x [.., I]`
+        adds `x Δᵀ [.., O]`.
+    Parameters:
+        `floor(density · Σ I·O)` per layer, the sum over its targets. RoBERTa-base: 0.8 % of query, key, value and
+        attention output 226,488, 1 % of all six linears 849,336. A stored entry takes 8 bytes.
+    Use it when:
+        You want full fine-tuning's kind of change with little optimizer memory, merged or swapped by scattering the
+        values.
+    Pitfalls:
+        - The places are those of the first rows: a batch that is not like the task chooses badly; raise `batches`.
+        - In a mixed batch its time grows with N, and sparse products are slow beside dense ones; merged it costs
+          nothing.
+        - The released code applies each step late and never the last, and its weight decay has no effect; expect other
+          results from the same settings.
+    Published:
+        Song et al. 2024, Table 2, RoBERTa-large, 0.8M parameters (LoRA of the same size, quoted there, in brackets):
+        MNLI 90.6 (90.6), SST-2 96.2 (96.2), MRPC 90.4 (90.2), CoLA 68.5 (68.2), QNLI 94.1 (94.8), QQP 91.0 (91.6), RTE
+        85.9 (85.2), STS-B 92.3 (92.3), average 88.6 (88.6).
     """
 
     name: ClassVar[str] = "sift"

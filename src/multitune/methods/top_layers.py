@@ -16,7 +16,23 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class TopLayers(PartialTuning):
-    """Trains every weight of the top `count` layers; a norm behind the last layer, where there is one, stays frozen."""
+    """Trains every weight of the top `count` layers; a norm behind the last layer, where there is one, stays frozen.
+
+    Shapes:
+        Those of the weights of the top `count` layers.
+    Parameters:
+        `count · (4·D² + 2·D·F + 9·D + F)` for layers of BERT's kind. RoBERTa-base: 1 layer 7,087,872, 2 layers
+        14,175,744, 4 layers 28,351,488.
+    Use it when:
+        You need a quick baseline: the backward pass ends at the lowest trained layer.
+    Pitfalls:
+        - It changes weights, so rows of its task cannot share a batch with other tasks.
+        - It holds up on texts like those of the training set and falls behind on others; see the figures for WebNLG.
+        - It trains more parameters than most adapters do, and every task stores them.
+    Published:
+        Li and Liang 2021, Table 1, GPT-2 medium, two layers, BLEU (full fine-tuning in brackets): E2E 68.1 (68.2),
+        WebNLG 53.6 on seen, 18.9 on unseen, 36.0 on all categories (64.2, 27.7, 46.5), DART 41.0 (46.2).
+    """
 
     name: ClassVar[str] = "top_layers"
     title: ClassVar[str] = "Top-layer tuning"
