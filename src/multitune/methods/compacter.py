@@ -32,9 +32,9 @@ class Compacter(PHMAdapter):
         - N must divide both the bottleneck and the backbone's width.
         - The released code trains the layer norms too; `layer_norms` does so here.
     Published:
-        Karimi Mahabadi et al. 2021, abstract: T5-base with 0.047 % of the parameters trained, on par with full
-        fine-tuning on GLUE, better on SuperGLUE and on small training sets. Liu et al. 2022 (T-Few) could not confirm
-        better than full fine-tuning with few examples on T0-3B.
+        Karimi Mahabadi et al. 2021, abstract: with 0.047 % of the parameters trained, on par with full fine-tuning on
+        GLUE, better on SuperGLUE and on small training sets. Liu et al. 2022 (T-Few) could not reproduce the latter
+        with few examples on T0-3B.
     """
 
     name: ClassVar[str] = "compacter"

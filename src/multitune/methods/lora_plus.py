@@ -28,7 +28,7 @@ class LoRAPlus(LowRankMethod):
         - AdamW's decay is multiplied by the rate, so B is pulled towards zero `ratio` times as strongly.
         - `ratio=1` is LoRA; a sweep should include it.
     Published:
-        No figure could be verified, and the recommended ratio is known second-hand only.
+        No figure of Hayou et al. 2024 could be verified, and neither could the ratio they recommend.
     """
 
     name: ClassVar[str] = "lora_plus"

@@ -45,9 +45,9 @@ class VeRA(SiteMethod):
         - They are drawn anew where the adapter is loaded: a generator that draws otherwise makes another adapter.
         - Weight decay pulls d from its start at 0.1 towards zero as well.
     Published:
-        Hugging Face PEFT's method comparison (Llama-3.2-3B trained on MetaMathQA, accuracy on GSM8K): 35.4 with 129,024
-        parameters, LoRA r=32 47.8 with 9,175,040. No figure of Kopiczko et al. 2024 has been checked, so none stands
-        here.
+        Hugging Face PEFT's method comparison (Llama-3.2-3B trained on MetaMathQA, accuracy on GSM8K), every learning
+        rate 1e-4: 35.4 with 129,024 parameters, LoRA r=32 47.8 with 9,175,040. No figure of Kopiczko et al. 2024 has
+        been checked, so none stands here.
     """
 
     name: ClassVar[str] = "vera"
