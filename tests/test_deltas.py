@@ -206,8 +206,9 @@ def site_rows(delta, num_rows, seed=7):
 def stacked(deltas):
     """The many-slot form, made as a plan makes it."""
     packs = [next(iter(DeltaSet({"site": [d]}).packs.values())) for d in deltas]
-    whole = None if packs[0].whole is None else torch.stack([p.whole for p in packs])
-    ((_, delta),) = unpack(packs[0].layout, torch.stack([p.flat for p in packs]), whole)
+    ((_, delta),) = unpack(
+        packs[0].layout, [torch.stack(same, 1) for same in zip(*(p.pieces for p in packs), strict=True)]
+    )
     return delta
 
 
@@ -327,7 +328,7 @@ def test_canonical_equals_the_original(case, close):
 @pytest.mark.parametrize(("width", "rounded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)])
 def test_canonical_rounds_widths_so_that_neighbours_pack_together(width, rounded):
     g = torch.Generator().manual_seed(0)
-    assert low_rank(g, r=width, scale=3.0).canonical().first.shape == (I, rounded)
+    assert low_rank(g, r=width, scale=3.0).canonical().A.shape == (I, rounded)
     assert bottleneck(g, m=width).canonical().down.shape == (O, rounded)
     memory = Memory(keys=normal(g, width, 2, 3), values=normal(g, width, 2, 3), open=torch.ones(width)).canonical()
     assert memory.keys.shape[0] == memory.values.shape[0] == rounded
@@ -551,7 +552,7 @@ def test_the_frozen_embedding_is_not_the_adapters(bert):
     source = fc_rows(torch.Generator().manual_seed(1))
     assert set(source.tensors()) == {"w1", "b1", "w2", "b2"}
     pack = next(iter(DeltaSet({"layers": [TokenBias(source=source)]}).packs.values()))
-    assert pack.flat.numel() == sum(t.numel() for t in source.tensors().values())
+    assert sum(p.numel() for p in pack.pieces) == sum(t.numel() for t in source.tensors().values())
 
 
 def test_token_dropout_only_in_training():
@@ -603,11 +604,11 @@ def test_shared_matrices_are_never_packed_and_other_origins_never_share_a_produc
     g = torch.Generator().manual_seed(0)
     one, two, wider = shared_low_rank(g), shared_low_rank(g), shared_low_rank(g, r=4)
     packs = [next(iter(DeltaSet({"s": [d]}).packs.values())) for d in (one, two, wider)]
-    assert [p.flat.numel() for p in packs] == [3 + O, 3 + O, 4 + O]
+    assert [sum(t.numel() for t in p.pieces) for p in packs] == [3 + O, 3 + O, 4 + O]
     assert packs[0].signature == packs[1].signature
     other_seed = replace(one, origin=("other", 3))
     assert packs[0].signature not in DeltaSet({"s": [other_seed]}).packs
-    ((_, unpacked),) = unpack(packs[1].layout, packs[1].flat[None])
+    ((_, unpacked),) = unpack(packs[1].layout, [t.unsqueeze(1) for t in packs[1].pieces])
     assert unpacked.A is two.A and unpacked.B is two.B
 
 

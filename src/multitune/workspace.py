@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Bytes at whose multiples tensors start in a shared buffer: those of a cache line.
+_ALIGNMENT = 64
+
 
 class Workspace:
     """Lends buffers; safe under threads."""
@@ -26,25 +29,30 @@ class Workspace:
         self._free: list[Tensor] = []
         self._lock = threading.RLock()  # the garbage collector may give a buffer back while this thread takes one
 
-    def take(self, num_elements: int, like: Tensor, owner: object) -> Tensor:
-        """An uninitialised vector with the dtype and device of `like`, lent until `owner` is collected."""
-        num_bytes = num_elements * like.element_size()
+    def take(self, num_bytes: int, device: torch.device, owner: object) -> Tensor:
+        """Uninitialised bytes `[num_bytes]`, lent until `owner` is collected."""
         with self._lock:
-            fits = [b for b in self._free if b.numel() >= num_bytes and b.device == like.device]
+            fits = [b for b in self._free if b.numel() >= num_bytes and b.device == device]
             buffer = min(fits, key=lambda b: b.numel()) if fits else None
             if buffer is not None:
                 self._free = [b for b in self._free if b is not buffer]
         if buffer is None:
             with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
-                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         weakref.finalize(owner, self._give_back, buffer)
-        return buffer[:num_bytes].view(like.dtype)
+        return buffer[:num_bytes]
 
-    def stack(self, tensors: Sequence[Tensor], owner: object) -> Tensor:
-        """`torch.stack(tensors)` into a lent buffer."""
-        shape = tensors[0].shape
-        out = self.take(len(tensors) * shape.numel(), tensors[0], owner).view(len(tensors), *shape)
-        return torch.stack(list(tensors), out=out)
+    def stack(self, pieces: Sequence[Sequence[Tensor]], owner: object) -> list[Tensor]:
+        """`torch.stack(same, 1)` for the tensors `same` of each piece, all in one lent buffer."""
+        sizes = [len(same) * same[0].numel() * same[0].element_size() for same in pieces]
+        room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        buffer = self.take(sum(room), pieces[0][0].device, owner)
+        stacked = []
+        for same, size, part in zip(pieces, sizes, buffer.split(room), strict=True):
+            first, *rest = same[0].shape
+            out = part[:size].view(same[0].dtype).view(first, len(same), *rest)
+            stacked.append(torch.stack(list(same), 1, out=out))
+        return stacked
 
     def _give_back(self, buffer: Tensor) -> None:
         with self._lock:

@@ -70,8 +70,7 @@ def test_a_memory_of_any_length_is_padded_without_a_trace(backbone, delta_set, r
 def test_fused_tensors_are_held_once_and_detached(backbone, method, random_params):
     params = {k: t.requires_grad_(method.trains(k)) for k, t in random_params(backbone, method, 1).items()}
     fused = DeltaSet(method.deltas(params, backbone)).fused(backbone.dtype, backbone.device)
-    vectors = [t for p in fused.packs.values() for t in (p.flat, p.whole) if t is not None]
-    packed = {t.untyped_storage().data_ptr() for t in vectors}
+    packed = {t.untyped_storage().data_ptr() for p in fused.packs.values() for t in p.pieces}
     total = 0
     for deltas in fused.by_site.values():
         for delta in deltas:

@@ -23,41 +23,33 @@ class LowRank(Delta):
     site_kind: ClassVar[str] = "linear"
 
     A: Tensor
-    """`[I, R]`, or `[R, I]` if `transposed`"""
+    """`[I, R]`"""
     B: Tensor
     """`[R, O]`"""
     scale: float = 1.0
     """The update is multiplied by this."""
     dropout: float = 0.0
     """Probability of dropping an entry of `x`, in training only."""
-    transposed: bool = False
-    """Whether A is held as `[R, I]`: batched products of few tokens read that a third faster."""
-
-    @property
-    def first(self) -> Tensor:
-        """A as `[..., I, R]`."""
-        return self.A.mT if self.transposed else self.A
 
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         if self.dropout and module.training:
             x = F.dropout(x, self.dropout)
         if self.A.ndim == 3 and not torch.is_grad_enabled():
-            return y.baddbmm_(torch.bmm(x, self.first), self.B, alpha=self.scale)
-        update = x @ self.first @ self.B
+            return y.baddbmm_(torch.bmm(x, self.A), self.B, alpha=self.scale)
+        update = x @ self.A @ self.B
         return y + (update if self.scale == 1.0 else update * self.scale)
 
     def merge(self, module: nn.Module) -> None:
-        weight_of(module, "weight").add_((self.scale * (self.first @ self.B)).T)
+        weight_of(module, "weight").add_((self.scale * (self.A @ self.B)).T)
 
     def canonical(self) -> Self:
-        rank = self.B.shape[0]
+        rank = self.A.shape[1]
         pad = round_up_power_of_two(rank) - rank
         return replace(
             self,
-            A=F.pad(self.first.T, (0, 0, 0, pad)).contiguous(),
+            A=F.pad(self.A, (0, pad)),
             B=F.pad(self.B * self.scale, (0, 0, 0, pad)),
             scale=1.0,
-            transposed=True,
         )
 
     def served(self) -> Self:
