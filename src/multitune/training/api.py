@@ -168,7 +168,7 @@ def evaluate(
     task = adapter.task
     table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
     examples = task.examples(table)
-    warn_of_empty(task.name, "given", examples)
+    warn_of_empty(task, "given", examples)
     targets: list[Any] = [e.target for e in examples]
     if not targets:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,15 @@ class Item:
         return max(len(s) for s in self.sequences)
 
 
-def warn_of_empty(task: str, split: str, examples: Sequence[Example]) -> None:
+def warn_of_empty(task: Task, split: str, examples: Sequence[Example]) -> None:
     """Warn of rows in which a text is empty or blank: they are read as they are, and seldom meant."""
-    empty = [i for i, e in enumerate(examples) if any(not text.strip() for texts in e.texts for text in texts)]
+    lacks: Callable[[Iterable[bool]], bool] = all if task.kind == "tagging" else any  # the texts of tagging are words
+    empty = [i for i, e in enumerate(examples) if any(lacks(not text.strip() for text in texts) for texts in e.texts)]
     if empty:
         shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
         warnings.warn(
-            f"task '{task}': {len(empty)} of {len(examples)} {split} rows have an empty text (rows {shown}, counted "
-            f"from 0); fill them in or drop them",
+            f"task '{task.name}': {len(empty)} of {len(examples)} {split} rows have an empty text (rows {shown}, "
+            f"counted from 0); fill them in or drop them",
             DataWarning,
             stacklevel=4,
         )
@@ -61,7 +62,7 @@ class TaskRows(Dataset[Item]):
             raise DataError(f"{split} rows of {error}") from error
         if not examples:
             raise DataError(f"task '{task.name}' has no {split} rows; give a table with at least one")
-        warn_of_empty(task.name, split, examples)
+        warn_of_empty(task, split, examples)
         texts = [t for e in examples for t in e.texts]
         encoded = iter(encode(backbone, texts, max_length=max_length, words=task.kind == "tagging"))
         self.task = task
