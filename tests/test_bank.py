@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,6 +288,14 @@ def test_rows_of_one_adapter_do_not_wait_while_another_is_read(bert, saved):
         thread.start()
         assert answered.wait(60)
     thread.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the mappings of a Linux process")
+def test_no_file_of_an_adapter_stays_mapped(bert, saved):
+    """A mapping would keep the whole file in memory, and a file cut short meanwhile would kill the process."""
+    bank, folder = Bank(bert), saved("a", LoRA(), 1)
+    bank.add("a", folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_folder_that_is_gone_after_eviction_is_named(bert, saved):

@@ -351,7 +351,8 @@ def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
         raise AdapterError(f"{file} is missing: the adapter's tensors are lost; copy the folder again")
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies: what `get_tensor` gives is a view of the mapped file, which one small tensor would keep in memory.
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{file} is damaged or truncated: {error}") from error
     if sha256(file) != digest:

@@ -109,7 +109,7 @@ class Checkpoints:
         try:
             state = json.loads((path / STATE_FILE).read_text("utf-8"))
             with safe_open(path / TENSOR_FILE, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, ValueError, SafetensorError) as error:
             raise AdapterError(f"checkpoint {path} is damaged: {error}; {fix}") from error
         if sha256(path / TENSOR_FILE) != state.get("tensors_sha256"):
