@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import multitune.workspace
 from multitune import (
     IA3,
     AoTFC,
@@ -29,7 +32,8 @@ from multitune import (
     method_names,
 )
 from multitune.call import _CURRENT, Call, active, current_call
-from multitune.workspace import Workspace
+from multitune.deltas import Bias, LowRank
+from multitune.workspace import Buffer, Workspace
 
 METHODS = [
     LoRA(r=3),
@@ -424,41 +428,136 @@ def test_plans_for_training_never_share_memory(bert, loras):
     address = flat_of(first)
     del first
     gc.collect()
-    assert workspace._free == []
+    assert workspace.free_bytes == 0
     with torch.no_grad():
         assert flat_of(Plan(loras[3:], workspace)) != 0
     gc.collect()
-    assert len(workspace._free) == 1
+    assert workspace.free_bytes > 0
     assert address != 0
 
 
-def test_a_workspace_keeps_no_more_than_it_may():
-    class Owner:
-        pass
+class Owner:
+    """Something a buffer can be lent to."""
 
+
+class Slot:
+    """One vector, to be stacked."""
+
+    def __init__(self, *values):
+        self.pieces = (torch.tensor([values]),)
+
+
+def stacked(workspace, slots, owner):
+    (piece,) = workspace.lend("vectors", slots, owner).fill(slots)
+    return piece[0].tolist()
+
+
+def test_the_next_batch_copies_only_the_adapters_that_are_new(bert, loras, random_rows, close, monkeypatch):
+    ids, mask = random_rows(bert, [4, 4, 4]).padded()
+    workspace, copied = Workspace(), []
+    original = Buffer.fill
+
+    def fill(buffer, slots):
+        held = buffer.held()
+        copied.extend(s for g, s in enumerate(slots) if s is not held[g])
+        return original(buffer, slots)
+
+    monkeypatch.setattr(Buffer, "fill", fill)
+    with torch.no_grad():
+        for rows, num_new in (([0, 1, 2], 3), ([2, 0, 1], 0), ([1, 3, 0], 1), ([4, 0, 3], 1), ([5, 2, 1], 3)):
+            before = len(copied)
+            plan = Plan([loras[i] for i in rows], workspace)
+            close(bert.run(plan, ids, mask), bert.run(Plan([loras[i] for i in rows]), ids, mask))
+            assert len(copied) - before == num_new, rows
+            del plan
+            gc.collect()
+
+
+def run_site(plan, x, module):
+    """What comes out of a lone site, in the caller's order of rows."""
+    order = torch.arange(len(x)) if plan.order is None else plan.order
+    y = module(x[order])
+    for step in plan.steps.get("a", []):
+        y = step(x[order], y, module)
+    return y[order.argsort()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(-1, 7), min_size=2, max_size=9), min_size=2, max_size=8), st.booleans())
+def test_batches_that_follow_each_other_in_one_workspace_are_as_in_none(batches, small):
+    """Any adapters, repeated or not, any number of rows; what is left in a buffer never shows."""
+    sets = []
+    for i in range(8):
+        deltas = [LowRank(A=torch.full((2, 1), i + 1.0), B=torch.full((1, 3), i + 0.5))]
+        if i % 2:
+            deltas.append(Bias(b=torch.full((3,), 10.0 * i)))
+        sets.append(DeltaSet({"a": deltas}))
+    workspace = Workspace()
+    module = torch.nn.Linear(2, 3)
+    x = torch.randn(9, 4, 2)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multitune.workspace, "SMALL_BYTES", 10**6 if small else 0)
+        for batch in batches:
+            rows = [None if i < 0 else sets[i] for i in batch]
+            lent, fresh = Plan(rows, workspace), Plan(rows)
+            assert torch.equal(run_site(lent, x[: len(rows)], module), run_site(fresh, x[: len(rows)], module))
+
+
+def test_a_dropped_adapter_is_never_taken_for_a_new_one_in_its_place():
+    workspace, owner = Workspace(), Owner()
+    a, b = Slot(1.0), Slot(2.0)
+    assert stacked(workspace, [a, b], owner) == [[1.0], [2.0]]
+    del a, owner
+    gc.collect()
+    for value in range(3, 20):  # one of these may well get the address of the dropped one
+        owner, fresh = Owner(), Slot(float(value))
+        assert stacked(workspace, [fresh, b], owner) == [[value], [2.0]]
+        del owner, fresh
+        gc.collect()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_after_a_copy_that_broke_off_nothing_half_written_is_taken_as_there(monkeypatch, small):
+    monkeypatch.setattr(multitune.workspace, "SMALL_BYTES", 10**6 if small else 0)
+    workspace, owner = Workspace(), Owner()
+    a, b, broken = Slot(1.0), Slot(2.0), Slot(3.0)
+    for slot in (a, b, broken):
+        slot.pieces *= 2
+    broken.pieces = (broken.pieces[0], torch.zeros(1, 7))
+    workspace.lend("vectors", [a, b], owner).fill([a, b])
+    del owner
+    gc.collect()
+    owner = Owner()
+    with pytest.raises(RuntimeError):
+        workspace.lend("vectors", [broken, b], owner).fill([broken, b])
+    del owner
+    gc.collect()
+    owner = Owner()
+    assert [p[0].tolist() for p in workspace.lend("vectors", [a, b], owner).fill([a, b])] == [[[1.0], [2.0]]] * 2
+
+
+def test_a_workspace_keeps_no_more_than_it_may():
     workspace = Workspace(max_bytes=1000)
     owners = [Owner() for _ in range(4)]
-    for owner in owners:
-        assert workspace.take(400, torch.device("cpu"), owner).shape == (400,)
-    del owner, owners
-    gc.collect()
-    assert sum(b.numel() for b in workspace._free) == 800
-    smallest_fit, owner = Owner(), Owner()
-    assert workspace.take(100, torch.device("cpu"), smallest_fit).dtype == torch.uint8
-    assert workspace.take(4000, torch.device("cpu"), owner).numel() == 4000
-    assert len(workspace._free) == 1
+    slot = Slot(*range(50))  # 400 bytes
+    for number, owner in enumerate(owners):
+        workspace.lend(number, [slot], owner).fill([slot])
+    del owner
+    while owners:
+        del owners[0]
+        gc.collect()
+    assert workspace.free_bytes == 800
+    asked = [Owner() for _ in range(4)]
+    held = [workspace.lend(number, [slot], owner).held() for number, owner in enumerate(asked)]
+    assert held == [[None], [None], [slot], [slot]]  # those given back first were freed
 
 
 def test_the_garbage_collector_may_drop_a_plan_at_any_moment():
     """A plan in a cycle dies when the collector runs, which can be while this very thread takes a buffer."""
-
-    class Owner:
-        pass
-
     workspace = Workspace()
     owner = Owner()
     owner.myself = owner
-    workspace.take(40, torch.device("cpu"), owner)
+    workspace.lend("vectors", [Slot(1.0)], owner)
 
     def collect_inside():
         nonlocal owner
@@ -470,4 +569,4 @@ def test_the_garbage_collector_may_drop_a_plan_at_any_moment():
     thread.start()
     thread.join(30)
     assert not thread.is_alive()
-    assert len(workspace._free) == 1
+    assert workspace.free_bytes > 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from multitune.deltas import ORDER, Delta, Memory, Prompt, TableRows, TokenBias
 from multitune.errors import ConfigError
-from multitune.workspace import Workspace
+from multitune.workspace import Buffer, Workspace
 
 #: A group whose rows per slot differ is packed once per row while that copy stays below this many bytes, and is
 #: split by rows per slot above it. Both forms give the same result; the limit only trades memory for time.
@@ -238,6 +238,91 @@ class Step:
         return self.group.put(y, self.delta.apply(self.group.take(x), self.group.take(y), module))
 
 
+@dataclass(eq=False)
+class _Block:
+    """Slots that any order suits: they have the same packs' shapes and equally many rows; side by side in a batch."""
+
+    rows_per_slot: int
+    slots: list[DeltaSet]
+    start: int = 0
+    """Place of its first row in the ordered batch."""
+    arranged: bool = False
+    """Whether a buffer has decided the order."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows_per_slot * len(self.slots)
+
+    def arrange(self, signature: Signature, held: Sequence[object]) -> None:
+        """Put slots where a buffer holds their packs already; `held` is what it has in this block's places."""
+        self.arranged = True
+        each = len(held) // len(self.slots)
+        at = {id(held[i * each]): i for i in range(len(self.slots)) if held[i * each] is not None}
+        placed: dict[int, DeltaSet] = {}
+        for s in self.slots:
+            if (i := at.get(id(s.packs[signature]))) is not None:
+                placed[i] = s
+        there = set(placed.values())
+        others = iter([s for s in self.slots if s not in there])
+        self.slots = [placed[i] if i in placed else next(others) for i in range(len(self.slots))]
+
+
+@dataclass(eq=False)
+class _Stack:
+    """Blocks whose packs of one signature are stacked into one delta per site."""
+
+    signature: Signature
+    blocks: list[_Block]
+    rows_per_slot: int
+    buffer: Buffer | None = None
+
+    def packs(self) -> list[Pack]:
+        """What to stack, in order; repeated where rows of one slot get a copy each."""
+        return [
+            s.packs[self.signature]
+            for block in self.blocks
+            for s in block.slots
+            for _ in range(block.rows_per_slot // self.rows_per_slot)
+        ]
+
+    def borrow(self, workspace: Workspace, owner: object) -> None:
+        """Take a buffer, and order the slots by what it holds."""
+        packs = self.packs()
+        if len(packs) == 1:
+            return
+        self.buffer = workspace.lend(self.signature, packs, owner)
+        held, start = self.buffer.held(), 0
+        for block in self.blocks:
+            stop = start + block.num_rows // self.rows_per_slot
+            if not block.arranged:
+                block.arrange(self.signature, held[start:stop])
+            start = stop
+
+    def deltas(self, packs: Sequence[Pack]) -> list[tuple[str, Delta]]:
+        """Per site the stacked delta of every slot."""
+        layout = packs[0].layout
+        if len(packs) == 1:
+            return unpack(layout, [piece.unsqueeze(1) for piece in packs[0].pieces])
+        if self.buffer is None:
+            return unpack(layout, [torch.stack(same, 1) for same in zip(*(p.pieces for p in packs), strict=True)])
+        pieces, views = self.buffer.fill(packs), self.buffer.views
+        if len(packs) not in views:
+            views[len(packs)] = unpack(layout, pieces)
+        made: list[tuple[str, Delta]] = views[len(packs)]
+        return made
+
+
+def _stacks(signature: Signature, blocks: Sequence[_Block]) -> list[_Stack]:
+    """How to stack the packs of one signature; see `PER_ROW_BYTES`."""
+    mine = [block for block in blocks if signature in block.slots[0].packs]
+    used = sorted({block.rows_per_slot for block in mine})
+    if len(used) == 1:
+        return [_Stack(signature, mine, used[0])]
+    if mine[0].slots[0].packs[signature].nbytes * sum(block.num_rows for block in mine) <= PER_ROW_BYTES:
+        return [_Stack(signature, mine, 1)]
+    return [_Stack(signature, [block for block in mine if block.rows_per_slot == n], n) for n in used]
+
+
 class Plan:
     """Which rows use which deltas, ready to run any number of batches with that assignment.
 
@@ -303,70 +388,43 @@ class Plan:
                     self._add_step(site, Step(everyone, delta))
 
     def _plan_many(self, rows: Sequence[DeltaSet | None], slots: list[DeltaSet]) -> None:
-        counts: dict[DeltaSet, int] = {s: 0 for s in slots}
-        for r in rows:
-            if r is not None:
-                counts[r] += 1
-        ids: dict[Signature, int] = {}
+        rows_of: dict[DeltaSet | None, list[int]] = {None: [], **{s: [] for s in slots}}
+        for b, r in enumerate(rows):
+            rows_of[r].append(b)
+        ids = {signature: i for i, signature in enumerate(dict.fromkeys(g for s in slots for g in s.packs))}
+        alike: dict[tuple[tuple[int, ...], int], list[DeltaSet]] = defaultdict(list)
         for s in slots:
-            for signature in s.packs:
-                ids.setdefault(signature, len(ids))
-        position = {s: p for p, s in enumerate(slots)}
-
-        def rank(b: int) -> tuple[Any, ...]:
-            r = rows[b]
-            if r is None:
-                return ((), 0, -1)
-            return (tuple(sorted(ids[g] for g in r.packs)), counts[r], position[r])
-
-        order = sorted(range(len(rows)), key=rank)
+            alike[tuple(sorted(ids[g] for g in s.packs)), len(rows_of[s])].append(s)
+        blocks = [_Block(len(rows_of[slots_[0]]), slots_) for _, slots_ in sorted(alike.items(), key=lambda a: a[0])]
+        stacks = [stack for signature in ids for stack in _stacks(signature, blocks)]
+        if self._workspace is not None:
+            for stack in stacks:
+                stack.borrow(self._workspace, owner=self)
+        order = rows_of[None] + [b for block in blocks for s in block.slots for b in rows_of[s]]
         if order != sorted(order):
             self.order = torch.tensor(order)
             self.ordered = [rows[b] for b in order]
-        for signature in ids:
-            self._plan_signature(signature, counts)
+        start = len(rows_of[None])
+        for block in blocks:
+            block.start, start = start, start + block.num_rows
+        for stack in stacks:
+            self._add_stack(stack)
         self._plan_tables()
         for steps in self.steps.values():
             steps.sort(key=lambda step: ORDER.index(type(step.delta)))
 
-    def _plan_signature(self, signature: Signature, counts: Mapping[DeltaSet, int]) -> None:
-        rows = [b for b, r in enumerate(self.ordered) if r is not None and signature in r.packs]
-        pack = self._pack_of(rows[0], signature)
-        used = {counts[r] for b in rows if (r := self.ordered[b]) is not None}
-        if len(used) == 1:
-            self._add_group(signature, rows, used.pop())
-        elif pack.nbytes * len(rows) <= PER_ROW_BYTES:
-            self._add_group(signature, rows, 1)
-        else:
-            for count in sorted(used):
-                same = [b for b in rows if (r := self.ordered[b]) is not None and counts[r] == count]
-                self._add_group(signature, same, count)
-
-    def _pack_of(self, row: int, signature: Signature) -> Pack:
-        delta_set = self.ordered[row]
-        assert delta_set is not None
-        return delta_set.packs[signature]
-
-    def _add_group(self, signature: Signature, rows: list[int], rows_per_slot: int) -> None:
-        packs = [self._pack_of(b, signature) for b in rows[::rows_per_slot]]
+    def _add_stack(self, stack: _Stack) -> None:
+        rows = [b for block in stack.blocks for b in range(block.start, block.start + block.num_rows)]
+        packs = stack.packs()
         contiguous = rows[-1] - rows[0] + 1 == len(rows)
         group = Group(
             rows=slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows, device=packs[0].pieces[0].device),
             num_slots=len(packs),
-            rows_per_slot=rows_per_slot,
+            rows_per_slot=stack.rows_per_slot,
             covers_batch=contiguous and len(rows) == self.num_rows,
         )
-        for site, delta in unpack(packs[0].layout, self._stack([p.pieces for p in packs])):
+        for site, delta in stack.deltas(packs):
             self._add_step(site, Step(group, delta))
-
-    def _stack(self, of_slots: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        """The pieces `[N, *shape]` of every slot as `[N, G, *shape]`."""
-        if len(of_slots) == 1:
-            return [piece.unsqueeze(1) for piece in of_slots[0]]
-        pieces = list(zip(*of_slots, strict=True))
-        if self._workspace is None:
-            return [torch.stack(same, 1) for same in pieces]
-        return self._workspace.stack(pieces, owner=self)
 
     def _add_step(self, site: str, step: Step) -> None:
         (self.input_steps if step.delta.changes_input else self.steps)[site].append(step)

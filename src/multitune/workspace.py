@@ -1,7 +1,8 @@
-"""A pool of buffers for packed tensors.
+"""Buffers in which plans keep stacked tensors, handed on from plan to plan with what is in them.
 
-A fresh allocation of tens of megabytes costs several times the copy into it, because the system hands out
-pages one fault at a time. Buffers are lent to a plan and come back when the plan is dropped.
+Two costs are saved. A fresh allocation of tens of megabytes takes several times the copy into it, because the system
+hands out pages one fault at a time. And a batch that follows another mostly shares adapters with it: a buffer
+remembers which adapter each of its slots holds, and the next plan copies only those that are not there yet.
 """
 
 from __future__ import annotations
@@ -9,12 +10,57 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-#: Bytes at whose multiples tensors start in a shared buffer: those of a cache line.
-_ALIGNMENT = 64
+#: Stacks of fewer bytes are copied whole: finding what is there already would take longer.
+SMALL_BYTES = 2**16
+
+
+class Stackable(Protocol):
+    """What fills one slot: tensors that no one changes."""
+
+    @property
+    def pieces(self) -> tuple[Tensor, ...]:
+        """`[N, *shape]`, N tensors of one shape each; the same shapes in every slot."""
+
+
+class Buffer:
+    """Room for the pieces of `capacity` slots, `[N, C, *shape]` each."""
+
+    def __init__(self, example: Stackable, capacity: int) -> None:
+        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
+            self._pieces = [p.new_empty(p.shape[0], capacity, *p.shape[1:]) for p in example.pieces]
+        self._held: list[weakref.ref[Stackable] | None] = [None] * capacity
+        self.capacity = capacity
+        self.views: dict[int, Any] = {}
+        """What plans made of the pieces, by the number of slots: views need no making anew when contents change."""
+        self.nbytes = sum(p.numel() * p.element_size() for p in self._pieces)
+
+    def held(self) -> list[Stackable | None]:
+        """What each slot holds: nothing, or something that may since have been dropped."""
+        return [None if ref is None else ref() for ref in self._held]
+
+    def fill(self, slots: Sequence[Stackable]) -> list[Tensor]:
+        """The pieces of these slots `[N, G, *shape]`; copies what is not in its place already."""
+        parts = [piece[:, : len(slots)] for piece in self._pieces]
+        missing = [
+            (g, wanted) for g, (wanted, here) in enumerate(zip(slots, self.held(), strict=False)) if wanted is not here
+        ]
+        for g, _ in missing:
+            self._held[g] = None  # should copying break off, the slot holds nothing
+        if missing and self.nbytes <= SMALL_BYTES:
+            for part, *same in zip(parts, *(s.pieces for s in slots), strict=True):
+                part.copy_(torch.stack(same, 1))
+        else:
+            for g, wanted in missing:
+                for part, piece in zip(parts, wanted.pieces, strict=True):
+                    part[:, g].copy_(piece)
+        for g, wanted in missing:
+            self._held[g] = weakref.ref(wanted)
+        return parts
 
 
 class Workspace:
@@ -23,38 +69,46 @@ class Workspace:
     def __init__(self, max_bytes: int = 2**30) -> None:
         """
         Args:
-            max_bytes: most bytes kept for later; a buffer returned beyond it is freed.
+            max_bytes: most bytes kept for later; beyond it the buffers that were given back first are freed.
         """
         self._max_bytes = max_bytes
-        self._free: list[Tensor] = []
+        self._free: list[tuple[object, Buffer]] = []  # what they are for, and they; the oldest first
         self._lock = threading.RLock()  # the garbage collector may give a buffer back while this thread takes one
 
-    def take(self, num_bytes: int, device: torch.device, owner: object) -> Tensor:
-        """Uninitialised bytes `[num_bytes]`, lent until `owner` is collected."""
-        with self._lock:
-            fits = [b for b in self._free if b.numel() >= num_bytes and b.device == device]
-            buffer = min(fits, key=lambda b: b.numel()) if fits else None
-            if buffer is not None:
-                self._free = [b for b in self._free if b is not buffer]
-        if buffer is None:
-            with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
-                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        weakref.finalize(owner, self._give_back, buffer)
-        return buffer[:num_bytes]
+    def lend(self, key: object, slots: Sequence[Stackable], owner: object) -> Buffer:
+        """A buffer with room for `slots`, lent until `owner` is collected; of several, the one that holds most of them.
 
-    def stack(self, pieces: Sequence[Sequence[Tensor]], owner: object) -> list[Tensor]:
-        """`torch.stack(same, 1)` for the tensors `same` of each piece, all in one lent buffer."""
-        sizes = [len(same) * same[0].numel() * same[0].element_size() for same in pieces]
-        room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        buffer = self.take(sum(room), pieces[0][0].device, owner)
-        stacked = []
-        for same, size, part in zip(pieces, sizes, buffer.split(room), strict=True):
-            first, *rest = same[0].shape
-            out = part[:size].view(same[0].dtype).view(first, len(same), *rest)
-            stacked.append(torch.stack(list(same), 1, out=out))
-        return stacked
-
-    def _give_back(self, buffer: Tensor) -> None:
+        Args:
+            key: equal for slots whose pieces have equal shapes, dtypes and devices.
+        """
+        capacity = _round_up(len(slots))
         with self._lock:
-            if sum(b.numel() for b in self._free) + buffer.numel() <= self._max_bytes:
-                self._free.append(buffer)
+            fits = [b for k, b in self._free if k == key and b.capacity == capacity]
+            wanted = set(map(id, slots))
+            best = max(fits, key=lambda b: sum(id(s) in wanted for s in b.held() if s is not None), default=None)
+            self._free = [pair for pair in self._free if pair[1] is not best]
+        buffer = Buffer(slots[0], capacity) if best is None else best
+        weakref.finalize(owner, self._give_back, key, buffer)
+        return buffer
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the buffers that no plan has."""
+        return sum(buffer.nbytes for _, buffer in self._free)
+
+    def _give_back(self, key: object, buffer: Buffer) -> None:
+        with self._lock:
+            kept, room = [], self._max_bytes
+            for pair in [(key, buffer), *reversed(self._free)]:  # newest first
+                room -= pair[1].nbytes
+                if room < 0:
+                    break
+                kept.append(pair)
+            self._free = kept[::-1]
+
+
+def _round_up(num_slots: int) -> int:
+    """Slots to make room for, so that batches of nearly equal size can follow each other in one buffer."""
+    if num_slots <= 8:
+        return 1 << (num_slots - 1).bit_length()
+    return -(-num_slots // 8) * 8
