@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "methods": {"deltas", "errors", "methods", "words"},
     "words": set(),
     "batching": {"errors"},
-    "heads": {"errors", "tasks"},
+    "pooling": set(),
+    "heads": {"errors", "pooling", "tasks"},
+    "exports": {"errors"},
 }
 
 

@@ -57,7 +57,7 @@ from multitune import (
     register,
 )
 from multitune.deltas import Bias
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.methods import registry
 from multitune.methods.dsee import flops_saved, sparse_part
 from multitune.methods.sparse_update import largest_places, random_places
