@@ -646,7 +646,7 @@ def test_every_method_has_a_golden_count():
     missing = sorted(set(method_names()) - {m.name for m, _ in COUNTS} - {"full"})
     assert not missing, "\n".join(
         f"add a line ({get_method(name).__name__}(), <count>) to COUNTS in this file: the parameters that '{name}' "
-        f"trains on RoBERTa-base without the head, worked out from its paper's formula and not copied from num_parameters"
+        f"trains on RoBERTa-base without the head, by its paper's formula and not copied from num_parameters"
         for name in missing
     )
 
