@@ -47,6 +47,30 @@ def find(rows: Iterable[Row], cell: Row) -> Row | None:
     return next((row for row in reversed(list(rows)) if row["cell"] == wanted), None)
 
 
+def check_markers(file: Path | None, name: str) -> None:
+    """Stop with a message unless a document to be written to has the markers of a table; before the work, not after."""
+    if file is None:
+        return
+    if not file.is_file():
+        raise SystemExit(f"--write {file}: no such file; give a document with markers, such as docs/results.md")
+    document = file.read_text("utf-8")
+    begin, end = _markers(name)
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise SystemExit(f"--write {file}: it needs the lines {begin} and {end}, once each, where the table goes")
+
+
+def write_between(file: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of a document."""
+    check_markers(file, name)
+    begin, end = _markers(name)
+    before, _, rest = file.read_text("utf-8").partition(begin)
+    file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}", "utf-8")
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
 def environment(threads: int) -> Row:
     """Machine, versions and date, for the record."""
     versions = {}

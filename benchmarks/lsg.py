@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _store import environment
+from _store import check_markers, environment, write_between
 from real_data import peak_memory, reset_peak_memory
 
 import multitune
 
-BEGIN, END = "<!-- lsg:begin -->", "<!-- lsg:end -->"
+DOCUMENT_PART = "lsg"
 FULL = "full"
 
 
@@ -82,6 +82,7 @@ def timed(run: Any, rounds: int) -> tuple[float, int]:
 
 def main() -> None:
     args = _arguments()
+    check_markers(args.write, DOCUMENT_PART)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by glibc when a child starts
     context = multiprocessing.get_context("spawn")
     heads = ["tokens", "attention", "serve, ms", "serve, peak MB", "train, ms", "train, peak MB"]
@@ -107,7 +108,7 @@ def main() -> None:
     lines += ["", _note(args)]
     print("\n" + lines[-1])
     if args.write:
-        _write(args.write, "\n".join(lines))
+        write_between(args.write, DOCUMENT_PART, "\n".join(lines))
 
 
 def _note(args: argparse.Namespace) -> str:
@@ -120,12 +121,6 @@ def _note(args: argparse.Namespace) -> str:
         f"{args.sparse} sparse keys a side, sparsity {args.sparsity}, one global token; median of {args.rounds} "
         f"passes; {where['machine']}, {args.threads} thread(s); Python {where['python']}, {versions}; {where['date']}."
     )
-
-
-def _write(file: Path, text: str) -> None:
-    document = file.read_text("utf-8")
-    before, rest = document.split(BEGIN)
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", "utf-8")
 
 
 def _arguments() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _store import environment
+from _store import check_markers, environment, write_between
 from datasets import Dataset
 from real_data import peak_memory, reset_peak_memory
 
@@ -25,7 +25,7 @@ import multitune
 from multitune import planner
 from multitune.tasks import TaskData
 
-BEGIN, END = "<!-- planner:begin -->", "<!-- planner:end -->"
+DOCUMENT_PART = "planner"
 STEPS = 3
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between this document's markers")
     args = parser.parse_args()
+    check_markers(args.write, DOCUMENT_PART)
     lines = ["| method | estimated, MB | measured, MB | estimate / measured |", "|---|---:|---:|---:|"]
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by glibc when a child starts
     context = multiprocessing.get_context("spawn")
@@ -74,9 +75,7 @@ def main() -> None:
         f"{args.rows} rows of {args.length} tokens on minilm, without the backbone's weights; {facts['machine']}.",
     ]
     if args.write:
-        document = args.write.read_text("utf-8")
-        before, rest = document.split(BEGIN)
-        args.write.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}", "utf-8")
+        write_between(args.write, DOCUMENT_PART, "\n".join(lines))
 
 
 if __name__ == "__main__":

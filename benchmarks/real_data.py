@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # runs are forked
 
 import torch
 import torch.nn.functional as F
-from _store import Row, append, environment, find, read
+from _store import Row, append, check_markers, environment, find, read, write_between
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
@@ -74,7 +74,7 @@ BACKBONE = "minilm"
 EPOCHS = 2
 BATCH_SIZE = 32
 POOLING = "pooler"
-BEGIN, END = "<!-- real_data:begin -->", "<!-- real_data:end -->"
+DOCUMENT_PART = "real_data"
 
 
 # -------------------------------------------------------------------- one run
@@ -498,22 +498,15 @@ def _listed(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def write(file: Path, text: str) -> None:
-    """Replace what stands between the markers of a document."""
-    document = file.read_text("utf-8")
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise SystemExit(f"{file} needs the lines {BEGIN} and {END} once each, where the tables go")
-    before, rest = document.split(BEGIN)
-    after = rest.split(END)[1]
-    file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
-
-
 # -------------------------------------------------------------------- command line
 
 
 def main() -> None:
     args = _arguments()
     number, count = args.shard
+    if args.write and not args.table and count > 1:
+        raise SystemExit(f"--write {args.write}: one shard is not the whole table; give --table --write at the end")
+    check_markers(args.write, DOCUMENT_PART)
     own = args.store / f"real_data-{number}of{count}.jsonl"
     todo = [] if args.table else mine(cells_of(args), args.shard)
     begin = time.monotonic()
@@ -532,7 +525,7 @@ def main() -> None:
         text = render(args, _finished(args.store))
         print(text)
         if args.write:
-            write(args.write, text)
+            write_between(args.write, DOCUMENT_PART, text)
 
 
 def _finished(store: Path) -> list[Row]:

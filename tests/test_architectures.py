@@ -16,7 +16,7 @@ from multitune import (
     get_method,
     method_names,
 )
-from multitune.merge import merge, merge_deltas
+from multitune.merging import merge, merge_deltas
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 

@@ -29,7 +29,7 @@ from multitune import (
 )
 from multitune.deltas import Affine, Bias, InputScale, LowRank, Scale
 from multitune.heads import pool
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.sites import find_sites
 
 CAUSAL = ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]

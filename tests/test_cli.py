@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from multitune import __version__, get_method, method_names
 from multitune.cli import app
 from multitune.cli.fields import fields_of
-from multitune.cli.shared import COMMANDS, size
+from multitune.cli.shared import COMMANDS, load_command, size
 from multitune.cli.train import OPTIONS
 from multitune.tasks import list_tasks, load_task
 from multitune.training import TrainConfig
@@ -103,7 +103,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]) -> Pa
 
 
 def _commands() -> list[tuple[str, Any]]:
-    return list(typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]
+    return [(name, load_command(name)) for name in COMMANDS]
 
 
 def test_the_commands_are_listed_in_their_order() -> None:
@@ -112,12 +112,31 @@ def test_the_commands_are_listed_in_their_order() -> None:
 
 @pytest.mark.parametrize(("name", "command"), _commands())
 def test_every_command_and_option_has_help(name: str, command: Any) -> None:
-    assert command.help
+    assert command.help == COMMANDS[name][1]  # the list of commands shows it without importing the command
     assert [p.name for p in command.params if not (p.help or "").strip()] == []
     answer = good(name, "--help")
     assert answer.err == ""
     for option in (o for p in command.params for o in p.opts if o.startswith("--")):
         assert option in answer.out
+
+
+def test_every_command_is_in_the_list() -> None:
+    _commands()
+    assert {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} == set(COMMANDS)
+
+
+def test_help_and_version_load_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys\nfrom multitune.cli import main\n"
+        "for sys.argv in (['multitune', '--help'], ['multitune', '--version'], ['multitune', 'trian']):\n"
+        "    try: main()\n"
+        "    except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    assert all(text.split()[0] in done.stdout for _, text in COMMANDS.values())
+    assert "Did you mean 'train'?" in done.stderr
 
 
 def test_listings_and_reports_take_json() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import multitune as mt
 from multitune.continual import Prototypes, cosine_of_updates, features, sparse_updates, sum_of_updates
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.plan import DeltaSet, Plan
 
 

@@ -33,7 +33,6 @@ from multitune.deltas import (
     TokenBias,
     build_table,
 )
-from multitune.deltas.base import stack_view
 from multitune.plan import unpack
 
 I, O, T = 4, 5, 3  # in, out, tokens
@@ -214,9 +213,9 @@ def stacked(deltas):
 
 def stacked_as_given(deltas):
     """The many-slot form of deltas that were not brought into canonical form first."""
-    shapes = {name: t.shape for name, t in deltas[0].tensors().items()}
-    flats = {name: torch.stack([d.tensors()[name].reshape(-1) for d in deltas]) for name in shapes}
-    return deltas[0].with_tensors({name: stack_view(flats[name], shape) for name, shape in shapes.items()})
+    stacks = {name: torch.stack([d.tensors()[name] for d in deltas]) for name in deltas[0].tensors()}
+    # vectors become `[G, 1, n]`, so that they broadcast over tokens
+    return deltas[0].with_tensors({name: t.unsqueeze(1) if t.ndim == 2 else t for name, t in stacks.items()})
 
 
 @pytest.fixture(params=CASES)

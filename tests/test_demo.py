@@ -35,6 +35,10 @@ def test_it_prints_both_tables_within_100_columns(printed: tuple[Path, str, str]
         mine = [line for line in lines if f" {lesson.method} " in line and lesson.task in line]
         assert len(mine) == 3, "its line in the first table, and two rows in the second"
     assert sum("embedding" in line for line in lines) == 1
+    notes = err.splitlines()
+    # The scores that choose the epoch, and those of the table: each line says which rows it is about.
+    assert sum(note.endswith(", both on the training rows") for note in notes) == len(LESSONS)
+    assert sum(" on held-out rows, " in note for note in notes) == len(LESSONS)
     assert err.count("\n") == 2 * len(LESSONS) + 2, "for each one evaluation and its end; the backbone, the batch"
 
 

@@ -1,11 +1,15 @@
 """Dependencies point downward, nothing is unpickled, and no code asks for a model's name."""
 
 import ast
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import multitune
+from multitune import exports, training
 
 ROOT = Path(multitune.__file__).parent
 FILES = sorted(p for p in ROOT.rglob("*.py"))
@@ -30,7 +34,9 @@ MAY_IMPORT = {
     "methods": {"deltas", "errors", "methods", "words"},
     "words": set(),
     "batching": {"errors"},
-    "heads": {"errors", "tasks"},
+    "pooling": set(),
+    "heads": {"errors", "pooling", "tasks"},
+    "exports": {"errors"},
 }
 
 
@@ -99,7 +105,48 @@ def test_no_code_branches_on_a_models_name(path):
             assert node.value not in known
 
 
+# ---- public names
+
+
 def test_public_names():
     assert all(hasattr(multitune, name) for name in multitune.__all__)
     assert len(set(multitune.__all__)) == len(multitune.__all__)
     assert {"Adapter", "Backbone", "Bank", "DeltaSet", "Head", "Method", "Plan", "Task"} <= set(multitune.__all__)
+    assert set(multitune.__all__) <= set(dir(multitune))
+
+
+def test_every_method_of_the_package_is_a_public_name():
+    classes = [multitune.get_method(name) for name in multitune.method_names()]
+    assert len({cls.__name__ for cls in classes}) == len(classes)
+    for cls in classes:
+        assert getattr(multitune, cls.__name__) is cls and cls.__name__ in multitune.__all__
+
+
+def test_no_public_name_is_a_submodules_too():
+    """Importing the submodule would put the module where the function was."""
+    modules = {module.name for module in pkgutil.iter_modules(multitune.__path__)}
+    assert not modules & {*exports.homes()}
+    assert not {name for name in exports.homes() if sum(name in names for names in exports.EXPORTS.values()) > 1}
+
+
+def test_the_stub_for_type_checkers_is_up_to_date():
+    stub = (ROOT / "__init__.pyi").read_text("utf-8")
+    assert stub == exports.stub(), "src/multitune/__init__.pyi is out of date; run make docs"
+
+
+def test_importing_the_package_and_the_training_settings_loads_no_torch():
+    program = (
+        "import sys, multitune, multitune.training.config\nheavy = {'torch', 'transformers', 'datasets', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert not hasattr(multitune, '__wrapped__') and 'torch' not in sys.modules\n"
+        "from multitune import AoTFC, ConfigError, train\nassert multitune.LoRA.name == 'lora'\n"
+        "import multitune.merging\nassert callable(multitune.merge) and multitune.tasks.load_task"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(AttributeError, match=r"no attribute 'LorA'\. Did you mean 'LoRA'\?"):
+        multitune.LorA  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'trainn'"):
+        training.trainn  # noqa: B018

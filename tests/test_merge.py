@@ -7,7 +7,7 @@ import torch
 
 import multitune as mt
 from multitune.deltas import InputScale, LowRank, Scale
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.plan import DeltaSet, Plan
 
 

@@ -127,6 +127,19 @@ _BERT_SUBLAYERS = {
     "attention": SubLayer(enters="attention.self", leaves="attention.output.dropout"),
     "ffn": SubLayer(enters="intermediate.dense", leaves="output.dropout"),
 }
+_BART_LINEARS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.out_proj",
+    "ffn_in": "fc1",
+    "ffn_out": "fc2",
+}
+_BART_NORMS = {"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"}
+_BART_SUBLAYERS = {
+    "attention": SubLayer(enters="self_attn", leaves="self_attn.out_proj"),
+    "ffn": SubLayer(enters="fc1", leaves="fc2"),
+}
 _LLAMA_LINEARS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -317,19 +330,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layers="encoder.layers",
         embedding="encoder.embed_tokens",
         embedding_norms={"embedding_norm": "encoder.layernorm_embedding"},
-        linears={
-            "query": "self_attn.q_proj",
-            "key": "self_attn.k_proj",
-            "value": "self_attn.v_proj",
-            "attention_output": "self_attn.out_proj",
-            "ffn_in": "fc1",
-            "ffn_out": "fc2",
-        },
-        norms={"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"},
-        sublayers={
-            "attention": SubLayer(enters="self_attn", leaves="self_attn.out_proj"),
-            "ffn": SubLayer(enters="fc1", leaves="fc2"),
-        },
+        linears=_BART_LINEARS,
+        norms=_BART_NORMS,
+        sublayers=_BART_SUBLAYERS,
         attention="self_attn",
         positions="encoder.embed_positions",
     ),
@@ -394,19 +397,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layers="decoder.layers",
         embedding="decoder.embed_tokens",
         final_norms={"final_norm": "decoder.final_layer_norm"},
-        linears={
-            "query": "self_attn.q_proj",
-            "key": "self_attn.k_proj",
-            "value": "self_attn.v_proj",
-            "attention_output": "self_attn.out_proj",
-            "ffn_in": "fc1",
-            "ffn_out": "fc2",
-        },
-        norms={"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"},
-        sublayers={
-            "attention": SubLayer(enters="self_attn", leaves="self_attn.out_proj"),
-            "ffn": SubLayer(enters="fc1", leaves="fc2"),
-        },
+        linears=_BART_LINEARS,
+        norms=_BART_NORMS,
+        sublayers=_BART_SUBLAYERS,
         attention="self_attn",
         causal=True,
         own_positions=True,

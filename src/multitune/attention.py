@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -196,16 +196,35 @@ def _lengthen(
     return key_out, value_out, torch.cat([front, mask], dim=-1)
 
 
+def _or_original(attend: Callable[..., Tensor | None]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`attend` as the attention module's forward, with the model's own forward where it returns `None`."""
+
+    @wraps(attend)
+    def attention(
+        module: Any,
+        original: Callable[..., tuple[Tensor, Tensor | None]],
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        output_attentions: bool = False,
+        **relative: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = attend(module, hidden_states, attention_mask, **relative)
+        if attended is None:
+            return original(hidden_states, attention_mask, output_attentions, **relative)
+        return attended, None
+
+    return attention
+
+
+@_or_original
 def disentangled_attention(
     module: Any,
-    original: Callable[..., tuple[Tensor, Tensor | None]],
     hidden_states: Tensor,
     attention_mask: Tensor,
-    output_attentions: bool = False,
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor | None:
     """DeBERTa-v2/v3 attention (He et al. 2020, arXiv 2006.03654, eq. 4) with per-row projections and memory.
 
     The model's own forward serves every call that changes nothing here. It cannot serve the rest: it projects
@@ -216,14 +235,7 @@ def disentangled_attention(
     sites = call.backbone.disentangled_sites[module]
     bare = not any(call.steps(site) or call.plan.input_steps.get(site) for site in sites)
     if bare and call.recorded is None:
-        return original(
-            hidden_states,
-            attention_mask,
-            output_attentions,
-            query_states=query_states,
-            relative_pos=relative_pos,
-            rel_embeddings=rel_embeddings,
-        )
+        return None
     source = hidden_states if query_states is None else query_states
     heads = module.num_attention_heads
     query = _split_heads(module.query_proj(source), heads)
@@ -240,19 +252,18 @@ def disentangled_attention(
     scores = scores.masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
     site = call.backbone.attention_names[module](call)
     call.record(site, key, value)
-    return _attend_scores(module, call.steps(site) or [], query, scores, value, scale), None
+    return _attend_scores(module, call.steps(site) or [], query, scores, value, scale)
 
 
+@_or_original
 def disentangled_fused_attention(
     module: Any,
-    original: Callable[..., tuple[Tensor, Tensor | None]],
     hidden_states: Tensor,
     attention_mask: Tensor,
-    output_attentions: bool = False,
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor | None:
     """Attention of the first DeBERTa (He et al. 2020, arXiv 2006.03654, eq. 4) with memory.
 
     The model's own forward serves every call without a memory here: its relative terms have projections of their own,
@@ -262,14 +273,7 @@ def disentangled_fused_attention(
     site = call.backbone.attention_names[module](call)
     steps = call.steps(site) or []
     if not steps and call.recorded is None:
-        return original(
-            hidden_states,
-            attention_mask,
-            output_attentions,
-            query_states=query_states,
-            relative_pos=relative_pos,
-            rel_embeddings=rel_embeddings,
-        )
+        return None
     assert query_states is None, "the model reads its own hidden states"
     split = module.transpose_for_scores
     query, key, value = split(module.in_proj(hidden_states)).chunk(3, dim=-1)
@@ -284,7 +288,7 @@ def disentangled_fused_attention(
         scores = scores + module.disentangled_att_bias(query, key, relative_pos, rel_embeddings, num_terms)
     talk = (module.head_logits_proj, module.head_weights_proj)
     scores = _over_heads(talk[0], scores).masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
-    return _attend_scores(module, steps, query, scores, value, 1.0, talk), None
+    return _attend_scores(module, steps, query, scores, value, 1.0, talk)
 
 
 def biased_attention(

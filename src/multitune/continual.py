@@ -24,8 +24,8 @@ from multitune.backbone import Backbone
 from multitune.batching import encode, pad
 from multitune.deltas import SparseWeight
 from multitune.errors import AdapterError, DataError
-from multitune.heads import Pooling
 from multitune.plan import DeltaSet, Plan
+from multitune.pooling import Pooling
 from multitune.tasks import Task
 
 

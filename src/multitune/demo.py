@@ -185,11 +185,16 @@ def _learn_all(
     adapters = []
     for number, lesson in enumerate(lessons, start=1):
         what = f"[{number}/{len(lessons)}] {lesson.task} with {lesson.method}"
-        made = _learn(backbone, lesson, out, quick, lambda line, what=what: report(f"{what}: {line}"))  # type: ignore[misc]
+        made = _learn(backbone, lesson, out, quick, lambda line, what=what: report(f"{what}: {_marked(line)}"))  # type: ignore[misc]
         adapters.append(made)
         how = "trained by an earlier demo" if made.seconds is None else f"in {made.seconds:.1f} s"
-        report(f"{what}: {made.metric} {made.score:.3f}, {how}")
+        report(f"{what}: {made.metric} {made.score:.3f} on held-out rows, {how}")
     return adapters
+
+
+def _marked(line: str) -> str:
+    """A line of training's progress; where it has scores, with the rows they are of."""
+    return f"{line}, both on the training rows" if line.startswith("step ") else line
 
 
 def _learn(backbone: Backbone, lesson: Lesson, out: Path, quick: bool, report: Callable[[str], None]) -> DemoAdapter:

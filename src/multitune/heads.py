@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from multitune.errors import ConfigError, suggest
+from multitune.pooling import Pooling
 from multitune.tasks import Task
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
-Pooling = Literal["cls", "mean", "pooler", "last"]
 Dense = Literal["none", "tanh", "gelu", "relu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}

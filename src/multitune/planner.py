@@ -19,7 +19,7 @@ from torch import Tensor
 
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError
-from multitune.merge import why_not_mergeable
+from multitune.merging import why_not_mergeable
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
 from multitune.workspace import Workspace

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import multitune as mt
-from multitune.merge import merge_deltas, why_not_mergeable
+from multitune.merging import merge_deltas, why_not_mergeable
 from multitune.methods.phm_adapter import phm
 
 MODELS = ["bert", "distilbert", "deberta-v2/v3"]

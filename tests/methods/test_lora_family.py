@@ -22,7 +22,7 @@ from multitune import (
     VeRA,
 )
 from multitune.deltas import EmbeddingLowRank, LowRank, SharedLowRank
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.methods.dora import weight_norm
 from multitune.methods.pissa import randomised_svd
 from multitune.methods.vera import random_matrices

@@ -23,7 +23,7 @@ from multitune import (
     method_names,
 )
 from multitune.deltas import TableRows, TokenBias, build_table
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.tables import map_table, write_table
 
 SMAPS = Path("/proc/self/smaps_rollup")

@@ -1,6 +1,7 @@
 """Shared by the tests of training: tiny tables of every kind of task, and runs small enough to repeat."""
 
 import os
+from dataclasses import dataclass
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -78,6 +79,36 @@ def quick():
         )
 
     return run
+
+
+class Stop(Exception):
+    """Raised in the middle of a run."""
+
+
+class Stopping:
+    """`stopping(method_class, after)`: the same method, name and all, whose forward pass fails after some calls."""
+
+    error = Stop
+
+    def __call__(self, method_class, after):
+        calls = 0
+
+        @dataclass(frozen=True, kw_only=True)
+        class Stopping(method_class):
+            def deltas(self, params, backbone):
+                nonlocal calls
+                calls += 1
+                if calls > after:
+                    raise Stop
+                return super().deltas(params, backbone)
+
+        return Stopping
+
+
+@pytest.fixture
+def stopping():
+    """Methods that fail in the middle of a run, with `stopping.error`."""
+    return Stopping()
 
 
 @pytest.fixture(scope="session")

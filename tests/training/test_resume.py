@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,26 +15,6 @@ from multitune import Adapter, AdapterError, ConfigError, LoRA, PromptTuning, ge
 SETTINGS = dict(epochs=3, max_steps=None, evaluations_per_epoch=2)  # 20 rows, batches of 8: 3 steps an epoch
 
 
-class Stop(Exception):
-    """Raised in the middle of a run."""
-
-
-def _stopping(method_class, after):
-    """The same method, registered name and all, whose forward pass fails after some calls."""
-    calls = 0
-
-    @dataclass(frozen=True, kw_only=True)
-    class Stopping(method_class):
-        def deltas(self, params, backbone):
-            nonlocal calls
-            calls += 1
-            if calls > after:
-                raise Stop
-            return super().deltas(params, backbone)
-
-    return Stopping
-
-
 def _no_pickle(folder: Path) -> None:
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert files and {p.suffix for p in files} <= {".json", ".safetensors"}, files
@@ -43,11 +22,11 @@ def _no_pickle(folder: Path) -> None:
 
 @pytest.mark.parametrize("after", [4, 9, 12, 15])
 @pytest.mark.parametrize("name", ["lora", "full", "sift"])
-def test_resumed_equals_undisturbed(name, after, tiny, make_data, quick, same_tensors, tmp_path):
+def test_resumed_equals_undisturbed(name, after, tiny, make_data, quick, same_tensors, tmp_path, stopping):
     data, method = make_data(), get_method(name)
     whole = quick(tiny, data, method(), tmp_path / "whole", **SETTINGS)
-    with pytest.raises(Stop):
-        quick(tiny, data, _stopping(method, after)(), tmp_path / "broken", **SETTINGS)
+    with pytest.raises(stopping.error):
+        quick(tiny, data, stopping(method, after)(), tmp_path / "broken", **SETTINGS)
     assert not tiny.model.training and not (tmp_path / "broken" / "adapter.json").exists()
     _no_pickle(tmp_path / "broken")
     assert len(list((tmp_path / "broken").glob("checkpoints/step-*"))) <= 2
@@ -60,11 +39,13 @@ def test_resumed_equals_undisturbed(name, after, tiny, make_data, quick, same_te
 
 
 @pytest.mark.parametrize("after", [10, 13])
-def test_accumulation_and_early_stopping_survive_a_stop(after, tiny, make_data, quick, same_tensors, tmp_path):
+def test_accumulation_and_early_stopping_survive_a_stop(
+    after, tiny, make_data, quick, same_tensors, tmp_path, stopping
+):
     settings = SETTINGS | dict(gradient_accumulation=2, batch_size=4, early_stopping=3, scheduler="cosine", epochs=6)
     whole = quick(tiny, make_data(), PromptTuning(), tmp_path / "whole", **settings)
-    with pytest.raises(Stop):
-        quick(tiny, make_data(), _stopping(PromptTuning, after)(), tmp_path / "broken", **settings)
+    with pytest.raises(stopping.error):
+        quick(tiny, make_data(), stopping(PromptTuning, after)(), tmp_path / "broken", **settings)
     resumed = quick(tiny, make_data(), PromptTuning(), tmp_path / "broken", **settings)
     same_tensors(whole.adapter, resumed.adapter)
     assert resumed.history == whole.history
@@ -72,7 +53,7 @@ def test_accumulation_and_early_stopping_survive_a_stop(after, tiny, make_data, 
 
 @pytest.mark.parametrize("after", [0, 30, 45])
 def test_of_equal_scores_the_lowest_loss_is_kept_also_after_a_stop(
-    after, tiny, make_data, quick, same_tensors, tmp_path
+    after, tiny, make_data, quick, same_tensors, tmp_path, stopping
 ):
     data, settings = make_data(validation=2), SETTINGS | dict(epochs=8, evaluations_per_epoch=3, learning_rate=3e-3)
     whole = quick(tiny, data, LoRA(), tmp_path / "whole", **settings)
@@ -83,8 +64,8 @@ def test_of_equal_scores_the_lowest_loss_is_kept_also_after_a_stop(
     assert whole.best_step == best["step"] != tied[0]["step"]
     assert whole.adapter.metrics["loss"] == best["eval_loss"]
     if after:
-        with pytest.raises(Stop):
-            quick(tiny, data, _stopping(LoRA, after)(), tmp_path / "broken", **settings)
+        with pytest.raises(stopping.error):
+            quick(tiny, data, stopping(LoRA, after)(), tmp_path / "broken", **settings)
         resumed = quick(tiny, data, LoRA(), tmp_path / "broken", **settings)
         assert resumed.best_step == whole.best_step
         same_tensors(whole.adapter, resumed.adapter)
@@ -98,7 +79,7 @@ def test_patience_counts_from_the_metric_and_not_from_the_loss(tiny, make_data, 
     assert len(judged) == first + 1 + 4
 
 
-def test_a_run_killed_after_its_last_step_only_publishes(tiny, make_data, quick, same_tensors, tmp_path):
+def test_a_run_killed_after_its_last_step_only_publishes(tiny, make_data, quick, same_tensors, tmp_path, stopping):
     out = tmp_path / "out"
     whole = quick(tiny, make_data(), LoRA(), out, keep_checkpoints=True, **SETTINGS)
     run_file = out / "checkpoints" / "run.json"
@@ -107,7 +88,7 @@ def test_a_run_killed_after_its_last_step_only_publishes(tiny, make_data, quick,
     run_file.write_text(json.dumps(run | {"finished": False}))
     (out / ".curve.png.x1y2").write_text("half a picture")
     (out / "adapter.json").unlink()  # as if killed just before it was written
-    again = quick(tiny, make_data(), _stopping(LoRA, 1)(), out, **SETTINGS)  # one call finds the prompt's length
+    again = quick(tiny, make_data(), stopping(LoRA, 1)(), out, **SETTINGS)  # one call finds the prompt's length
     same_tensors(whole.adapter, again.adapter)
     assert again.history == whole.history
     assert {p.name for p in out.iterdir()} == {"adapter.json", "adapter.safetensors", "curve.png", "history.json"}
@@ -158,17 +139,17 @@ def test_a_finished_adapter_is_not_overwritten_by_accident(tiny, make_data, quic
     assert Adapter.load(tmp_path / "out", tiny).method == again.adapter.method != first.adapter.method
 
 
-def test_a_stopped_overwrite_leaves_the_old_adapter(tiny, make_data, quick, same_tensors, tmp_path):
+def test_a_stopped_overwrite_leaves_the_old_adapter(tiny, make_data, quick, same_tensors, tmp_path, stopping):
     first = quick(tiny, make_data(), "lora", tmp_path / "out")
-    with pytest.raises(Stop):
-        quick(tiny, make_data(), _stopping(LoRA, 5)(), tmp_path / "out", overwrite=True, seed=1, **SETTINGS)
+    with pytest.raises(stopping.error):
+        quick(tiny, make_data(), stopping(LoRA, 5)(), tmp_path / "out", overwrite=True, seed=1, **SETTINGS)
     same_tensors(Adapter.load(tmp_path / "out", tiny), first.adapter)
 
 
-def test_an_unfinished_run_of_other_settings_is_refused_by_name(tiny, make_data, quick, tmp_path):
+def test_an_unfinished_run_of_other_settings_is_refused_by_name(tiny, make_data, quick, tmp_path, stopping):
     out = tmp_path / "out"
-    with pytest.raises(Stop):
-        quick(tiny, make_data(), _stopping(LoRA, 5)(), out, **SETTINGS)
+    with pytest.raises(stopping.error):
+        quick(tiny, make_data(), stopping(LoRA, 5)(), out, **SETTINGS)
     with pytest.raises(AdapterError, match="unfinished training run.*give its train command again"):
         Adapter.load(out)
     with pytest.raises(ConfigError, match=r"other settings: learning_rate is 0.003 there and 0.5 here.*overwrite=True"):
@@ -190,10 +171,10 @@ def test_a_folder_of_something_else_is_left_alone(tiny, make_data, quick, tmp_pa
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_a_damaged_checkpoint_is_named(tiny, make_data, quick, tmp_path):
+def test_a_damaged_checkpoint_is_named(tiny, make_data, quick, tmp_path, stopping):
     out = tmp_path / "out"
-    with pytest.raises(Stop):
-        quick(tiny, make_data(), _stopping(LoRA, 5)(), out, **SETTINGS)
+    with pytest.raises(stopping.error):
+        quick(tiny, make_data(), stopping(LoRA, 5)(), out, **SETTINGS)
     last = sorted(out.glob("checkpoints/step-*"))[-1] / "state.safetensors"
     content = bytearray(last.read_bytes())
     content[-1] ^= 1

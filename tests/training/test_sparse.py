@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multitune import DSEE, SIFT, BitFit, Combined, Head, LoRA
-from multitune.merge import merge_deltas
+from multitune.merging import merge_deltas
 from multitune.plan import DeltaSet, Plan
 from multitune.training.data import BatchOrder, Collator, TaskRows
 from multitune.training.gradients import BatchGradients

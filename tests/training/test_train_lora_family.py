@@ -16,26 +16,6 @@ ADALORA = AdaLoRA(r=4, target_r=2, initial_share=0.1, final_share=0.5, interval=
 SETTINGS = dict(epochs=4, max_steps=None, evaluations_per_epoch=3, learning_rate=1e-2, warmup_ratio=0.0)
 
 
-class Stop(Exception):
-    """Raised in the middle of a run."""
-
-
-def _stopping(method_class, after):
-    """The same method, registered name and all, whose forward pass fails after some calls."""
-    calls = 0
-
-    @dataclass(frozen=True, kw_only=True)
-    class Stopping(method_class):
-        def deltas(self, params, backbone):
-            nonlocal calls
-            calls += 1
-            if calls > after:
-                raise Stop
-            return super().deltas(params, backbone)
-
-    return Stopping
-
-
 # ---- LoRA+
 
 
@@ -157,11 +137,11 @@ def test_early_stopping_waits_for_the_budget(tiny, make_data, quick):
 
 
 @pytest.mark.parametrize("after", [5, 11, 17, 22])
-def test_a_stopped_run_goes_on_to_the_same_bits(after, tiny, make_data, quick, same_tensors, tmp_path):
+def test_a_stopped_run_goes_on_to_the_same_bits(after, tiny, make_data, quick, same_tensors, tmp_path, stopping):
     whole = quick(tiny, make_data(), ADALORA, tmp_path / "whole", **SETTINGS)
-    stopping = _stopping(AdaLoRA, after)(**ADALORA.settings())
-    with pytest.raises(Stop):
-        quick(tiny, make_data(), stopping, tmp_path / "broken", **SETTINGS)
+    broken = stopping(AdaLoRA, after)(**ADALORA.settings())
+    with pytest.raises(stopping.error):
+        quick(tiny, make_data(), broken, tmp_path / "broken", **SETTINGS)
     assert not (tmp_path / "broken" / "adapter.json").exists()
     resumed = quick(tiny, make_data(), ADALORA, tmp_path / "broken", **SETTINGS)
     same_tensors(whole.adapter, resumed.adapter)

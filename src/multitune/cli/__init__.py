@@ -4,7 +4,6 @@ Data goes to stdout; progress, hints and errors to stderr. An expected error (`M
 cannot be read or written) is one line and exit code 1.
 """
 
-from multitune.cli import adapters, catalogue, convert, demo, plan, predict, train
 from multitune.cli.shared import app, main
 
-__all__ = ["adapters", "app", "catalogue", "convert", "demo", "main", "plan", "predict", "train"]
+__all__ = ["app", "main"]

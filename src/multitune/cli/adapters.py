@@ -26,7 +26,7 @@ from multitune.cli.shared import (
     written,
 )
 from multitune.errors import ConfigError, suggest
-from multitune.merge import merge
+from multitune.merging import merge
 from multitune.tables import TABLE_FILE
 
 

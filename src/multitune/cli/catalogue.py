@@ -14,7 +14,7 @@ from multitune.cli import shared
 from multitune.cli.fields import fields_of
 from multitune.cli.shared import AsJson, BackboneName, app, count, pairs, print_json, show, written
 from multitune.errors import ConfigError
-from multitune.merge import why_not_mergeable
+from multitune.merging import why_not_mergeable
 from multitune.methods import Method, get_method, method_names
 from multitune.plan import DeltaSet
 from multitune.tasks import list_tasks, load_task

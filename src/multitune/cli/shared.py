@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
-from multitune.backbone import Backbone
 from multitune.errors import DataWarning, MultituneError
 from multitune.version import __version__
+
+if TYPE_CHECKING:  # torch and transformers take seconds to load, and --help needs neither
+    from multitune.adapter import Adapter
+    from multitune.backbone import Backbone
 
 #: Width of a table in a pipe: no line of it is ever broken, so that `grep` finds whole rows.
 PIPE_WIDTH = 1000
 
 
-#: The commands in the order in which a newcomer meets them.
-COMMANDS = (
-    "demo", "methods", "tasks", "plan", "train", "evaluate", "predict", "inspect", "fuse", "merge", "import", "export",
-)  # fmt: skip
+#: The commands in the order in which a newcomer meets them: the module of each beside this one, which is imported when
+#: the command is called, and the command's help, for the list of commands.
+COMMANDS = {
+    "demo": ("demo", "Train eight adapters with eight methods, then answer one batch that mixes them all; "
+             "offline, in minutes."),
+    "methods": ("catalogue", "List the tuning methods, or print the hyper-parameters of one."),
+    "tasks": ("catalogue", "List the tasks that can be trained by name, or print what one holds."),
+    "plan": ("plan", "Say what each method costs on a backbone, whether it meets the limits, and which to try first."),
+    "train": ("train", "Train an adapter for one task with one method, and write it to a folder."),
+    "evaluate": ("train", "Judge adapters on rows with labels."),
+    "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
+                "out, in order."),
+    "inspect": ("adapters", "Print what an adapter is: task, method, parameters, score, backbone, recipe, files. "
+                "Loads no backbone."),
+    "fuse": ("adapters", "Compute an AoT adapter's table of token rows once, and write it into its folder."),
+    "merge": ("adapters", "Fold an adapter into a copy of the backbone and write an ordinary transformers checkpoint."),
+    "import": ("convert", "Take over another library's checkpoint as an adapter, and compare what both compute."),
+    "export": ("convert", "Write an adapter as another library's checkpoint, and compare what both compute."),
+}  # fmt: skip
 
 
 #: What other tools call an option.
@@ -50,10 +68,20 @@ ALSO_CALLED = {
 
 
 class Group(TyperGroup):
-    """The commands in their order; an expected error becomes one line and exit code 1."""
+    """The commands in their order, loaded when called; an expected error becomes one line and exit code 1."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, (_, text) in COMMANDS.items():
+            self.commands.setdefault(name, TyperCommand(name, help=text))
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+        return sorted(super().list_commands(ctx), key=list(COMMANDS).index)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = load_command(args[0])
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -78,6 +106,13 @@ class Group(TyperGroup):
 
 
 app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def load_command(name: str) -> Any:
+    """The command of this name of `COMMANDS`, with its options; imports the module that registers it."""
+    importlib.import_module(f"{__package__}.{COMMANDS[name][0]}")
+    made: Any = typer.main.get_command(app)
+    return made.commands[name]
 
 
 def _show_warning(before: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
@@ -133,6 +168,8 @@ AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder o
 def load_backbone(name: str, device: str = "cpu", dtype: str = "float32") -> Backbone:
     """`Backbone.load`, with transformers kept quiet."""
     from transformers.utils import logging
+
+    from multitune.backbone import Backbone
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -207,6 +244,8 @@ def size(num_bytes: int) -> str:
 
 def adapter_size(folder: Path) -> int:
     """Bytes of an adapter's own two files."""
+    from multitune.adapter import CONFIG_FILE, TENSOR_FILE
+
     return sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
 
 

@@ -18,7 +18,7 @@ from multitune.convert.result import Exported, Imported, Taken
 from multitune.errors import AdapterError, ConfigError, suggest
 from multitune.files import replace_folder
 from multitune.heads import Head
-from multitune.merge import HEAD_FILE
+from multitune.merging import HEAD_FILE
 from multitune.tasks import Task
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from multitune.errors import AdapterError, ConfigError, suggest
-from multitune.heads import Dense, Head, Pooling
+from multitune.heads import Dense, Head
+from multitune.pooling import Pooling
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone

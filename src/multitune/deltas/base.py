@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from multitune.errors import ConfigError
@@ -89,11 +88,6 @@ def weight_of(module: nn.Module, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise ConfigError(f"the frozen {type(module).__name__} has no {name} to merge into")
     return tensor
-
-
-def stack_view(flat: Tensor, shape: torch.Size) -> Tensor:
-    """`flat [G, n]` seen as G tensors of `shape`; vectors become `[G, 1, n]` so that they broadcast over tokens."""
-    return flat.unsqueeze(1) if len(shape) == 1 else flat.view(flat.shape[0], *shape)
 
 
 def round_up_power_of_two(n: int) -> int:

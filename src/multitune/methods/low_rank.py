@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankMethod(SiteMethod):
-    """A trained `A [I, R]`, Kaiming-uniform at first, and `B [R, O]`, zero at first."""
+class RankMethod(SiteMethod):
+    """What is adapted, and at which rank."""
 
-    r: int = 8
+    r: int
     """Rank of the update."""
-    alpha: float = 16.0
-    """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Probability of dropping an entry of the input of A, in training."""
     targets: Roles = ("query", "value")
@@ -38,13 +36,23 @@ class LowRankMethod(SiteMethod):
         check_positive(self, "r")
         check_probability(self, "dropout")
 
+    def sites(self, backbone: Backbone) -> Iterable[Site]:
+        return backbone.find_sites("linear", self.targets, self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankMethod(RankMethod):
+    """A trained `A [I, R]`, Kaiming-uniform at first, and `B [R, O]`, zero at first."""
+
+    r: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+
     @property
     def scale(self) -> float:
         """The factor s of the update."""
         return self.alpha / self.r
-
-    def sites(self, backbone: Backbone) -> Iterable[Site]:
-        return backbone.find_sites("linear", self.targets, self.layers)
 
     def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         A = torch.empty(self.r, site.in_features)

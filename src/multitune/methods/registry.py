@@ -71,3 +71,9 @@ def get_method(name: str) -> type[Method]:
             )
         raise ConfigError(f"no method is called '{name}'.{suggest(name, known)} Methods: {', '.join(known)}")
     return _METHODS[name]
+
+
+def own_classes() -> dict[str, type[Method]]:
+    """The methods of this package by the name of their class, as `multitune` exports them."""
+    _discover()
+    return {cls.__name__: cls for cls in _METHODS.values() if cls.__module__.startswith(f"{__package__}.")}

@@ -5,7 +5,7 @@ Legend: I in, O out, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from multitune.deltas import Delta, SharedLowRank
-from multitune.methods.base import Layers, Recipe, Roles, SiteMethod, check, check_positive, check_probability
+from multitune.methods.base import Recipe, check
+from multitune.methods.low_rank import RankMethod
 from multitune.methods.registry import register
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class VeRA(SiteMethod):
+class VeRA(RankMethod):
     """Trains `d [R]` and `b [O]` around two random matrices that are made from a seed and never stored.
 
     The matrices are as large as the largest target needs, and a smaller one uses their first rows and columns; all
@@ -63,21 +64,10 @@ class VeRA(SiteMethod):
     """First value of every entry of d."""
     seed: int = 0
     """Seed of the random matrices; the same seed gives the matrices of Hugging Face PEFT's `projection_prng_key`."""
-    dropout: float = 0.0
-    """Probability of dropping an entry of the input of A, in training."""
-    targets: Roles = ("query", "value")
-    """Roles of the linear sites to adapt: query, key, value, attention_output, ffn_in, ffn_out,
-    and where the feed-forward is gated ffn_gate."""
-    layers: Layers = None
-    """Layers to adapt; none stands for all."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "r")
-        check_probability(self, "dropout")
+        super().__post_init__()
         check(self.seed >= 0, self, f"seed={self.seed} is not possible", "give seed of at least 0")
-
-    def sites(self, backbone: Backbone) -> Iterable[Site]:
-        return backbone.find_sites("linear", self.targets, self.layers)
 
     def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         return {"d": torch.full((self.r,), self.d_initial), "b": torch.zeros(site.out_features)}

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from multitune.errors import ConfigError, suggest
-from multitune.heads import Pooling
+from multitune.pooling import Pooling
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -93,16 +93,14 @@ class Family:
         """
         raise NotImplementedError
 
-    def fold(self, source: Source, model: nn.Module) -> int:
+    def fold(self, source: Source, model: nn.Module) -> int | None:
         """Change a plain float64 base model by PEFT's formulas, independent of our method.
 
         Returns:
-            How many vectors to put in front of the word embeddings beside that; they are `prompt_embeddings`.
-
-        Raises:
-            NotImplementedError: the method is no change of weights.
+            How many vectors to put in front of the word embeddings beside that; they are `prompt_embeddings`. `None`,
+            with the model left as it is, where the method is no change of weights: the default.
         """
-        raise NotImplementedError
+        return None
 
     def owns(self, name: str) -> bool:
         """Whether a tensor of a checkpoint is this family's."""
