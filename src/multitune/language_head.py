@@ -1,0 +1,47 @@
+"""The head of a causal language model: last hidden states to logits over the vocabulary.   Legend: D width, V words.
+
+It stands beside the backbone's model and never in it, so that adapters of every kind see the same frozen model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LanguageHead:
+    """Logits `[..., V]` from the backbone's last hidden states `[..., D]`, as transformers' own model computes them.
+
+    A tied head reads the word embeddings where they are and keeps no weights of its own.
+    """
+
+    def __init__(self, linear: nn.Linear | None, embeddings: Callable[[], Tensor], softcap: float | None) -> None:
+        """
+        Args:
+            linear: an untied head's own map, or `None` for one that is tied to the word embeddings.
+            embeddings: gives the word embeddings `[V, D]` as they are now.
+            softcap: logits are `softcap * tanh(logits / softcap)`; `None` leaves them.
+        """
+        self.linear = linear
+        self.softcap = softcap
+        self._embeddings = embeddings
+        if linear is not None:
+            linear.requires_grad_(False)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it shares the word embeddings."""
+        return self.linear is None
+
+    @property
+    def weight(self) -> Tensor:
+        """`[V, D]`."""
+        return self._embeddings() if self.linear is None else self.linear.weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` for last hidden states `hidden [..., D]`, in their dtype; differentiable."""
+        logits = F.linear(hidden, self.weight, None if self.linear is None else self.linear.bias)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
