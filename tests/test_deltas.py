@@ -117,10 +117,17 @@ def softmax_twin(values, groups):
     return [e / sum(run) for run in runs for e in run]
 
 
+def normalised_twin(z, eps):
+    mean = sum(z) / len(z)
+    deviation = (sum((v - mean) ** 2 for v in z) / len(z) + eps) ** 0.5
+    return torch.stack([(v - mean) / deviation for v in z])
+
+
 def bottleneck_twin(d, x, y, module):
     out = []
     for t in range(len(y)):
-        z = y[t] if d.placement == "serial" else x[t]
+        z = {"serial": y[t], "parallel": x[t], "sum": x[t] + y[t]}[d.placement]
+        z = z if d.eps is None else normalised_twin(z, d.eps)
         h = [dot(z, d.down[:, m]) + d.down_bias[m] for m in range(d.down.shape[1])]
         h = softmax_twin(h, d.groups) if d.activation == SOFTMAX else [FUNCTIONS[d.activation](v) for v in h]
         out.append([y[t, i] + d.scale * (dot(h, d.up[:, i]) + d.up_bias[i]) for i in range(y.shape[1])])
@@ -172,6 +179,9 @@ CASES = {
         bottleneck_twin,
     ),
     "bottleneck_parallel": (lambda g: bottleneck(g, placement="parallel", scale=0.5), bottleneck_twin),
+    "bottleneck_sum": (lambda g: bottleneck(g, placement="sum"), bottleneck_twin),
+    "bottleneck_sum_normalised": (lambda g: bottleneck(g, placement="sum", eps=0.1, scale=0.5), bottleneck_twin),
+    "bottleneck_serial_normalised": (lambda g: bottleneck(g, eps=1e-3), bottleneck_twin),
 }
 
 

@@ -73,6 +73,9 @@ class Architecture:
     attention_post_norm, ffn_post_norm. A layer whose module there has no gain (an identity) has no such site."""
     norm_kind: NormKind = "layer"
     """`layer`: subtract the mean, divide by the standard deviation; `rms`: divide by the root mean square."""
+    post_norm: bool = False
+    """Whether a sub-layer's output is added to that sub-layer's input, and the sum is what the sub-layer's norm reads;
+    models that norm in front of a sub-layer add its output to what they normed."""
     sublayers: Mapping[str, SubLayer]
     """Role -> sub-layer. Roles: attention, ffn."""
     attention: str
@@ -193,6 +196,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         embedding_norms=_EMBEDDING_NORM,
         linears=_BERT_LINEARS,
         norms=_BERT_NORMS,
+        post_norm=True,
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         pooler="pooler",
@@ -206,6 +210,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         embedding_norms=_EMBEDDING_NORM,
         linears=_BERT_LINEARS,
         norms=_BERT_NORMS,
+        post_norm=True,
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         pooler="pooler",
@@ -220,6 +225,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         embedding_norms=_EMBEDDING_NORM,
         linears=_BERT_LINEARS,
         norms=_BERT_NORMS,
+        post_norm=True,
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         positions=_POSITIONS,
@@ -239,6 +245,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn_out": "ffn.lin2",
         },
         norms={"attention_norm": "sa_layer_norm", "ffn_norm": "output_layer_norm"},
+        post_norm=True,
         sublayers={
             "attention": SubLayer(enters="attention", leaves="attention.out_lin"),
             "ffn": SubLayer(enters="ffn.lin1", leaves="ffn.dropout"),
@@ -258,6 +265,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "value": "attention.self.value_proj",
         },
         norms=_BERT_NORMS,
+        post_norm=True,
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         attention_kind="disentangled",
@@ -274,6 +282,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "value": Part(_DEBERTA_FUSED, 2, 3, heads="num_attention_heads", bias="attention.self.v_bias"),
         },
         norms=_BERT_NORMS,
+        post_norm=True,
         sublayers=_BERT_SUBLAYERS,
         attention="attention.self",
         attention_kind="disentangled_fused",
@@ -293,6 +302,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn_out": "ffn_output",
         },
         norms={"attention_norm": "attention.LayerNorm", "ffn_norm": "full_layer_layer_norm"},
+        post_norm=True,
         sublayers={
             "attention": SubLayer(enters="attention", leaves="attention.output_dropout"),
             "ffn": SubLayer(enters="ffn", leaves="ffn_output"),
@@ -317,6 +327,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn_out": "output.dense",
         },
         norms={"attention_norm": "attention.LayerNorm", "ffn_norm": "output.LayerNorm"},
+        post_norm=True,
         sublayers={
             "attention": SubLayer(enters="attention.attn", leaves="attention.dropout"),
             "ffn": SubLayer(enters="intermediate.dense", leaves="output.dropout"),
@@ -334,6 +345,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         embedding_norms={"embedding_norm": "encoder.layernorm_embedding"},
         linears=_BART_LINEARS,
         norms=_BART_NORMS,
+        post_norm=True,
         sublayers=_BART_SUBLAYERS,
         attention="self_attn",
         positions="encoder.embed_positions",

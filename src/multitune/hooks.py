@@ -227,7 +227,7 @@ def prepend(module: nn.Module, states: Tensor) -> Undo:
 
 
 def _reads_input(steps: list[Step]) -> bool:
-    return any(isinstance(s.delta, Bottleneck) and s.delta.placement == "parallel" for s in steps)
+    return any(isinstance(s.delta, Bottleneck) and s.delta.reads_input for s in steps)
 
 
 def _block(module: nn.Module, here: NameAt) -> list[Undo]:

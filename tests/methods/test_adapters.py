@@ -356,3 +356,76 @@ def test_what_does_not_merge_says_why(bert, random_adapter, tmp_path, method):
     with pytest.raises(mt.AdapterError, match=r"cannot be merged: its (Bottleneck|Memory) at layer\.0.*Serve it unmer"):
         mt.merge(random_adapter(bert, method, 1), bert, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# ---- adapters that read the frozen norm's output
+
+
+def by_the_equation(model, sites, norms, params, function):
+    """`LN(x + OP(x) + A(LN(x + OP(x))))` put into a plain model at every sub-layer, one hook per module."""
+    for module, site in {s.module: s for s in sites}.items():
+        norm, p, seen = model.get_submodule(norms[site.name]), of_site(params, site.name), []
+
+        def enter(module, args, kwargs, seen=seen):
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        def leave(module, args, output, norm=norm, p=p, seen=seen):
+            z = norm(seen.pop() + output)
+            return output + function(z @ p["down"] + p["down_bias"]) @ p["up"] + p["up_bias"]
+
+        model.get_submodule(site.enters).register_forward_pre_hook(enter, with_kwargs=True)
+        model.get_submodule(module).register_forward_hook(leave)
+
+
+POST_NORM = ["bert", "roberta", "electra", "distilbert", "deberta-v2/v3", "deberta", "albert", "mpnet", "bart"]
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+def test_an_adapter_reads_what_the_frozen_norm_makes_of_the_sub_layer(
+    make_backbone, make_model, random_params, random_rows, close, name
+):
+    """Pfeiffer et al. 2020 (AdapterFusion), figure 3: the adapter's input is the pretrained norm's output."""
+    backbone = make_backbone(name)
+    for method in (mt.Houlsby(bottleneck=5, reads="norm"), mt.Pfeiffer(reduction_factor=8, reads="norm")):
+        params = random_params(backbone, method, 1)
+        first = {s.module: s.name for s in reversed(backbone.sites) if s.kind == "sublayer"}
+        for s in method.sites(backbone):  # a module that runs as several layers has one hook, so one adapter
+            own = {k: params[f"{first[s.module]}.{k}"] for k in ("down", "down_bias", "up", "up_bias")}
+            params |= {f"{s.name}.{k}": t for k, t in own.items()}
+        plain = make_model(name).eval()
+        norms = {f"layer.{s.layer}.{s.role[:-5]}_sublayer": s.module for s in backbone.sites if s.kind == "norm"}
+        function = torch.relu if method.activation == "relu" else torch.nn.functional.gelu
+        by_the_equation(plain, method.sites(backbone), norms, params, function)
+        run = plain.get_submodule(backbone.architecture.runs)
+        compare(backbone, PlainRun(run), method, params, random_rows, close)
+
+
+class PlainRun:
+    def __init__(self, model):
+        self.model = model
+
+    run = Plain.run
+
+
+def test_reading_the_norm_needs_one_that_is_frozen_and_behind(make_backbone):
+    with pytest.raises(mt.ConfigError, match="gpt2 norms in front of it; give reads=output"):
+        mt.Pfeiffer(reads="norm").init(make_backbone("gpt2"), torch.Generator())
+    for method in (mt.Pfeiffer, mt.Houlsby, mt.Compacter, mt.CompacterPP):
+        with pytest.raises(mt.ConfigError, match="layer_norms=true trains them; give one of the two"):
+            method(reads="norm", layer_norms=True)
+
+
+def test_hypercomplex_adapters_read_the_norm_like_dense_ones(bert, random_params, random_rows):
+    method = mt.CompacterPP(bottleneck=8, reads="norm")
+    params = random_params(bert, method, 3)
+    dense = {}
+    for site in method.sites(bert):
+        p = of_site(params, site.name)
+        dense |= {f"{site.name}.{k}": phm(params["A"], p[f"{k}_left"], p[f"{k}_right"]) for k in ("down", "up")}
+        dense |= {f"{site.name}.{k}": p[k] for k in ("down_bias", "up_bias")}
+    ids, mask = random_rows(bert, [5, 3]).padded()
+    same = mt.Pfeiffer(reduction_factor=4, activation="gelu_new", reads="norm")
+    sets = [mt.DeltaSet(m.deltas(t, bert)) for m, t in ((method, params), (same, dense))]
+    with torch.no_grad():
+        one, other = (bert.run(mt.Plan([s, s]), ids, mask) for s in sets)
+    torch.testing.assert_close(one, other)

@@ -30,8 +30,8 @@ SOFTMAX = "softmax"
 class Bottleneck(Delta):
     """A small two-layer network around a sub-layer (Houlsby et al. 2019, arXiv 1902.00751).
 
-    Semantics, one row `h [T, D]`, with `z = h` (serial) or the sub-layer's input (parallel):
-    `h + scale * (f(z @ down + down_bias) @ up + up_bias)`
+    Semantics, one row `h [T, D]`, with `z = h` (serial), the sub-layer's input `x` (parallel) or `x + h` (sum), each
+    normalised first where `eps` is set:  `h + scale * (f(z @ down + down_bias) @ up + up_bias)`
     """
 
     kind: ClassVar[str] = "Bottleneck"
@@ -49,12 +49,24 @@ class Bottleneck(Delta):
     """`[D]`"""
     activation: str = "gelu"
     """A key of `ACTIVATIONS`, or `SOFTMAX`."""
-    placement: Literal["serial", "parallel"] = "serial"
-    """Whether it reads the sub-layer's output or its input."""
+    placement: Literal["serial", "parallel", "sum"] = "serial"
+    """Whether it reads the sub-layer's output, its input, or the sum of both."""
+    eps: float | None = None
+    """Normalise what it reads: centred, and divided by the root of the variance plus this. A gain and an offset behind
+    that are linear, and belong into `down` and `down_bias`. `None` reads it as it is."""
     scale: float = 1.0
     """The branch is multiplied by this."""
     groups: int = 1
     """Softmax only: the M columns are this many runs of M / groups columns, with a softmax over each (heads)."""
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether it needs the sub-layer's input."""
+        return self.placement != "serial"
+
+    def _read(self, x: Tensor, y: Tensor) -> Tensor:
+        z = x + y if self.placement == "sum" else x if self.placement == "parallel" else y
+        return z if self.eps is None else F.layer_norm(z, z.shape[-1:], eps=self.eps)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.activation == SOFTMAX:
@@ -62,8 +74,7 @@ class Bottleneck(Delta):
         return ACTIVATIONS[self.activation](hidden)
 
     def apply(self, x: Tensor, y: Tensor, module: nn.Module) -> Tensor:
-        z = y if self.placement == "serial" else x
-        hidden = self._activate(z @ self.down + self.down_bias)
+        hidden = self._activate(self._read(x, y) @ self.down + self.down_bias)
         if self.up.ndim == 3 and not torch.is_grad_enabled():
             return y.baddbmm_(hidden, self.up, alpha=self.scale).add_(self.up_bias, alpha=self.scale)
         update = hidden @ self.up + self.up_bias

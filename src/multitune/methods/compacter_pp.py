@@ -8,7 +8,7 @@ from typing import ClassVar
 from multitune.methods.base import Layers, Recipe
 from multitune.methods.phm_adapter import PHMAdapter
 from multitune.methods.registry import register
-from multitune.methods.serial_adapter import Activation
+from multitune.methods.serial_adapter import Activation, Reads
 
 
 @register
@@ -51,3 +51,6 @@ class CompacterPP(PHMAdapter):
     """Layers to adapt; none stands for all."""
     layer_norms: bool = False
     """Also train the layer norms, as the released code does."""
+    reads: Reads = "output"
+    """What it reads: the sub-layer's output, or what the frozen norm behind the residual sum makes of it (AdapterHub's
+    library)."""

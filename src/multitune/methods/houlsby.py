@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from multitune.methods.base import Layers, Recipe, check_positive
 from multitune.methods.registry import register
-from multitune.methods.serial_adapter import Activation, SerialAdapter
+from multitune.methods.serial_adapter import Activation, Reads, SerialAdapter
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -48,9 +48,12 @@ class Houlsby(SerialAdapter):
     """Layers to adapt; none stands for all."""
     layer_norms: bool = False
     """Also train the layer norms, as the released code does."""
+    reads: Reads = "output"
+    """What it reads: the sub-layer's output, or what the frozen norm behind the residual sum makes of it."""
 
     def __post_init__(self) -> None:
         check_positive(self, "bottleneck")
+        self.check_reads()
 
     def width(self, backbone: Backbone) -> int:
         return self.bottleneck

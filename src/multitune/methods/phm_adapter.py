@@ -33,6 +33,7 @@ class PHMAdapter(SerialAdapter):
 
     def __post_init__(self) -> None:
         check_positive(self, "bottleneck", "phm_dim", "rank")
+        self.check_reads()
         n, m = self.phm_dim, self.bottleneck
         nearest = max(n, round(m / n) * n)
         check(m % n == 0, self, f"bottleneck={m} is not a multiple of phm_dim={n}", f"give for example {nearest}")
