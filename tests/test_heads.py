@@ -124,6 +124,26 @@ def test_a_dense_layer_stands_before_the_outputs(bert, hidden, close):
         Head(kind="classification", num_outputs=2, dense="tan")
 
 
+def test_what_a_dense_layer_gives_is_normalised_where_the_head_says_so(bert, hidden, close):
+    states, mask = hidden
+    own, expected = [], []
+    for i, eps in enumerate((1e-5, 0.5, None)):
+        head = Head(kind="classification", num_outputs=2, dense="gelu", norm_eps=eps)
+        tensors = {k: normal(*shape, seed=i) for k, shape in head.shapes(bert).items()}
+        before = torch.nn.functional.gelu(tensors["dense_weight"] @ states[i, 0] + tensors["dense_bias"])
+        if eps is not None:
+            before = before - before.mean()
+            before = before / (before.square().mean() + eps).sqrt()
+        expected.append(tensors["weight"] @ before + tensors["bias"])
+        own.append((head, tensors))
+        close(logits(bert, head, tensors, states[[i]], mask[[i]], training=False)[0], expected[-1])
+    for a, b in zip(mixed_logits(bert, own, states[:3], mask[:3]), expected, strict=True):
+        close(a, b)
+    for wrong in ({"norm_eps": 1e-5}, {"norm_eps": 0.0, "dense": "gelu"}):
+        with pytest.raises(ConfigError, match="is a positive number, and normalises what its layer gives"):
+            Head(kind="classification", num_outputs=2, **wrong)
+
+
 def test_dropout_in_training_only(bert):
     head = Head(kind="classification", num_outputs=2, dropout=0.5)
     tensors = {"weight": torch.ones(2, 32), "bias": torch.zeros(2)}

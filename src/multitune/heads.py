@@ -45,6 +45,9 @@ class Head:
     """Probability of dropping an entry of the pooled vector, in training."""
     dense: Dense = "none"
     """Activation of a layer `[D, D]` in front of the outputs, as in RoBERTa's classifier (tanh); none has no layer."""
+    norm_eps: float | None = None
+    """Normalise what that layer gives, as in ModernBERT's classifier: centred, and divided by the root of the variance
+    plus this. A gain and an offset behind that belong into the weight and the bias. `None` leaves it as it is."""
 
     def __post_init__(self) -> None:
         if self.dense not in get_args(Dense):
@@ -57,6 +60,11 @@ class Head:
             known = get_args(Pooling)
             raise ConfigError(
                 f"pooling '{self.pooling}' is unknown.{suggest(self.pooling, known)} Choose {', '.join(known)}"
+            )
+        if self.norm_eps is not None and (self.dense == "none" or not self.norm_eps > 0):
+            raise ConfigError(
+                f"norm_eps={self.norm_eps} of a head is a positive number, and normalises what its layer gives; leave "
+                f"it out, or give a layer too, such as dense='gelu'"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"head dropout {self.dropout} is not a probability below 1")
@@ -135,7 +143,7 @@ def logits(
     features = F.dropout(features, head.dropout, training=training)
     if head.dense != "none":
         weight, bias = (tensors[f"dense_{k}"].to(features.dtype) for k in ("weight", "bias"))
-        features = _ACTIVATIONS[head.dense](F.linear(features, weight, bias))
+        features = _normalised(_ACTIVATIONS[head.dense](F.linear(features, weight, bias)), head.norm_eps)
         features = F.dropout(features, head.dropout, training=training)
     return F.linear(features, tensors["weight"].to(features.dtype), tensors["bias"].to(features.dtype))
 
@@ -151,8 +159,8 @@ def mixed_logits(
     Returns, per sequence, its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
     """
     out: list[Tensor | None] = [None] * len(heads)
-    for way, dense in sorted({_way(h[0]) for h in heads if h is not None}):
-        rows = [i for i, h in enumerate(heads) if h is not None and _way(h[0]) == (way, dense)]
+    for way, dense, eps in sorted({_way(h[0]) for h in heads if h is not None}):
+        rows = [i for i, h in enumerate(heads) if h is not None and _way(h[0]) == (way, dense, eps)]
         chosen = [h for i in rows if (h := heads[i]) is not None]
         picked = hidden[rows]
         picked_mask = None if mask is None else mask[rows]
@@ -164,6 +172,7 @@ def mixed_logits(
         if dense != "none":
             matrix, offset = (torch.stack([t[f"dense_{k}"] for _, t in chosen]) for k in ("weight", "bias"))
             features = _ACTIVATIONS[dense](torch.baddbmm(offset.unsqueeze(1), features, matrix.transpose(1, 2)))
+            features = _normalised(features, eps or None)
         weight = pad_sequence([t["weight"] for _, t in chosen], batch_first=True)  # [R, C_max, D]
         bias = pad_sequence([t["bias"] for _, t in chosen], batch_first=True).unsqueeze(1)
         values = torch.baddbmm(bias, features, weight.transpose(1, 2))  # [R, T or 1, C_max]
@@ -173,10 +182,14 @@ def mixed_logits(
     return out
 
 
-def _way(head: Head) -> tuple[str, str]:
+def _way(head: Head) -> tuple[str, str, float]:
     """What heads share that are computed together: how they pool, and what they do then."""
     then = "embedding" if head.kind == "embedding" else head.dense
-    return "words" if head.kind == "tagging" else head.pooling, then
+    return "words" if head.kind == "tagging" else head.pooling, then, head.norm_eps or 0.0
+
+
+def _normalised(features: Tensor, eps: float | None) -> Tensor:
+    return features if eps is None else F.layer_norm(features, features.shape[-1:], eps=eps)
 
 
 def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """PEFT checkpoints, taken over and written: what PEFT made gives the same outputs here, and the other way round."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import warnings
@@ -18,6 +19,8 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed; pip install 'm
 
 RELATIVE = 1e-5
 BERTS = ["bert", "roberta", "electra", "distilbert", "deberta-v2/v3"]
+#: Further families whose classifiers are taken over, with what PEFT has to keep beside the adapter.
+CLASSIFIERS = {"albert": [], "mpnet": [], "deberta": ["pooler"], "modernbert": ["head"]}
 LENGTHS = [6, 4, 9]
 
 #: Modules that PEFT keeps beside the adapter so that the head can be loaded again.
@@ -488,3 +491,125 @@ def test_vera_of_other_matrices_is_refused(make_backbone, tmp_path):
 def test_an_update_of_the_word_embeddings_is_not_exported(bert, random_adapter, tmp_path):
     with pytest.raises(mt.AdapterError, match="adapts the word embeddings"):
         mt.export_adapter(random_adapter(bert, mt.LoRA(r=2, targets=("embedding",)), 1), bert, tmp_path / "out")
+
+
+# ---- further classifiers
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "more"),
+    [
+        *((name, task, {}) for name in CLASSIFIERS for task in (SEQUENCE, TOKEN)),
+        ("albert", SEQUENCE, {"keep": ["pooler"]}),
+        ("deberta", SEQUENCE, {"pooler_hidden_act": "tanh"}),
+        ("modernbert", SEQUENCE, {"classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True}),
+        ("t5", TOKEN, {}),
+        ("t5/gated", TOKEN, {}),
+    ],
+)
+def test_further_classifiers_answer_the_same_here_and_back_in_peft(
+    make_backbone, random_rows, name, task, more, tmp_path
+):
+    keep = more.pop("keep", CLASSIFIERS.get(name, [])) if task == SEQUENCE or name == "modernbert" else []
+    backbone = make_backbone(name, **more)
+    ids, mask = random_rows(backbone, LENGTHS).padded()
+    targets = sorted({s.module for s in backbone.find_sites("linear", ("value", "ffn_out"))})
+    config = peft.LoraConfig(task_type=task, r=2, target_modules=targets, modules_to_save=list(keep))
+    model = trained(plain(backbone, task), config)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    done = mt.import_adapter(save(model, tmp_path / "theirs"), backbone, tmp_path / "ours")
+    assert (done.head, done.check.outputs) == ("checkpoint", "logits")
+    adapter = mt.Adapter.load(tmp_path / "ours", backbone)
+    found = logits_here(backbone, adapter, ids, mask)
+    for i in (0, 2):
+        end = LENGTHS[i] if task == TOKEN else 3
+        equal(found[i][:end], expected[i][:end])
+    back = mt.export_adapter(adapter, backbone, tmp_path / "back")
+    assert (back.task, back.head) == (task, "checkpoint")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(plain(backbone, task), str(tmp_path / "back")).eval()
+    with torch.no_grad():
+        again = again(input_ids=ids, attention_mask=mask).logits
+    for i in (0, 2):
+        equal(again[i][: LENGTHS[i]], expected[i][: LENGTHS[i]])
+
+
+def test_what_a_classifier_needs_beside_the_adapter_is_said(make_backbone, tmp_path):
+    for name, missing, modules in [
+        ("modernbert", "head.dense.weight", r"\['classifier', 'head'\]"),
+        ("deberta", "pooler.dense.weight", r"\['classifier', 'pooler'\]"),
+    ]:
+        backbone = make_backbone(name)
+        config = peft.LoraConfig(task_type=SEQUENCE, r=2, target_modules=["ffn_out", "output.dense", "mlp.Wo"])
+        folder = save(trained(plain(backbone, SEQUENCE), config), tmp_path / name)
+        with pytest.raises(mt.AdapterError, match=rf"lacks the head's '{missing}'.*modules_to_save={modules}"):
+            mt.import_adapter(folder, backbone)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_classifier_that_reads_the_decoder_is_refused_by_name(make_backbone, name, tmp_path):
+    backbone = make_backbone(name)
+    targets = sorted({s.module for s in backbone.find_sites("linear", ("value",))})
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        base = transformers.AutoModelForSequenceClassification.from_config(backbone.model.config)
+    model = trained(base, peft.LoraConfig(task_type=SEQUENCE, r=2, target_modules=targets))
+    folder = save(model, tmp_path / "theirs")
+    with pytest.raises(
+        mt.AdapterError, match=f"puts on '{name}' for SEQ_CLS reads the decoder, which does not run here"
+    ):
+        mt.import_adapter(folder, backbone)
+
+
+def test_a_head_that_a_classifier_has_no_place_for_is_written_beside(make_backbone, random_adapter, tmp_path):
+    """ModernBERT's classifier has a norm and no bias in its layer: ours only goes in where it computes the same."""
+    backbone = make_backbone("modernbert")
+    adapter = random_adapter(backbone, mt.LoRA(r=2, targets=("ffn_out",)), 1)
+    width = backbone.hidden_size
+    for eps, bias, where in [
+        (1e-5, 0.0, "checkpoint"),
+        (1e-5, 0.1, "beside"),
+        (None, 0.0, "beside"),
+        (1e-3, 0.0, "beside"),
+    ]:
+        head = mt.Head(kind="classification", num_outputs=3, dense="gelu", norm_eps=eps)
+        dense = {"dense_weight": torch.eye(width), "dense_bias": torch.full((width,), bias)}
+        changed = dataclasses.replace(adapter, head=head, head_params={**adapter.head_params, **dense})
+        done = mt.export_adapter(changed, backbone, tmp_path / f"{eps}{bias}")
+        assert done.head == where
+
+
+def test_passes_of_one_module_are_exported_with_one_adapter_or_not_at_all(make_backbone, random_adapter, tmp_path):
+    backbone = make_backbone("albert")
+    for method in (mt.LoRA(r=2), mt.IA3(), mt.LayerNormTuning()):
+        adapter = random_adapter(backbone, method, 1)
+        with pytest.raises(mt.AdapterError, match=r"layer.0.\w+ and layer.2.\w+ are passes of one module"):
+            mt.export_adapter(adapter, backbone, tmp_path / "apart")
+        first = {s.module: s.name for s in reversed(backbone.sites)}
+        tied = {}
+        for site in method.sites(backbone):
+            own = {k: t for k, t in adapter.params.items() if k.startswith(f"{first[site.module]}.")}
+            tied |= {k.replace(first[site.module], site.name, 1): t for k, t in own.items()}
+        done = mt.export_adapter(dataclasses.replace(adapter, params=tied), backbone, tmp_path / method.name)
+        assert done.check.max_difference <= RELATIVE * done.check.max_magnitude
+        again = mt.import_adapter(tmp_path / method.name, backbone).adapter
+        assert again.params.keys() == tied.keys()
+        for key, tensor in tied.items():
+            torch.testing.assert_close(again.params[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "LoraConfig"])
+def test_a_projection_whose_parts_take_turns_is_cut_and_put_together_again(make_backbone, kind, tmp_path):
+    """The first DeBERTa keeps query, key and value head by head in one module."""
+    backbone = make_backbone("deberta")
+    config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=["in_proj"], use_dora=kind == "DoRA")
+    folder = save(trained(plain(backbone), config), tmp_path / "theirs")
+    adapter = mt.import_adapter(folder, backbone).adapter
+    assert adapter.method.targets == ("query", "key", "value")
+    mt.export_adapter(adapter, backbone, tmp_path / "back")
+    first, second = load_file(folder / TENSOR_FILE), load_file(tmp_path / "back" / TENSOR_FILE)
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(second[key], first[key])

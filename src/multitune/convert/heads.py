@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +34,81 @@ class Classifier:
     dense: str | None = None
     """Path of the layer before it."""
     activation: Dense = "none"
-    """Activation of that layer."""
+    """Activation of that layer; by default that of the setting below."""
+    activation_setting: str | None = None
+    """Attribute of the configuration that names it, where there is one."""
+    dense_bias: bool = True
+    """Whether that layer has a bias."""
+    norm: str | None = None
+    """Path of a layer norm behind the activation."""
+    eps: float = 0.0
+    """What that norm adds to the variance."""
+    norm_bias: bool = True
+    """Whether that norm has an offset."""
     pretrained: bool = False
     """Whether that layer is the base model's pooler, which a checkpoint may leave out because it is not trained."""
     bias: bool = True
     """Whether the last linear map has a bias."""
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Paths of its tensors -> what we call them; the norm's are `gain` and `offset`, which ours folds away."""
+        found = {f"{self.out}.weight": "weight"} | ({f"{self.out}.bias": "bias"} if self.bias else {})
+        if self.dense is not None:
+            found[f"{self.dense}.weight"] = "dense_weight"
+            if self.dense_bias:
+                found[f"{self.dense}.bias"] = "dense_bias"
+        if self.norm is not None:
+            found[f"{self.norm}.weight"] = "gain"
+            if self.norm_bias:
+                found[f"{self.norm}.bias"] = "offset"
+        return found
 
+
+#: Classifiers that read the decoder, which does not run here.
+_READ_DECODER = ("t5", "bart")
 _DECODER = Classifier(pooling="last", out="score", bias=False)
+_MODERNBERT = Classifier(dense="head.dense", activation_setting="classifier_activation", norm="head.norm")
 _SEQUENCE = {
     "bert": Classifier(dense="bert.pooler.dense", activation="tanh", pretrained=True),
     "roberta": Classifier(dense="classifier.dense", activation="tanh", out="classifier.out_proj"),
     "xlm-roberta": Classifier(dense="classifier.dense", activation="tanh", out="classifier.out_proj"),
     "electra": Classifier(dense="classifier.dense", activation="gelu", out="classifier.out_proj"),
+    "mpnet": Classifier(dense="classifier.dense", activation="tanh", out="classifier.out_proj"),
+    "albert": Classifier(dense="albert.pooler", activation="tanh", pretrained=True),
     "distilbert": Classifier(dense="pre_classifier", activation="relu"),
-    "deberta-v2": Classifier(dense="pooler.dense", activation="gelu"),
+    **dict.fromkeys(
+        ("deberta", "deberta-v2"), Classifier(dense="pooler.dense", activation_setting="pooler_hidden_act")
+    ),
+    "modernbert": _MODERNBERT,
     **dict.fromkeys(("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2"), _DECODER),
 }
-_TOKEN = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2")
+_PLAIN_TOKEN = (
+    "bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta", "deberta-v2", "albert", "mpnet", "t5",
+)  # fmt: skip
+_TOKEN = {**dict.fromkeys(_PLAIN_TOKEN, Classifier()), "modernbert": _MODERNBERT}
 
 
-def classifier_of(model_type: str, task: str | None) -> Classifier | None:
-    """transformers' head for a task on a kind of model, or `None` where it has none that is known here."""
-    if task == TOKEN:
-        return Classifier() if model_type in _TOKEN else None
-    return _SEQUENCE.get(model_type) if task == SEQUENCE else None
+def classifier_of(config: Any, task: str | None) -> Classifier | None:
+    """transformers' head for a task on models of a configuration, or `None` where ours has no form of it."""
+    forms: Mapping[str, Classifier] = {SEQUENCE: _SEQUENCE, TOKEN: _TOKEN}.get(task or "", {})
+    form = forms.get(str(config.model_type))
+    if form is None or form.activation_setting is None:
+        return form
+    activation = getattr(config, form.activation_setting)
+    if activation not in get_args(Dense):
+        return None
+    pooling: Pooling = "mean" if getattr(config, "classifier_pooling", "cls") == "mean" else form.pooling
+    if form.norm is None:
+        return replace(form, activation=activation)
+    return replace(
+        form,
+        activation=activation,
+        pooling=pooling,
+        dense_bias=bool(config.classifier_bias),
+        norm_bias=bool(config.norm_bias),
+        eps=float(config.norm_eps),
+    )
 
 
 def read_head(
@@ -81,12 +131,14 @@ def read_head(
             f"{where}: its head is for {task}, which is a task of kind {' or '.join(kinds)}, not '{kind}'."
             f"{suggest(kind, kinds)}"
         )
-    form = classifier_of(model_type, task)
+    form = classifier_of(backbone.model.config, task)
     if form is None:
-        raise AdapterError(f"{where}: the head that transformers puts on '{model_type}' for {task} is not known here")
-    places = {f"{form.out}.weight": "weight"} | ({f"{form.out}.bias": "bias"} if form.bias else {})
-    if form.dense is not None:
-        places |= {f"{form.dense}.weight": "dense_weight", f"{form.dense}.bias": "dense_bias"}
+        why = "reads the decoder, which does not run here" if model_type in _READ_DECODER else "is not known here"
+        raise AdapterError(
+            f"{where}: the head that transformers puts on '{model_type}' for {task} {why}. Give fresh_head=True "
+            f"(--fresh-head) to import the adapter without it"
+        )
+    places = form.places
     unknown = sorted(set(tensors) - set(places))
     if unknown:
         raise AdapterError(
@@ -99,7 +151,7 @@ def read_head(
     if missing and not (form.pretrained and missing == [f"{form.dense}.weight", f"{form.dense}.bias"]):
         raise AdapterError(
             f"{where}: it lacks the head's '{missing[0]}'. Without it the head is a random one, another each time the "
-            f"checkpoint is loaded; save it again with modules_to_save={_modules(form)!r}"
+            f"checkpoint is loaded; save it again with modules_to_save={saved_modules(places)!r}"
         )
     if form.pretrained and not has_dense and backbone.pooler is None:
         raise AdapterError(
@@ -107,42 +159,55 @@ def read_head(
         )
     outputs = found["weight"].shape[0]
     found.setdefault("bias", torch.zeros(outputs))
+    if has_dense:
+        found.setdefault("dense_bias", torch.zeros(len(found["dense_weight"])))
+    if form.norm is not None:  # linear, and so are the outputs behind it
+        if "offset" in found:
+            found["bias"] = found["bias"] + found["weight"] @ found.pop("offset")
+        found["weight"] = found["weight"] * found.pop("gain")
     if kind is None:
         kind = "tagging" if task == TOKEN else "regression" if outputs == 1 else "classification"
     pooling: Pooling = "pooler" if form.pretrained and not has_dense else form.pooling
-    head = Head(kind=kind, num_outputs=outputs, pooling=pooling, dense=form.activation if has_dense else "none")
+    head = Head(
+        kind=kind,
+        num_outputs=outputs,
+        pooling=pooling,
+        dense=form.activation if has_dense else "none",
+        norm_eps=None if form.norm is None else form.eps,
+    )
     return head, found
 
 
 def write_head(head: Head, tensors: Mapping[str, Tensor], backbone: Backbone) -> tuple[str, dict[str, Tensor]] | None:
     """The task and tensors of the transformers head that computes the same as ours; `None` where there is none."""
     task = TOKEN if head.kind == "tagging" else SEQUENCE
-    form = classifier_of(str(backbone.model.config.model_type), task)
-    if form is None or head.kind in ("multiple_choice", "embedding"):
+    form = classifier_of(backbone.model.config, task)
+    if form is None or head.kind in ("multiple_choice", "embedding") or not _same_form(head, form):
         return None
-    if not form.bias and bool(tensors["bias"].any()):
+    have = dict(tensors)
+    if form.norm is not None:  # what the norm multiplies by and adds is in the outputs already
+        have |= {"gain": torch.ones(have["weight"].shape[1]), "offset": torch.zeros(have["weight"].shape[1])}
+    places = {path: ours for path, ours in form.places.items() if ours in have}
+    if any(bool(have[k].any()) for k in set(tensors) - set(places.values())):  # a bias that theirs has no place for
         return None
-    plain = task == TOKEN or (form.pretrained and head.pooling == "pooler")
-    plain = plain or (form.dense is None and head.pooling == form.pooling)
-    if head.dense == "none" and not plain:
-        return None
-    if head.dense != "none" and (form.dense is None or (head.pooling, head.dense) != (form.pooling, form.activation)):
-        return None
-    out = {f"{form.out}.{k}": tensors[k] for k in (("weight", "bias") if form.bias else ("weight",))}
-    if head.dense != "none":
-        out |= {f"{form.dense}.{k}": tensors[f"dense_{k}"] for k in ("weight", "bias")}
-    return task, out
+    return task, {path: have[ours] for path, ours in places.items()}
 
 
-def saved_modules(task: str, paths: Mapping[str, Tensor]) -> list[str]:
+def _same_form(head: Head, form: Classifier) -> bool:
+    """Whether transformers' head computes what ours does, up to biases."""
+    same_pooling = head.kind == "tagging" or head.pooling == form.pooling
+    if head.dense == "none":
+        return (form.dense is None and same_pooling) or (form.pretrained and head.pooling == "pooler")
+    eps = None if form.norm is None else form.eps
+    return form.dense is not None and same_pooling and (head.dense, head.norm_eps) == (form.activation, eps)
+
+
+def saved_modules(paths: Iterable[str]) -> list[str]:
     """`modules_to_save` of the modules with these tensors: the names that PEFT looks for."""
     named = {path.rsplit(".", 1)[0] for path in paths}
-    return sorted({name.removesuffix(".dense").removesuffix(".out_proj").rsplit(".", 1)[-1] for name in named})
-
-
-def _modules(form: Classifier) -> list[str]:
-    paths = [form.out, *([form.dense] if form.dense else [])]
-    return sorted({p.removesuffix(".dense").removesuffix(".out_proj").rsplit(".", 1)[-1] for p in paths})
+    for inner in (".dense", ".out_proj", ".norm"):
+        named = {name.removesuffix(inner) for name in named}
+    return sorted({name.rsplit(".", 1)[-1] for name in named})
 
 
 def model_with_head(backbone: Backbone, task: str, num_outputs: int) -> nn.Module:

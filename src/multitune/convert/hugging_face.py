@@ -56,7 +56,7 @@ def adapter_of(
 def _head(model: PreTrainedModel, backbone: Backbone, name: str) -> tuple[Head, dict[str, Tensor]]:
     ends = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN}
     task = next((t for end, t in ends.items() if type(model).__name__.endswith(end)), None)
-    if task is None or classifier_of(str(model.config.model_type), task) is None:
+    if task is None or classifier_of(model.config, task) is None:
         return Head(kind="embedding", num_outputs=0, pooling="mean"), {}
     inside = {id(p) for p in model.base_model.parameters()}
     own = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if id(p) not in inside}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+from torch import Tensor
+
 from multitune.errors import AdapterError, suggest
 from multitune.sites import Site
 
@@ -50,21 +53,21 @@ class ModuleNames:
         return found
 
     def sites(self, tensors: Mapping[str, T], what: str) -> dict[Site, T]:
-        """Tensors by the site whose module each is named after.
+        """Tensors by the site whose module each is named after; of a module that runs as several layers, all of them.
 
         Raises:
-            AdapterError: a module that is no site of this backbone, or several.
+            AdapterError: a module that is no site of this backbone, or several maps at once.
         """
         found: dict[Site, T] = {}
         for path, tensor in tensors.items():
             sites = self.sites_of(path, what)
-            if len(sites) > 1:
+            if len({s.part for s in sites}) > 1:
                 parts = ", ".join(s.role for s in sites)
                 raise AdapterError(
                     f"{what} adapts the module '{path}', which computes {parts} at once; of such modules only LoRA can "
                     f"be taken over"
                 )
-            found[sites[0]] = tensor
+            found |= dict.fromkeys(sites, tensor)
         return found
 
     @staticmethod
@@ -86,6 +89,21 @@ class ModuleNames:
             found = {path for path in every if common and (path == common or path.endswith(f".{common}"))}
             names += [common] if found == mine else sorted(mine)
         return names
+
+
+def part_of(whole: Tensor, site: Site) -> Tensor:
+    """What belongs to a site of a tensor `[O, ...]` over all output features of its module."""
+    if site.part is None:
+        return whole
+    rows = slice(*site.part)
+    return whole[rows] if site.blocks == 1 else whole.unflatten(0, (site.blocks, -1))[:, rows].flatten(0, 1)
+
+
+def whole_of(parts: Mapping[Site, Tensor]) -> Tensor:
+    """The tensor `[O, ...]` over a module's output features from those of its parts; undoes `part_of`."""
+    in_order = sorted(parts, key=lambda s: s.part or ())
+    blocks = in_order[0].blocks
+    return torch.cat([parts[s].unflatten(0, (blocks, -1)) for s in in_order], dim=1).flatten(0, 1)
 
 
 def product_of(sites: Iterable[Site], backbone: Backbone, what: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:

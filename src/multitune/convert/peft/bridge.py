@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from multitune.convert.heads import SEQUENCE, TOKEN, classifier_of, read_head, saved_modules, write_head
@@ -51,7 +52,8 @@ def import_peft(folder: Path, backbone: Backbone, kind: str | None, *, with_head
         )
     return Taken(
         method=method,
-        params={k: t.float().contiguous() for k, t in params.items()},
+        # Layers that share weights share an adapter there and have one each here; files hold no tensor twice.
+        params={k: t.float().contiguous().clone() for k, t in params.items()},
         head=head,
         origin={"imported_from": "peft", "peft_type": checkpoint.peft_type, "task_type": task},
     )
@@ -103,7 +105,7 @@ def _check_prompt_head(checkpoint: Checkpoint, one: Family, head: Head, task: st
             f"vector of the prompt instead of the first token, which our heads do not; import it without its head "
             f"(head='fresh', --fresh-head), and train that"
         )
-    form = classifier_of(str(backbone.model.config.model_type), task)
+    form = classifier_of(backbone.model.config, task)
     if form is None or not form.pretrained or head.dense != "none":
         raise AdapterError(f"{where}: PEFT itself cannot run this head behind a prefix, so there is nothing to equal")
 
@@ -119,6 +121,7 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     """
     one = family_of_method(adapter.method)
     try:
+        _check_passes(adapter, backbone)
         written = one.write(adapter.method, adapter.params, backbone)
     except AdapterError as error:
         raise AdapterError(f"adapter '{adapter.name}' cannot be exported to PEFT: {error}") from error
@@ -138,11 +141,29 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
         "task_type": task,
         "base_model_name_or_path": backbone.name,
         "inference_mode": True,
-        "modules_to_save": saved_modules(task, head) or None,
+        "modules_to_save": saved_modules(head) or None,
         **written.config,
     }
     write_checkpoint(folder, config, tensors)
     return task
+
+
+def _check_passes(adapter: Adapter, backbone: Backbone) -> None:
+    """Refuse adapters with tensors of their own for layers that share their weights: PEFT has one for all of them."""
+    first: dict[tuple[str, str, tuple[int, int] | None], str] = {}
+    for site in backbone.sites:
+        if not site.shared:
+            continue
+        other = first.setdefault((site.kind, site.module, site.part), site.name)
+        mine, theirs = (
+            {k.removeprefix(f"{name}."): t for k, t in adapter.params.items() if k.startswith(f"{name}.")}
+            for name in (site.name, other)
+        )
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[k], theirs[k]) for k in mine):
+            raise AdapterError(
+                f"{other} and {site.name} are passes of one module, which PEFT adapts once, and this adapter has "
+                f"tensors of their own for each"
+            )
 
 
 def _reads_tokens(head: Head, one: Family) -> bool:

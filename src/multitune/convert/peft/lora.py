@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multitune.convert.names import ModuleNames, product_of
+from multitune.convert.names import ModuleNames, part_of, product_of, whole_of
 from multitune.convert.peft.family import Family, Source, Written, family, weight_of
 from multitune.deltas import LowRank
 from multitune.errors import AdapterError
@@ -97,7 +97,7 @@ class LoRAFamily(Family):
         if dora:
             whole = {s: params[f"{s.name}.m"] + _norm_of(s, backbone) for s in sites}
             for module in dict.fromkeys(s.module for s in sites):
-                tensors[module + MAGNITUDE] = torch.cat([whole[s] for s in _parts(module, backbone)])
+                tensors[module + MAGNITUDE] = whole_of({s: whole[s] for s in _parts(module, backbone)})
         return Written(config=config, tensors=tensors)
 
     def fold(self, source: Source, model: nn.Module) -> int:
@@ -126,8 +126,12 @@ def _norm_of(site: Site, backbone: Backbone) -> Tensor:
 
 
 def _parts(module: str, backbone: Backbone) -> list[Site]:
-    """The sites of a module, in the order of its output features."""
-    return sorted((s for s in backbone.sites if s.module == module and s.kind == "linear"), key=lambda s: s.part or ())
+    """The sites of a module, in the order of its output features; where it runs as several layers, the first's."""
+    found: dict[tuple[int, int] | None, Site] = {}
+    for site in backbone.sites:
+        if site.module == module and site.kind == "linear":
+            found.setdefault(site.part, site)
+    return sorted(found.values(), key=lambda s: s.part or ())
 
 
 def _by_site(source: Source) -> tuple[dict[Site, Tensor], dict[Site, Tensor], dict[Site, Tensor]]:
@@ -142,10 +146,9 @@ def _by_site(source: Source) -> tuple[dict[Site, Tensor], dict[Site, Tensor], di
     up, magnitudes = source.by_module(B), source.by_module(MAGNITUDE)
     for path, down in source.by_module(A).items():
         for site in names.sites_of(path, source.where):
-            begin, end = site.part or (0, up[path].shape[0])
-            first[site], second[site] = down, up[path][begin:end]
+            first[site], second[site] = down, part_of(up[path], site)
             if path in magnitudes:
-                third[site] = magnitudes[path].flatten()[begin:end]
+                third[site] = part_of(magnitudes[path].flatten(), site)
     return first, second, third
 
 
@@ -163,7 +166,7 @@ def _by_module(first: Mapping[Site, Tensor], second: Mapping[Site, Tensor], back
                 + (f"none for {missing[0]}" if missing else "a first factor for each")
             )
         tensors[module + A] = mine.T
-        tensors[module + B] = torch.cat([second[s] for s in parts], dim=1).T
+        tensors[module + B] = whole_of({s: second[s].T for s in parts})
     return tensors
 
 
