@@ -21,6 +21,7 @@ from multitune.cli.shared import (
     show,
 )
 from multitune.convert import FORMATS, Check, export_adapter, import_adapter
+from multitune.convert.peft.check import UNCHECKED
 from multitune.errors import ConfigError
 
 
@@ -29,10 +30,10 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"{out} exists and would be replaced; choose another --out, or give --overwrite")
 
 
-def _facts(check: Check | None) -> dict[str, Any]:
+def _facts(check: Check | None, unchecked: str) -> dict[str, Any]:
     """What a check found, under the names of `--json`."""
     if check is None:
-        note("not compared: this method is no change of weights, and the library that could run it is not installed")
+        note(f"outputs were not compared: {unchecked}")
         return {"compared": None, "with": None, "max_difference": None, "max_magnitude": None}
     return {
         "compared": check.outputs,
@@ -68,7 +69,9 @@ def import_command(
     ] = None,
     labels: Annotated[
         str,
-        typer.Option(help="Label names in the order of the outputs, such as no,yes; by default LABEL_0, …"),
+        typer.Option(
+            help="Label names in the order of the outputs, such as no,yes; by default the checkpoint's, or LABEL_0, …"
+        ),
     ] = "",
     template: Annotated[
         list[str] | None,
@@ -79,6 +82,12 @@ def import_command(
         bool, typer.Option("--fresh-head", help="Draw a new head for --labels, which has yet to be trained.")
     ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to; checkpoints do not say.")] = 128,
+    check_with: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON", help="Python of an environment with the library adapters, to compare outputs with."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in that folder.")] = False,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -97,11 +106,12 @@ def import_command(
         label=label,
         fresh_head=fresh_head,
         max_length=max_length,
+        check_with=check_with,
     )
     if done.head == "fresh":
         note("its head is new and has yet to be trained: its answers mean nothing so far")
     facts = {"folder": str(out), "method": done.adapter.method.name, "head": done.head}
-    _print(facts | _facts(done.check), as_json)
+    _print(facts | _facts(done.check, done.unchecked), as_json)
 
 
 @app.command("export")
@@ -122,4 +132,4 @@ def export_command(
     on = shared.backbone_of(adapter, backbone, device)
     done = export_adapter(Adapter.load(folder, on), on, out, target=target, overwrite=overwrite)
     facts = {"folder": str(done.path), "method": adapter.method.name, "task": done.task, "head": done.head}
-    _print(facts | _facts(done.check), as_json)
+    _print(facts | _facts(done.check, UNCHECKED), as_json)

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from multitune.adapter import Adapter
+from multitune.convert.adapterhub.bridge import import_adapterhub
+from multitune.convert.adapterhub.check import UNCHECKED, check_adapterhub
 from multitune.convert.peft.bridge import export_peft, import_peft
+from multitune.convert.peft.check import UNCHECKED as UNCHECKED_PEFT
 from multitune.convert.peft.check import check_peft
 from multitune.convert.peft.files import CONFIG_FILE, TENSOR_FILE
 from multitune.convert.probe import Check
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 #: Libraries whose checkpoints can be imported, and to which adapters can be exported.
-FORMATS = {"import": ("peft",), "export": ("peft",)}
+FORMATS = {"import": ("peft", "adapters"), "export": ("peft",)}
 
 
 def import_adapter(
@@ -41,6 +44,7 @@ def import_adapter(
     label: str = "",
     fresh_head: bool = False,
     max_length: int = 128,
+    check_with: str | Path | None = None,
 ) -> Imported:
     """Take over another library's checkpoint.
 
@@ -51,11 +55,13 @@ def import_adapter(
         source: library that wrote it, one of `FORMATS["import"]`.
         name: what to call the adapter; by default the folder's name.
         kind: kind of task; by default classification, regression for one output, tagging for a token classifier.
-        labels: label names in the order of the head's outputs; by default `LABEL_0`, `LABEL_1`, ...
+        labels: label names in the order of the head's outputs; by default the checkpoint's, or `LABEL_0`, ...
         template: parts of the task's template; their columns are what a row has to have.
         label: column of the answer in tables to evaluate on; "" for none.
         fresh_head: leave the checkpoint's head, or the lack of one, and draw a new one for `labels`, to be trained.
         max_length: tokens a text is cut to; checkpoints do not say.
+        check_with: the Python of an environment that has the library `adapters`, to compare outputs with; PEFT is
+            compared with in this one.
 
     Raises:
         AdapterError: the checkpoint is damaged, holds what our methods cannot express, or does not compute the same
@@ -64,9 +70,12 @@ def import_adapter(
     """
     _check_format("import", source)
     path = Path(folder)
-    taken = import_peft(path, backbone, kind, with_head=not fresh_head)
+    if source == "peft" and check_with is not None:
+        raise ConfigError("check_with is for source='adapters'; PEFT is compared with where it is installed, here")
+    read = import_peft if source == "peft" else import_adapterhub
+    taken = read(path, backbone, kind, with_head=not fresh_head)
     head, head_params, head_from = _head(taken, backbone, path, kind, labels, fresh_head)
-    names = tuple(labels) or tuple(f"LABEL_{i}" for i in range(head.num_outputs))
+    names = tuple(labels) or taken.labels or tuple(f"LABEL_{i}" for i in range(head.num_outputs))
     adapter = Adapter(
         name=name or path.resolve().name,
         method=taken.method,
@@ -86,9 +95,14 @@ def import_adapter(
     )
     _check_labels(adapter)
     _check_shapes(adapter, backbone, path)
-    check = check_peft(adapter, backbone, path, head=head_from == "checkpoint")
+    logits = head_from == "checkpoint"
+    if source == "peft":
+        check, unchecked = check_peft(adapter, backbone, path, head=logits), UNCHECKED_PEFT
+    else:
+        check = check_adapterhub(adapter, backbone, path, head=logits, python=check_with)
+        unchecked = UNCHECKED
     saved = adapter if output_dir is None else adapter.save(output_dir)
-    return Imported(adapter=saved, head=head_from, check=check)
+    return Imported(adapter=saved, head=head_from, check=check, unchecked="" if check else unchecked)
 
 
 def export_adapter(

@@ -63,8 +63,13 @@ def ours(adapter: Adapter, backbone: Backbone, ids: Tensor, mask: Tensor, *, hid
         return heads.logits(backbone, adapter.head, tensors, states, mask, training=False)
 
 
-def compare(adapter: Adapter, backbone: Backbone, theirs: Outputs, *, by: str, hidden: bool) -> Check:
+def compare(
+    adapter: Adapter, backbone: Backbone, theirs: Outputs, *, by: str | Callable[[], str], hidden: bool
+) -> Check:
     """Run both forms on the same rows.
+
+    Args:
+        by: what computes the other form's outputs; may be called for, after `theirs`.
 
     Raises:
         AdapterError: they differ by more than rounding; nothing should be written then.
@@ -77,7 +82,7 @@ def compare(adapter: Adapter, backbone: Backbone, theirs: Outputs, *, by: str, h
     if found.ndim == 3:  # what stands at padding is nobody's output
         found, expected = found[mask.bool()], expected[mask.bool()]
     check = Check(
-        by=by,
+        by=by if isinstance(by, str) else by(),
         outputs="hidden states" if hidden else "logits",
         max_difference=float((found - expected).abs().max()),
         max_magnitude=float(expected.abs().max()),
@@ -86,7 +91,7 @@ def compare(adapter: Adapter, backbone: Backbone, theirs: Outputs, *, by: str, h
     if not check.max_difference <= limit:  # NaN is no agreement either
         raise AdapterError(
             f"the converted adapter does not compute the same: its {check.outputs} differ by up to "
-            f"{check.max_difference:.1e} of values up to {check.max_magnitude:.1f} ({by}). Is '{backbone.name}' the "
-            f"very backbone that it was trained on?"
+            f"{check.max_difference:.1e} of values up to {check.max_magnitude:.1f} ({check.by}). Is '{backbone.name}' "
+            f"the very backbone that it was trained on?"
         )
     return check

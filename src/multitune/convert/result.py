@@ -26,6 +26,8 @@ class Taken:
     """As `method.init` names and shapes them, float32."""
     head: tuple[Head, dict[str, Tensor]] | None
     """Its head, if it holds one."""
+    labels: tuple[str, ...] = ()
+    """Names of the head's outputs, where the checkpoint has them."""
     origin: Mapping[str, Any]
     """Where it came from, for the adapter's recipe."""
 
@@ -41,6 +43,8 @@ class Imported:
     checkpoint has none and the adapter embeds texts."""
     check: Check | None
     """How far its outputs are from those of the checkpoint; `None` where nothing can compute them here."""
+    unchecked: str = ""
+    """Where they were not compared: why, and how to."""
 
 
 @dataclass(frozen=True, kw_only=True)

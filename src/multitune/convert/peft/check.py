@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from multitune.adapter import Adapter
     from multitune.backbone import Backbone
 
+#: Why nothing was compared, and how to.
+UNCHECKED = "PEFT is not installed here, and this method is no change of weights. To compare, pip install peft"
+
 
 def check_peft(adapter: Adapter, backbone: Backbone, folder: Path, *, head: bool) -> Check | None:
     """Compare an adapter with the PEFT checkpoint in a folder.

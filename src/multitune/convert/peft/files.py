@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from multitune.convert.tensors import read_tensors
 from multitune.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -69,24 +69,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise AdapterError(
             f"{file} is not of PEFT: it has no 'peft_type'. `--from adapters` reads checkpoints of AdapterHub's library"
         )
-    return Checkpoint(folder=folder, config=config, tensors=_read_tensors(folder))
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    file, pickled = folder / TENSOR_FILE, folder / PICKLE_FILE
-    if not file.is_file() and pickled.is_file():
-        raise AdapterError(
-            f"{pickled} is a pickle, which can run code when it is opened. Where you trust it, convert it: "
-            f'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.clone() for k, v in torch.load('{pickled}', weights_only=True).items()}}, "
-            f"'{file}')\""
-        )
-    if not file.is_file():
-        raise AdapterError(f"{file} is missing: the checkpoint's tensors are lost")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged or truncated: {error}") from error
+    return Checkpoint(folder=folder, config=config, tensors=read_tensors(folder / TENSOR_FILE, folder / PICKLE_FILE))
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
