@@ -8,7 +8,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from multitune import ConfigError, FullFineTuning, HeadOnly, LoRA, PromptTuning, get_method, method_names, planner
+from multitune import (
+    AdaLoRA,
+    BitFit,
+    Combined,
+    ConfigError,
+    FullFineTuning,
+    HeadOnly,
+    LoRA,
+    PromptTuning,
+    convert_to_lsg,
+    get_method,
+    method_names,
+    planner,
+)
 from multitune.cli import app
 from multitune.cli.plan import num_bytes
 from multitune.plan import DeltaSet, Plan
@@ -18,8 +31,8 @@ from multitune.plan import DeltaSet, Plan
 def test_the_file_size_is_that_of_a_saved_adapter(bert, name, random_adapter, tmp_path):
     method = get_method(name)()
     cost = planner.cost_of(bert, method, planner.Workload(length=8), rounds=0)
-    adapter = random_adapter(bert, method)
-    finished, params = method.finish(adapter.params, bert)
+    adapter = random_adapter(bert, method.expected(bert))
+    finished, params = adapter.method.finish(adapter.params, bert)
     adapter = replace(adapter, method=finished, params=params)
     saved = (adapter.save(tmp_path / "a").path / "adapter.safetensors").stat().st_size
     third_output = 4 * (bert.hidden_size + 1)  # the planner counts a head of two outputs, the adapter has three
@@ -52,6 +65,53 @@ def test_the_estimate_extrapolates_what_autograd_keeps(make_backbone, method):
     measured = sum(size for pointer, size in kept.items() if pointer not in own)
     assert hidden.requires_grad
     assert estimate == pytest.approx(measured, rel=0.1)
+
+
+def test_a_long_row_of_an_lsg_backbone_is_counted_in_blocks(make_backbone):
+    """Twice the rows keep twice as much, and a length of whole blocks less than the next token."""
+    backbone = convert_to_lsg(make_backbone("bert"), max_length=64, block=4)
+    tensors = LoRA().init(backbone, torch.Generator().manual_seed(0))
+
+    def estimate(rows, length):
+        return planner.activation_bytes(backbone, LoRA(), tensors, planner.Workload(rows=rows, length=length))
+
+    kept: dict[int, int] = {}
+    params = {k: t.requires_grad_(True) for k, t in tensors.items()}
+    own = [p.data_ptr() for p in [*backbone.model.parameters(), *backbone.model.buffers(), *params.values()]]
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    backbone.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = backbone.run(Plan([DeltaSet(LoRA().deltas(params, backbone))] * 3), torch.full((3, 60), 7))
+    backbone.model.eval()
+    measured = sum(size for pointer, size in kept.items() if pointer not in own)
+    assert hidden.requires_grad and estimate(3, 60) == pytest.approx(measured, rel=0.1)
+    assert estimate(1, 56) < estimate(1, 57) == pytest.approx(estimate(1, 60), rel=0.1)
+
+
+def test_what_training_decides_is_counted_as_the_settings_aim_at(bert):
+    """AdaLoRA starts wide and ends at its budget: served and saved it is as large as LoRA of that rank."""
+    adaptive, fixed = AdaLoRA(r=12, target_r=4, targets=("query",)), LoRA(r=4, targets=("query",))
+    workload = planner.Workload(length=8)
+    wide, narrow = (planner.cost_of(bert, m, workload, rounds=0) for m in (adaptive, fixed))
+    scores = 4 * 4 * bert.num_layers  # E, 4 values at each site
+    assert wide.file_bytes == narrow.file_bytes + scores
+    assert wide.serving_bytes == narrow.serving_bytes and wide.parameters > 2.9 * narrow.parameters
+    both = planner.cost_of(bert, Combined(methods=(adaptive, BitFit())), workload, rounds=0)
+    bias = planner.cost_of(bert, BitFit(), workload, rounds=0)
+    assert both.file_bytes - bias.file_bytes == 4 * 4 * (64 + 1) * bert.num_layers
+
+    # A run does end there: all steps of one, with scores that differ.
+    params = adaptive.init(bert, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 21):
+        for name, t in params.items():
+            t.grad = torch.randn(t.shape, generator=generator) if adaptive.trains(name) else None
+        adaptive.after_step(params, step, 20)
+    assert sum(adaptive.finish(params, bert)[0].ranks) == sum(adaptive.expected(bert).ranks)
 
 
 def test_the_backbone_is_left_as_it_was(bert):

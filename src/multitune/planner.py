@@ -1,8 +1,9 @@
 """What each method would cost on a backbone: parameters, files, memory of training and serving, time in a batch.
 
-Parameters and files are counted. Training memory is estimated from the tensors that autograd keeps in three tiny
-passes, extrapolated to the batch asked for. Time is measured: batches of the method and of the bare backbone, in
-turn. `benchmarks/planner.py` compares the estimates with measured runs.
+Parameters and files are counted; a size that training decides counts as the settings aim at (`Method.expected`).
+Training memory is estimated from the tensors that autograd keeps in three tiny passes, extrapolated to the batch asked
+for. Time is measured: batches of the method and of the bare backbone, in turn. `benchmarks/planner.py` compares the
+estimates with measured runs.
 
 Legend: B rows in a batch, T tokens in a row, K tasks.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +106,7 @@ def cost_of(
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     head = 2 * (backbone.hidden_size + 1)
     trained = method.num_parameters(backbone)
-    finished_method, finished = method.finish(tensors, backbone)
+    finished_method, finished = _left(backbone, method, generator)
     stored = sum(t.numel() * t.element_size() for t in finished.values())
     training = weights + _TRAINED_BYTES * (trained + head) + activation_bytes(backbone, method, tensors, workload)
     training += sum(t.numel() * t.element_size() for name, t in tensors.items() if not method.trains(name))
@@ -132,6 +133,12 @@ def cost_of(
     return Cost(**{**cost.__dict__, "problems": problems_of(cost, workload)})
 
 
+def _left(backbone: Backbone, method: Method, generator: torch.Generator) -> tuple[Method, Mapping[str, Tensor]]:
+    """What a run of `method` is expected to leave, untrained."""
+    served = method.expected(backbone)
+    return served.finish(served.init(backbone, generator), backbone)
+
+
 def problems_of(cost: Cost, workload: Workload) -> tuple[str, ...]:
     """The limits of a workload that a cost exceeds, in words."""
     found = []
@@ -155,8 +162,11 @@ def activation_bytes(backbone: Backbone, method: Method, tensors: dict[str, Tens
     """Estimated bytes that autograd keeps between the forward and the backward pass of one batch.
 
     Three passes of one row give a parabola in its length, because attention may keep values per pair of positions;
-    the batch keeps that for each of its rows.
+    the batch keeps that for each of its rows. LSG attention pads to blocks and is another function of short rows, so
+    there a row of the whole length is run.
     """
+    if backbone.lsg is not None:
+        return workload.rows * _kept(backbone, method, tensors, workload.length)
     lengths = [min(t, backbone.max_length) for t in _PROBES]
     kept = torch.tensor([_kept(backbone, method, tensors, t) for t in lengths], dtype=torch.float64)
     powers = torch.tensor([[1.0, t, t * t] for t in lengths], dtype=torch.float64)
@@ -208,8 +218,8 @@ def measure_latency(
     num_tasks = min(workload.tasks, workload.rows)
     sets = []
     for _ in range(num_tasks):
-        tensors = {k: t.to(backbone.device) for k, t in method.init(backbone, generator).items()}
-        finished, smaller = method.finish(tensors, backbone)
+        finished, smaller = _left(backbone, method, generator)
+        smaller = {k: t.to(backbone.device) for k, t in smaller.items()}
         sets.append(DeltaSet(finished.deltas(smaller, backbone)).fused(backbone.dtype, backbone.device))
     rows: Sequence[DeltaSet | None] = [sets[i % num_tasks] for i in range(workload.rows)]
     longest = max(s.num_positions for s in sets)

@@ -48,6 +48,22 @@ def test_a_method_that_occurs_twice_is_numbered(bert):
     assert shapes["lora.layer.0.query.A"][1] == 2 and shapes["lora2.layer.0.query.A"][1] == 3
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (mt.PrefixTuning(start_text="good film", length=2), mt.VeRA(r=4)),
+        (mt.AdaLoRA(), mt.LayerNormTuning()),
+        (mt.PTuningV1(), mt.AoTFC(r=2), mt.LoRA(r=2)),
+    ],
+    ids=lambda parts: "+".join(m.name for m in parts),
+)
+def test_shapes_are_those_of_what_is_made(bert, parts):
+    """Parts may know their shapes without making the tensors; files are checked against them."""
+    combined = mt.Combined(methods=parts)
+    fresh = combined.init(bert, torch.Generator().manual_seed(0))
+    assert combined.shapes(bert) == {name: t.shape for name, t in fresh.items()}
+
+
 def test_combined_parts_count_as_theirs():
     assert mt.Combined(methods=(PAIR, mt.IA3())) == mt.Combined(methods=(*PAIR.methods, mt.IA3()))
 

@@ -195,6 +195,12 @@ class AdaLoRA(LowRankMethod):
                 cut |= {f"{site.name}.A": A[:, kept], f"{site.name}.E": E[kept], f"{site.name}.B": B[kept]}
         return replace(self, ranks=tuple(ranks)), cut
 
+    def expected(self, backbone: Backbone) -> Method:
+        """The final budget spread evenly; a run spreads it as it learns to."""
+        if self.ranks is not None:
+            return self
+        return replace(self, ranks=(self.target_r,) * len(list(self.sites(backbone))))
+
 
 def _keep_best(params: Mapping[str, Tensor], sites: list[str], budget: int) -> None:
     """Set E to zero for all but the `budget` triplets of the highest scores, over all sites (eq. 6)."""

@@ -145,6 +145,10 @@ class Method:
         """
         return self, params
 
+    def expected(self, backbone: Backbone) -> Method:
+        """The method that a finished run is likely to save where training decides its size, for planning; or itself."""
+        return self
+
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         """The deltas that `params` yield, by site name; differentiable. Fusing is calling it once without gradients."""
         raise NotImplementedError

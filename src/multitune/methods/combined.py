@@ -163,6 +163,9 @@ class Combined(Method):
             for name, tensor in own.items()
         }
 
+    def expected(self, backbone: Backbone) -> Method:
+        return Combined(methods=tuple(method.expected(backbone) for method in self.methods))
+
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         together: dict[str, list[Delta]] = defaultdict(list)
         owners: dict[tuple[str, str], str] = {}
