@@ -10,7 +10,8 @@ from torch import Tensor
 from multitune.convert.adapterhub.files import HeadCheckpoint
 from multitune.convert.heads import SEQUENCE, TOKEN, read_head
 from multitune.errors import AdapterError, ConfigError, suggest
-from multitune.heads import Dense, Head, Pooling
+from multitune.heads import Dense, Head
+from multitune.pooling import Pooling
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone

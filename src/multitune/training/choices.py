@@ -1,0 +1,179 @@
+"""Answers as candidate texts: the three losses of T-Few (Liu et al. 2022, arXiv 2205.05638) and rank classification.
+
+Every choice of every row is one sequence, the choices of a row side by side. Nothing here runs a model: the functions
+take the log-probabilities of the candidates' tokens, so any language model can be put in front.
+
+Legend: R rows, S sequences (all choices of all rows), T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from multitune.errors import ConfigError
+
+#: What the released code adds inside the logarithm of the unlikelihood loss.
+UNLIKELIHOOD_EPS = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The choices of a batch, and what a language model says of their tokens."""
+
+    log_probs: Tensor
+    """`[S, T]`, float32: log p of every token given what stands before it."""
+    mask: Tensor
+    """bool `[S, T]`: which tokens are the candidate's own; not those of the text before it, and no padding."""
+    counts: tuple[int, ...]
+    """How many choices each of the R rows has; their sum is S."""
+
+    def __post_init__(self) -> None:
+        if self.log_probs.shape != self.mask.shape or sum(self.counts) != len(self.mask) or min(self.counts) < 1:
+            raise ConfigError(
+                f"log_probs {tuple(self.log_probs.shape)}, mask {tuple(self.mask.shape)} and counts {self.counts} do "
+                f"not fit: give one sequence for every choice, and every row at least one"
+            )
+        empty = (~self.mask.bool()).all(1).nonzero().flatten().tolist()
+        if empty:
+            raise ConfigError(f"sequence {empty[0]} has no token of a candidate; give every choice a text")
+
+    @classmethod
+    def from_logits(
+        cls, logits: Tensor, ids: Tensor, mask: Tensor, counts: Sequence[int], *, shift: bool
+    ) -> Candidates:
+        """The choices from a model's logits.
+
+        Args:
+            logits: `[S, T, V]`, of any floating dtype.
+            ids: int64 `[S, T]`; what stands outside the mask is not read.
+            mask: bool or 0 and 1, `[S, T]`: the candidates' own tokens.
+            counts: choices of each row.
+            shift: whether the logits of a position are about the next token (decoders) instead of its own
+                (encoder-decoders, whose labels are shifted already). The first token then has nothing before it and
+                cannot be a candidate's.
+
+        Raises:
+            ConfigError: shapes that do not fit, or a candidate's token in the first place with `shift`.
+        """
+        mask = mask.bool()
+        if logits.shape[:2] != ids.shape or ids.shape != mask.shape:
+            raise ConfigError(
+                f"logits {tuple(logits.shape)}, ids {tuple(ids.shape)} and mask {tuple(mask.shape)} do not fit: give "
+                f"logits [S, T, V] and ids and mask [S, T]"
+            )
+        if shift:
+            if bool(mask[:, 0].any()):
+                raise ConfigError("a candidate begins at the first token, which nothing predicts; put a text before it")
+            logits, ids, mask = logits[:, :-1], ids[:, 1:], mask[:, 1:]
+        ids = ids.masked_fill(~mask, 0)  # padding may hold anything, labels of other libraries -100
+        log_probs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return cls(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask, counts=tuple(counts))
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[S]`, float32: tokens of each candidate."""
+        return self.mask.sum(1).float()
+
+    def scores(self, *, normalised: bool = True) -> Tensor:
+        """`[S]`: β = (1/T) Σ_t log p(y_t | x, y_<t), or the plain sum without `normalised`.
+
+        The sum favours short choices: each further token can only lower it.
+        """
+        total = self.log_probs.masked_fill(~self.mask, 0.0).sum(1)
+        return total / self.lengths if normalised else total
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """`values [S]` as `[R, most choices]`, -inf where a row has no such choice."""
+        return pad_sequence(list(values.split(self.counts)), batch_first=True, padding_value=-torch.inf)
+
+    def rank(self, *, normalised: bool = True) -> Tensor:
+        """int64 `[R]`: rank classification, the choice of each row that scores highest; the first of equals."""
+        return self.by_row(self.scores(normalised=normalised)).argmax(1)
+
+    def right(self, answers: Tensor) -> Tensor:
+        """bool `[S]`: which sequences are their rows' right choices.
+
+        Args:
+            answers: int64 `[R]`, the number of each row's right choice.
+
+        Raises:
+            ConfigError: a row has no such choice.
+        """
+        counts = torch.tensor(self.counts, device=answers.device)
+        wrong = (
+            ((answers < 0) | (answers >= counts)).nonzero().flatten().tolist() if len(answers) == len(counts) else [-1]
+        )
+        if wrong:
+            raise ConfigError(
+                f"answers {answers.tolist()} do not fit rows of {list(self.counts)} choices, counted from 0"
+            )
+        first = counts.cumsum(0) - counts
+        return torch.zeros(len(self.mask), dtype=torch.bool, device=answers.device).index_fill(0, first + answers, True)
+
+
+def language_loss(candidates: Candidates, answers: Tensor) -> Tensor:
+    """`L_LM = -(1/T) Σ_t log p(y_t | x, y_<t)` of the right choices, averaged over rows."""
+    return -candidates.scores()[candidates.right(answers)].mean()
+
+
+def unlikelihood_loss(candidates: Candidates, answers: Tensor, *, eps: float = UNLIKELIHOOD_EPS) -> Tensor:
+    """`L_UL = -[Σ_n Σ_t log(1 - p(ŷ⁽ⁿ⁾_t | x, ŷ⁽ⁿ⁾_<t))] / Σ_n T⁽ⁿ⁾` over a row's wrong choices, averaged over rows.
+
+    Args:
+        eps: added inside the logarithm, as the released code does: finite where a token is certain. The loss of a token
+            is then at least -log(1 + eps), a little below zero. 0 is the paper's equation.
+    """
+    if eps < 0:
+        raise ConfigError(f"eps={eps} of the unlikelihood loss is not possible; give 0 or more")
+    wrong = ~candidates.right(answers)
+    # A certain token's p can round to just above one.
+    surprise = -torch.log((1 - candidates.log_probs.exp()).clamp(min=0) + eps)
+    each = surprise.masked_fill(~(candidates.mask & wrong.unsqueeze(1)), 0.0).sum(1)
+    lengths = candidates.lengths * wrong
+    total, tokens = (torch.stack([part.sum() for part in t.split(candidates.counts)]) for t in (each, lengths))
+    return (total / tokens.clamp(min=1)).mean()  # a row whose only choice is the right one has no wrong ones
+
+
+def choice_loss(candidates: Candidates, answers: Tensor) -> Tensor:
+    """`L_LN = -log(e^β(y) / Σ e^β)` over a row's choices, with length-normalised scores β, averaged over rows."""
+    candidates.right(answers)  # refuses answers that no row has
+    return F.cross_entropy(candidates.by_row(candidates.scores()), answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceLosses:
+    """The parts of T-Few's loss, scalars."""
+
+    language: Tensor
+    unlikelihood: Tensor
+    choice: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """`L_LM + L_UL + L_LN`: a plain sum, without weights."""
+        return self.language + self.unlikelihood + self.choice
+
+
+def tfew_losses(
+    candidates: Candidates, answers: Tensor, *, rank: bool = True, eps: float = UNLIKELIHOOD_EPS
+) -> ChoiceLosses:
+    """T-Few's loss of a batch (section 3.2), differentiable in the log-probabilities.
+
+    Args:
+        answers: int64 `[R]`, the number of each row's right choice.
+        rank: with the two losses that compare choices; the released script leaves them out for Banking77 and its 77
+            choices, and then only the right choices' sequences matter.
+        eps: as `unlikelihood_loss`.
+    """
+    zero = candidates.log_probs.new_zeros(())
+    return ChoiceLosses(
+        language=language_loss(candidates, answers),
+        unlikelihood=unlikelihood_loss(candidates, answers, eps=eps) if rank else zero,
+        choice=choice_loss(candidates, answers) if rank else zero,
+    )
