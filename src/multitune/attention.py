@@ -44,8 +44,12 @@ def register_attention() -> None:
 
 
 def _mask(make: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
-    """The model's mask; none for LSG attention, which makes its own and must never see one of Q times S entries."""
-    return make(*args, **kwargs) if current_call().lsg_open is None else None
+    """The model's mask; none for LSG attention, which must never see one of Q times S entries, and with our own cache.
+
+    Both make their own.
+    """
+    call = current_call()
+    return make(*args, **kwargs) if call.lsg_open is None and call.cache is None else None
 
 
 def _attend(
@@ -66,6 +70,10 @@ def _attend(
     else:
         base = ALL_ATTENTION_FUNCTIONS[name]
     call = current_call()
+    if call.cache is not None:
+        attend_masked = partial(_dense, base, module, kwargs)
+        window = kwargs.get("sliding_window")
+        return call.cache.attend(call.layer, attend_masked, query, key, value, window, always=name == "eager"), None
     site = call.backbone.attention_names.get(module)
     if site is not None:
         call.record(site(call), key, value)

@@ -40,6 +40,8 @@ from multitune.plan import Plan
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
 if TYPE_CHECKING:
+    from multitune.generation.prompts import AnySettings
+    from multitune.generation.settings import Generation
     from multitune.methods import Method
 
 #: Attention that does not go through transformers' attention interface: kind -> its form with deltas.
@@ -507,7 +509,7 @@ class Backbone:
             PlanError: the plan does not fit the batch, an id is outside the vocabulary, a row is too long, or
                 the backbone is detached.
         """
-        self._check_attached()
+        self.check_attached()
         if plan.parts:
             return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
         call = Call(self, plan, input_ids, attention_mask, token_type_ids)
@@ -532,6 +534,35 @@ class Backbone:
         """
         return self.lm_head(self.run(plan, input_ids, attention_mask))
 
+    def generate(
+        self,
+        plan: Plan,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        settings: AnySettings | Sequence[AnySettings] | None = None,
+    ) -> list[Generation]:
+        """Text for every row of one batch under a plan: prompts once, then a token per row and step.
+
+        Args:
+            plan: which rows use which deltas; kept for all steps until rows are done.
+            input_ids: int64 `[B, T]`, padded on either side.
+            attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+            settings: how to decode, for all rows or one per row (`GenerationSettings`, or a mapping); by default
+                greedily.
+
+        Returns:
+            One per row. Texts are empty where the backbone has no tokenizer.
+
+        Raises:
+            BackboneError: no causal language model, or one without its head.
+            ConfigError: settings that are unknown or impossible.
+            PlanError: before any forward pass, naming the row: no tokens, too many, or an id outside the vocabulary.
+        """
+        from multitune.generation.batch import generate
+        from multitune.generation.prompts import settings_per_row
+
+        return generate(self, plan, input_ids, attention_mask, settings_per_row(settings, plan.num_rows))
+
     def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """What the attention sites of the bare backbone attend to in one row.
 
@@ -545,14 +576,15 @@ class Backbone:
         Raises:
             PlanError: an id is outside the vocabulary, the row is too long, or the backbone is detached.
         """
-        self._check_attached()
+        self.check_attached()
         call = Call(self, Plan([None]), torch.tensor([list(token_ids)], device=self.device), None, None)
         call.recorded = {}
         with torch.no_grad(), active(call):
             self.running(**call.inputs)
         return call.recorded
 
-    def _check_attached(self) -> None:
+    def check_attached(self) -> None:
+        """Raise `PlanError` unless the sites are instrumented."""
         if not self.attached:
             raise PlanError(
                 f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from multitune.batching import Encoded, encode, pad
 from multitune.errors import AdapterError, ConfigError, DataError, MixError, MultituneError, PlanError, suggest
 from multitune.plan import DeltaSet, Plan
 from multitune.workspace import Workspace
+
+if TYPE_CHECKING:
+    from multitune.generation import Engine, Generation, Request
+    from multitune.generation.prompts import AnySettings
 
 AotStore = Literal["factors", "ram", "mmap"]
 Row = tuple[str | None, Any]
@@ -123,7 +127,8 @@ class Bank:
         self.memory_budget = memory_budget
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
-        self._workspace = Workspace()
+        self.workspace = Workspace()
+        """Lends plans their packed tensors."""
         self._clock = 0
         self._resident_bytes = 0
 
@@ -263,7 +268,7 @@ class Bank:
         if isinstance(names, str):
             raise PlanError(f"a plan takes one name per row, not a single text; give bank.plan([{names!r}])")
         with torch.no_grad():
-            return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self._workspace)
+            return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self.workspace)
 
     def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[_Served | None]:
         """The adapters of a batch as they are now, so that later removals do not reach it."""
@@ -278,6 +283,72 @@ class Bank:
                 entries[name] = entry
         found = {name: self._get(entry) for name, entry in entries.items()}
         return [None if name is None else found[name] for name in names]
+
+    def delta_sets(self, names: Sequence[str | None], first: int = 0) -> list[DeltaSet | None]:
+        """The deltas of a batch's rows as they are now; messages number the rows from `first`.
+
+        Raises:
+            AdapterError, MixError: as `plan`.
+        """
+        return [None if s is None else s.delta_set for s in self._lookup(names, first)]
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        rows: Sequence[Row],
+        settings: AnySettings | Sequence[AnySettings] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> list[Generation]:
+        """Text for rows of any mix of adapters, in the order given; each as if alone.
+
+        Args:
+            rows: pairs of an adapter's name (or `None`) and a prompt: a text, a list of chat messages (`role`,
+                `content`), or a list of token ids.
+            settings: how to decode, for all rows or one per row (`GenerationSettings`, or a mapping); by default
+                greedily.
+            batch_size: most rows decoded together; where one is done, the next takes its place.
+
+        Raises:
+            BackboneError: the backbone is no causal language model, or has no head.
+            AdapterError, ConfigError, DataError, MixError, PlanError: before any forward pass, naming the row.
+        """
+        engine, requests = self._submit(rows, settings, batch_size)
+        engine.run()
+        return [r.result() for r in requests]
+
+    def generate_stream(
+        self,
+        rows: Sequence[Row],
+        settings: AnySettings | Sequence[AnySettings] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> Iterator[tuple[int, str]]:
+        """`generate`, piece by piece: pairs of a row's number and a piece of its text, as they come.
+
+        A row's pieces together are its text. Beam searches give theirs in one piece, since the best may change.
+        """
+        engine, requests = self._submit(rows, settings, batch_size)
+        left = True
+        while left:
+            left = engine.step()
+            for row, request in enumerate(requests):
+                yield from ((row, piece) for piece in request.ready())
+
+    def _submit(self, rows: Sequence[Row], settings: Any, batch_size: int) -> tuple[Engine, list[Request]]:
+        from multitune.generation import Engine
+
+        rows = [self._pair(row, pair, "a prompt") for row, pair in enumerate(rows)]
+        alone = self._served_alone(rows, 0)
+        engine = Engine(self if alone is None else alone, max_rows=batch_size)
+        return engine, engine.submit_all(rows, settings)
+
+    @staticmethod
+    def _pair(row: int, pair: Any, what: str) -> Row:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str | None):
+            raise DataError(f"row {row}: {pair!r} is not a pair of an adapter's name (or None) and {what}")
+        return pair[0], pair[1]
 
     # ---------------------------------------------------------------- prediction
 
@@ -299,8 +370,7 @@ class Bank:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
         for row, pair in enumerate(rows, start=first):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str | None):
-                raise DataError(f"row {row}: {pair!r} is not a pair of an adapter's name (or None) and a row")
+            self._pair(row, pair, "a row")
         alone = self._served_alone(rows, first)
         if alone is not None:
             return alone._predict(rows, batch_size, first)
@@ -353,7 +423,7 @@ class Bank:
         backbone = self.backbone
         batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
         with torch.no_grad():
-            plan = Plan([s.served.delta_set if s.served else None for s in sequences], self._workspace)
+            plan = Plan([s.served.delta_set if s.served else None for s in sequences], self.workspace)
             hidden = backbone.run(plan, batch.input_ids, batch.attention_mask, batch.token_type_ids)
             own = [(s.served.adapter.head, s.served.head_params) if s.served else None for s in sequences]
             values = heads.mixed_logits(backbone, own, hidden, batch.attention_mask)

@@ -27,6 +27,7 @@ from multitune.plan import Group, Plan, Step
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
+    from multitune.kv_cache import RowCache
     from multitune.lsg import LSG
 
 _CURRENT: ContextVar[Call] = ContextVar("multitune_call")
@@ -100,16 +101,7 @@ class Call:
                 row that is too long with its prompt, and names the row; or the plan names a site that the
                 backbone lacks.
         """
-        self.backbone = backbone
-        self.plan = plan
-        self.captured: dict[str, Tensor] = {}
-        """Inputs of sub-layers that a parallel bottleneck will read, by site."""
-        self.layer = -1
-        """The layer that is running."""
-        self._passes: dict[tuple[int, ...], int] = {}
-        """How often a module that runs as several layers has run, by those layers."""
-        self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
-        """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
+        self._begin(backbone, plan)
         assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
         check_ids(plan, backbone, input_ids)
@@ -140,6 +132,21 @@ class Call:
             self.inputs["use_cache"] = False
         self.inputs |= _positions(plan, backbone, ids, mask)
         self._bias = self._token_bias(ids)
+
+    def _begin(self, backbone: Backbone, plan: Plan) -> None:
+        """What every call starts with."""
+        self.backbone = backbone
+        self.plan = plan
+        self.captured: dict[str, Tensor] = {}
+        """Inputs of sub-layers that a parallel bottleneck will read, by site."""
+        self.layer = -1
+        """The layer that is running."""
+        self._passes: dict[tuple[int, ...], int] = {}
+        """How often a module that runs as several layers has run, by those layers."""
+        self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
+        """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
+        self.cache: RowCache | None = None
+        """Where text is generated: keys and values of what came before, the rows' memories among them."""
 
     def enter_layer(self, layers: tuple[int, ...]) -> int:
         """Note that the module that runs as `layers` starts its next pass; returns which layer that is."""
@@ -251,6 +258,36 @@ class Call:
         if self._unshift is not None:
             hidden = hidden.gather(1, self._unshift.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return _in_order(hidden, self.plan.inverse)  # type: ignore[return-value]
+
+
+class StepCall(Call):
+    """A plan bound to one new token per row of a batch that generates; what came before lies in a cache."""
+
+    def __init__(self, backbone: Backbone, plan: Plan, input_ids: Tensor, positions: Tensor, cache: RowCache) -> None:
+        """
+        Args:
+            input_ids: int64 `[B, 1]`, rows in the plan's order, unlike in other calls.
+            positions: int64 `[B]`, where these tokens stand in their rows, counted from 0.
+            cache: made ready for this step.
+        """
+        self._begin(backbone, plan)
+        self.cache = cache
+        self.prompts = None
+        self.lsg_open = None
+        self._unshift = None
+        self.inputs = cache_inputs(cache, input_ids, backbone.position_ids(input_ids, positions))
+        self._bias = self._token_bias(input_ids)
+
+
+def cache_inputs(cache: RowCache, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """A causal model's inputs where a cache makes the masks."""
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": torch.ones_like(input_ids),  # of these tokens alone; without one, models look for padding
+        "past_key_values": cache,
+        "use_cache": True,
+    }
 
 
 def _in_order(t: Tensor | None, order: Tensor | None) -> Tensor | None:

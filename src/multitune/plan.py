@@ -334,14 +334,18 @@ class Plan:
         rows: Sequence[DeltaSet | None],
         workspace: Workspace | None = None,
         numbers: Sequence[int] | None = None,
+        split: bool = True,
     ) -> None:
         """
         Args:
             rows: per row of the batch, its deltas, or `None` for the bare backbone.
             workspace: where packed tensors may be kept between plans; used only when gradients are off.
             numbers: what messages call the rows; by default 0, 1, ...
+            split: whether rows with and without prompts may run as two pieces; not where no prompt is inserted.
         """
         self.num_rows = len(rows)
+        self.rows = tuple(rows)
+        """The rows' deltas in the order given."""
         self.numbers = range(len(rows)) if numbers is None else numbers
         self.order: Tensor | None = None
         """Rows in the order they are run in, as indices `[B]`; `None` for the order given."""
@@ -357,7 +361,7 @@ class Plan:
         """Row ranges whose token rows come from a table."""
         self._workspace = workspace if not torch.is_grad_enabled() else None
         slots = list(dict.fromkeys(r for r in rows if r is not None))
-        if self._worth_splitting(rows):
+        if split and self._worth_splitting(rows):
             self.parts = tuple(self._part(rows, workspace, prompted) for prompted in (True, False))
         elif len(slots) == 1 and all(r is slots[0] for r in rows):
             self._plan_one(slots[0])

@@ -1,0 +1,130 @@
+"""From a prompt as the user gives it to token ids, and from settings for all rows to settings per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from multitune.errors import BackboneError, ConfigError, DataError, suggest
+from multitune.generation.sequences import BeamSequence, SingleSequence
+from multitune.generation.settings import GenerationSettings, setting_names
+from multitune.generation.text import TextStream
+from multitune.plan import DeltaSet
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+#: A text, the messages of a chat (each with `role` and `content`), or token ids.
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+#: What `settings` arguments take: settings for all rows, or one per row, each as an object or by name.
+AnySettings = GenerationSettings | Mapping[str, Any]
+
+
+def encode_prompt(backbone: Backbone, prompt: Any) -> tuple[int, ...]:
+    """Token ids of a prompt; a chat is written out by the tokenizer's template, up to where the answer begins.
+
+    Raises:
+        DataError: no prompt, or a chat the tokenizer has no template for.
+        BackboneError: the backbone has no tokenizer.
+    """
+    if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt:
+        if all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+            return tuple(prompt)
+        if all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt):
+            return _encode_chat(backbone, prompt)
+    if not isinstance(prompt, str):
+        raise DataError(
+            f"a prompt is a text, a list of messages with 'role' and 'content', or a list of token ids, not {prompt!r}"
+        )
+    tokenizer = _tokenizer(backbone)
+    with backbone.tokenizer_lock:
+        return tuple(tokenizer(prompt, return_attention_mask=False, truncation=False)["input_ids"])
+
+
+def _encode_chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    tokenizer = _tokenizer(backbone)
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer of backbone '{backbone.name}' has no chat template; write the conversation out as a text"
+        )
+    with backbone.tokenizer_lock:
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
+        return tuple(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+
+
+def _tokenizer(backbone: Backbone) -> Any:
+    if backbone.tokenizer is None:
+        raise BackboneError(
+            f"backbone '{backbone.name}' has no tokenizer, so it takes token ids only; "
+            f"give one: Backbone(model, tokenizer)"
+        )
+    return backbone.tokenizer
+
+
+def settings_per_row(settings: AnySettings | Sequence[AnySettings] | None, num_rows: int) -> list[GenerationSettings]:
+    """Settings of every row.
+
+    Raises:
+        ConfigError: an unknown setting, one that is not possible, or settings for another number of rows.
+    """
+    if settings is None or isinstance(settings, (GenerationSettings, Mapping)):
+        return [_one(settings)] * num_rows
+    if len(settings) != num_rows:
+        raise ConfigError(f"there are {num_rows} rows, but settings for {len(settings)}; give one per row, or one")
+    found = []
+    for row, own in enumerate(settings):
+        try:
+            found.append(_one(own))
+        except ConfigError as error:
+            raise ConfigError(f"row {row}: {error}") from error
+    return found
+
+
+def _one(settings: AnySettings | None) -> GenerationSettings:
+    if settings is None:
+        return GenerationSettings()
+    if isinstance(settings, GenerationSettings):
+        return settings
+    known = setting_names()
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                f"generation has no setting '{name}'.{suggest(str(name), known)} It has: {', '.join(known)}"
+            )
+    return GenerationSettings(**settings)
+
+
+def make_sequence(
+    backbone: Backbone,
+    prompt: tuple[int, ...],
+    deltas: DeltaSet | None,
+    settings: GenerationSettings,
+    adapter: str | None = None,
+) -> SingleSequence | BeamSequence:
+    """One request, ready to enter a batch.
+
+    Raises:
+        BackboneError: stop strings without a tokenizer to find them with.
+    """
+    if settings.stop:
+        _tokenizer(backbone)
+    kind = SingleSequence if settings.num_beams == 1 else BeamSequence
+    return kind(
+        prompt=prompt,
+        deltas=deltas,
+        settings=settings,
+        eos_ids=frozenset(backbone.eos_ids),
+        stream=TextStream(_decoder(backbone), settings.stop),
+        adapter=adapter,
+    )
+
+
+def _decoder(backbone: Backbone) -> Callable[[Sequence[int]], str]:
+    tokenizer = backbone.tokenizer
+    if tokenizer is None:
+        return lambda ids: ""
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decode
