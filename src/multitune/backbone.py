@@ -30,7 +30,7 @@ from transformers import (
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind, architecture_for
-from multitune.call import Call, active, check_ids, recompute_context
+from multitune.call import Call, Section, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
 from multitune.language_head import LanguageHead
@@ -531,6 +531,80 @@ class Backbone:
             PlanError: as `run` raises it.
         """
         return self.lm_head(self.run(plan, input_ids, attention_mask))
+
+    def run_below(
+        self,
+        plan: Plan,
+        layer: int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What goes into a layer under a plan; that layer and those above it do not run.
+
+        Args:
+            plan: which rows use which deltas, not in pieces.
+            layer: from 1 to the uppermost, counted from 0.
+            input_ids, attention_mask, token_type_ids: as `run` takes them.
+
+        Returns:
+            `[B, T', D]`, rows as given. T' counts what stands in the rows beside their tokens: inserted prompt vectors,
+            LSG's global tokens.
+
+        Raises:
+            PlanError: as `run`, and for a layer that does not exist.
+        """
+        section = Section(stop=layer)
+        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids)
+        with active(call):
+            self.running(**call.inputs)
+        assert section.reached is not None
+        inverse = plan.inverse
+        return section.reached if inverse is None else section.reached.index_select(0, inverse.to(self.device))
+
+    def run_above(
+        self,
+        plan: Plan,
+        layer: int,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """`run`, from a layer on: the layers below it do not run, and `states` goes into it.
+
+        With the `states` of `run_below` on the same batch that is `run`, as long as the plan's deltas below `layer` are
+        those that `run_below` had.
+
+        Args:
+            states: `[B, T', D]`, as `run_below` gives it.
+        """
+        ordered = states if plan.order is None else states.index_select(0, plan.order.to(states.device))
+        section = Section(stop=self.num_layers, first=layer, states=ordered)
+        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids)
+        with active(call):
+            output = self.running(**call.inputs)
+        return call.restore(output.last_hidden_state)
+
+    def _call_in(
+        self,
+        section: Section,
+        plan: Plan,
+        layer: int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> Call:
+        """A call that runs the layers of a section."""
+        self._check_attached()
+        if plan.parts or not 0 < layer < self.num_layers:
+            problem = "a plan in pieces" if plan.parts else f"layer {layer} of {self.num_layers}"
+            raise PlanError(
+                f"a pass cannot be cut at {problem}; cut between layer 1 and {self.num_layers - 1}, or run()"
+            )
+        call = Call(self, plan, input_ids, attention_mask, token_type_ids)
+        call.section = section
+        return call
 
     def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """What the attention sites of the bare backbone attend to in one row.

@@ -78,6 +78,26 @@ def recompute_context() -> tuple[contextlib.AbstractContextManager[None], contex
     return contextlib.nullcontext(), active(current_call(), again=True)
 
 
+@dataclass(eq=False)
+class Section:
+    """The layers `first <= i < stop` of a forward pass; the layers outside hand on the states they are given."""
+
+    stop: int
+    """The layer that the pass ends in front of."""
+    first: int = 0
+    """The layer that the pass begins with."""
+    states: Tensor | None = None
+    """`[B, T', D]`, rows in plan order: what goes into `first`; `None` where that is the bottom."""
+    reached: Tensor | None = None
+    """`[B, T', D]`, rows in plan order: what goes into `stop`, once the pass was there."""
+    extras: tuple[Any, ...] | None = None
+    """What the layers of this pass return beside hidden states, once one has run."""
+
+    def runs(self, layer: int) -> bool:
+        """Whether a layer belongs to this section."""
+        return self.first <= layer < self.stop
+
+
 class Call:
     """A plan bound to the token ids of one batch; made anew for every forward pass."""
 
@@ -110,6 +130,8 @@ class Call:
         """How often a module that runs as several layers has run, by those layers."""
         self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
         """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
+        self.section: Section | None = None
+        """Where set: the layers that run; by default all."""
         assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
         check_ids(plan, backbone, input_ids)
@@ -210,6 +232,18 @@ class Call:
     def has_token_bias(self) -> bool:
         """Whether any row has a bias at the layers' inputs."""
         return bool(self._bias)
+
+    def into_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What goes into a layer, `[B, T', D]`, instead of `hidden`; never changed in place."""
+        section = self.section
+        if section is not None:
+            if layer == section.stop:
+                section.reached = hidden
+            if layer == section.first and section.states is not None:
+                hidden = section.states
+            if not section.runs(layer):
+                return hidden
+        return self.add_token_bias(layer, hidden)
 
     def add_token_bias(self, layer: int, hidden: Tensor) -> Tensor:
         """`hidden [B, T, D]` at a layer's input with the token biases of that layer added; never in place."""
