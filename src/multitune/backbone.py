@@ -483,6 +483,13 @@ class Backbone:
         else:
             self.model.gradient_checkpointing_disable()
 
+    def train_above(self, layer: int) -> None:
+        """Training mode for the layers from `layer` on; dropout everywhere else stays off."""
+        self.model.eval()
+        for path in next(s.layers for s in self.sites if s.kind == "layers")[layer:]:
+            self.model.get_submodule(path).train()
+        self.model.training = True  # of the model as a whole, which says that a training run is using it
+
     # ---------------------------------------------------------------- running
 
     def run(

@@ -62,6 +62,8 @@ class TrainResult:
     """Trained parameters of the head."""
     peak_memory_bytes: int
     """Most memory in use: the device's on a GPU, the process's own on a CPU."""
+    cached_bytes: int = 0
+    """Bytes of what the frozen layers gave for the rows, where `cache_frozen` kept it."""
 
 
 def train(
@@ -141,6 +143,7 @@ def train(
         num_method_parameters=model.num_trained,
         num_head_parameters=adapter.num_head_parameters,
         peak_memory_bytes=_peak_memory(backbone.device),
+        cached_bytes=trainer.cached_bytes,
     )
 
 
