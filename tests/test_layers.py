@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "lsg_attention": {"lsg", "lsg_sparse"},
     "attention": {"call", "deltas", "lsg_attention", "plan"},
     "backbone": {"architectures", "attention", "call", "errors", "frozen", "hooks", "lsg", "plan", "sites"},
+    "sharing": {"plan", "workspace"},
     "methods": {"deltas", "errors", "methods", "words"},
     "words": set(),
     "batching": {"errors"},

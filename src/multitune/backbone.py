@@ -346,7 +346,7 @@ class Backbone:
         return frozen_view(self.model, found)
 
     def find_sites(
-        self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
+        self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | str | None = None
     ) -> tuple[Site, ...]:
         """Sites of one kind, narrowed to roles and layers; raises `ConfigError` where nothing matches."""
         return select_sites(self.sites, kind=kind, roles=roles, layers=layers)
