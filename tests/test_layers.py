@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sharing": {"plan", "workspace"},
     "methods": {"deltas", "errors", "methods", "words"},
     "words": set(),
-    "batching": {"errors"},
+    "batching": {"errors", "tasks"},
     "pooling": set(),
     "heads": {"errors", "pooling", "tasks"},
     "exports": {"errors"},

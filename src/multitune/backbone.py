@@ -498,6 +498,7 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states of one batch under a plan.
 
@@ -506,6 +507,8 @@ class Backbone:
             input_ids: int64 `[B, T]`.
             attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
             token_type_ids: int64 `[B, T]`; ignored by models without token types.
+            slots: int64 `[B, S]`: the token in front of which each slot of a row stands, as in `Batch.slots`; needed by
+                prompts that stand in slots.
 
         Returns:
             `[B, T, D]`, rows and tokens as given; inserted prompt vectors are taken out again.
@@ -516,8 +519,8 @@ class Backbone:
         """
         self._check_attached()
         if plan.parts:
-            return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
-        call = Call(self, plan, input_ids, attention_mask, token_type_ids)
+            return self._run_parts(plan, input_ids, attention_mask, token_type_ids, slots)
+        call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
         with active(call):
             output = self.running(**call.inputs)
         return call.restore(output.last_hidden_state)
@@ -546,13 +549,14 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """What goes into a layer under a plan; that layer and those above it do not run.
 
         Args:
             plan: which rows use which deltas, not in pieces.
             layer: from 1 to the uppermost, counted from 0.
-            input_ids, attention_mask, token_type_ids: as `run` takes them.
+            input_ids, attention_mask, token_type_ids, slots: as `run` takes them.
 
         Returns:
             `[B, T', D]`, rows as given. T' counts what stands in the rows beside their tokens: inserted prompt vectors,
@@ -562,7 +566,7 @@ class Backbone:
             PlanError: as `run`, and for a layer that does not exist.
         """
         section = Section(stop=layer)
-        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids)
+        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids, slots)
         with active(call):
             self.running(**call.inputs)
         assert section.reached is not None
@@ -577,6 +581,7 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """`run`, from a layer on: the layers below it do not run, and `states` goes into it.
 
@@ -588,7 +593,7 @@ class Backbone:
         """
         ordered = states if plan.order is None else states.index_select(0, plan.order.to(states.device))
         section = Section(stop=self.num_layers, first=layer, states=ordered)
-        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids)
+        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids, slots)
         with active(call):
             output = self.running(**call.inputs)
         return call.restore(output.last_hidden_state)
@@ -601,6 +606,7 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
+        slots: Tensor | None,
     ) -> Call:
         """A call that runs the layers of a section."""
         self._check_attached()
@@ -609,7 +615,7 @@ class Backbone:
             raise PlanError(
                 f"a pass cannot be cut at {problem}; cut between layer 1 and {self.num_layers - 1}, or run()"
             )
-        call = Call(self, plan, input_ids, attention_mask, token_type_ids)
+        call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
         call.section = section
         return call
 
@@ -640,15 +646,21 @@ class Backbone:
             )
 
     def _run_parts(
-        self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+        self,
+        plan: Plan,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        slots: Tensor | None,
     ) -> Tensor:
         """`run` for a plan in pieces."""
         check_ids(plan, self, input_ids)
         pieces = []
         for rows, part in plan.parts:
-            ids, mask, types = (None if t is None else t[rows] for t in (input_ids, attention_mask, token_type_ids))
+            inputs = (input_ids, attention_mask, token_type_ids, slots)
+            ids, mask, types, places = (None if t is None else t[rows] for t in inputs)
             assert ids is not None
-            pieces.append(self.run(part, ids, mask, types))
+            pieces.append(self.run(part, ids, mask, types, places))
         order = torch.tensor([row for rows, _ in plan.parts for row in rows], device=input_ids.device)
         return torch.cat(pieces).index_select(0, order.argsort())
 

@@ -372,7 +372,7 @@ class Bank:
 
     def _hidden(self, sequences: Sequence[_Sequence], batch: Batch) -> Tensor:
         """The last hidden states `[B, T, D]`; what rows of one text have in common runs once."""
-        backbone, inputs = self.backbone, (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        backbone, inputs = self.backbone, (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.slots)
         rows = [s.served.delta_set if s.served else None for s in sequences]
         plan = Plan(rows, self._workspace)
         cut = None

@@ -104,6 +104,7 @@ def run_cut(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
+    slots: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """`Backbone.run` with the rows of one text run once below the cut: `[B, T, D]`.
@@ -114,10 +115,11 @@ def run_cut(
         workspace: as `Plan` takes it.
     """
     index, expand = (torch.tensor(i, device=input_ids.device) for i in (cut.rows, cut.expand))
-    ids, mask, types = (None if t is None else t[index] for t in (input_ids, attention_mask, token_type_ids))
+    inputs = (input_ids, attention_mask, token_type_ids, slots)
+    ids, mask, types, places = (None if t is None else t[index] for t in inputs)
     assert ids is not None
     lower = Plan([None if bare else rows[i] for i, bare in zip(cut.rows, cut.bare, strict=True)], workspace)
     if cut.layer == backbone.num_layers:
-        return backbone.run(lower, ids, mask, types)[expand]
-    states = backbone.run_below(lower, cut.layer, ids, mask, types)[expand]
-    return backbone.run_above(plan, cut.layer, states, input_ids, attention_mask, token_type_ids)
+        return backbone.run(lower, ids, mask, types, places)[expand]
+    states = backbone.run_below(lower, cut.layer, ids, mask, types, places)[expand]
+    return backbone.run_above(plan, cut.layer, states, *inputs)

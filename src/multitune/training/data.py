@@ -110,6 +110,7 @@ class Collator:
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "token_type_ids": batch.token_type_ids,
+            "slots": batch.slots,
             "targets": self._targets(items, batch.input_ids.shape[1]),
             "states": None if self.states is None else self.states.batch(sequences),
         }

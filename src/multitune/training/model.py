@@ -61,6 +61,7 @@ class TuningModel(nn.Module):
         token_type_ids: Tensor | None = None,
         targets: Tensor | None = None,
         states: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits, and with targets the mean loss.
 
@@ -68,6 +69,7 @@ class TuningModel(nn.Module):
             input_ids: int64 `[B, T]`; B is R times the number of choices.
             targets: as `heads.loss` takes them.
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
+            slots: int64 `[B, S]` as `Backbone.run` takes them.
 
         Returns:
             `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; `loss` scalar.
@@ -79,7 +81,7 @@ class TuningModel(nn.Module):
             params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
             plan = Plan([DeltaSet(self.method.deltas(params, backbone))] * len(ids))
             if states is None:
-                hidden = backbone.run(plan, ids, mask, types)
+                hidden = backbone.run(plan, ids, mask, types, None if slots is None else slots.to(device))
             elif self.frozen_layers < backbone.num_layers:
                 hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), ids, mask, types)
             else:
