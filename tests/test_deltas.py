@@ -33,6 +33,7 @@ from multitune.deltas import (
     TokenBias,
     build_table,
 )
+from multitune.deltas.prompt import in_slot
 from multitune.plan import unpack
 
 I, O, T = 4, 5, 3  # in, out, tokens
@@ -380,7 +381,7 @@ def test_what_cannot_merge_says_why():
 @pytest.mark.parametrize("at", [(-1, 0), (1, 0), (-2, 0), (0, -2), (0,)])
 def test_a_prompt_has_its_places_in_order(at):
     g = torch.Generator().manual_seed(0)
-    for good in ((0, 0), (0, 3), (2, -1), (-1, -1)):
+    for good in ((0, 0), (0, 3), (2, -1), (-1, -1), (in_slot(1), 0), (-1, in_slot(0))):
         assert Prompt(vectors=normal(g, 2, 4), at=good).at == good
     with pytest.raises(ConfigError, match=r"2 vectors needs as many places, non-decreasing from 0, then -1, not at="):
         Prompt(vectors=normal(g, 2, 4), at=at)

@@ -30,7 +30,7 @@ from transformers import (
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind, architecture_for
-from multitune.call import Call, active, check_ids, recompute_context
+from multitune.call import Call, Section, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
 from multitune.language_head import LanguageHead
@@ -348,7 +348,7 @@ class Backbone:
         return frozen_view(self.model, found)
 
     def find_sites(
-        self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | None = None
+        self, kind: SiteKind, roles: Iterable[str] | None = None, layers: Iterable[int] | str | None = None
     ) -> tuple[Site, ...]:
         """Sites of one kind, narrowed to roles and layers; raises `ConfigError` where nothing matches."""
         return select_sites(self.sites, kind=kind, roles=roles, layers=layers)
@@ -485,6 +485,13 @@ class Backbone:
         else:
             self.model.gradient_checkpointing_disable()
 
+    def train_above(self, layer: int) -> None:
+        """Training mode for the layers from `layer` on; dropout everywhere else stays off."""
+        self.model.eval()
+        for path in next(s.layers for s in self.sites if s.kind == "layers")[layer:]:
+            self.model.get_submodule(path).train()
+        self.model.training = True  # of the model as a whole, which says that a training run is using it
+
     # ---------------------------------------------------------------- running
 
     def run(
@@ -493,6 +500,7 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states of one batch under a plan.
 
@@ -501,6 +509,8 @@ class Backbone:
             input_ids: int64 `[B, T]`.
             attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
             token_type_ids: int64 `[B, T]`; ignored by models without token types.
+            slots: int64 `[B, S]`: the token in front of which each slot of a row stands, as in `Batch.slots`; needed by
+                prompts that stand in slots.
 
         Returns:
             `[B, T, D]`, rows and tokens as given; inserted prompt vectors are taken out again.
@@ -511,8 +521,8 @@ class Backbone:
         """
         self.check_attached()
         if plan.parts:
-            return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
-        call = Call(self, plan, input_ids, attention_mask, token_type_ids)
+            return self._run_parts(plan, input_ids, attention_mask, token_type_ids, slots)
+        call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
         with active(call):
             output = self.running(**call.inputs)
         return call.restore(output.last_hidden_state)
@@ -563,6 +573,83 @@ class Backbone:
 
         return generate(self, plan, input_ids, attention_mask, settings_per_row(settings, plan.num_rows))
 
+    def run_below(
+        self,
+        plan: Plan,
+        layer: int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """What goes into a layer under a plan; that layer and those above it do not run.
+
+        Args:
+            plan: which rows use which deltas, not in pieces.
+            layer: from 1 to the uppermost, counted from 0.
+            input_ids, attention_mask, token_type_ids, slots: as `run` takes them.
+
+        Returns:
+            `[B, T', D]`, rows as given. T' counts what stands in the rows beside their tokens: inserted prompt vectors,
+            LSG's global tokens.
+
+        Raises:
+            PlanError: as `run`, and for a layer that does not exist.
+        """
+        section = Section(stop=layer)
+        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids, slots)
+        with active(call):
+            self.running(**call.inputs)
+        assert section.reached is not None
+        inverse = plan.inverse
+        return section.reached if inverse is None else section.reached.index_select(0, inverse.to(self.device))
+
+    def run_above(
+        self,
+        plan: Plan,
+        layer: int,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """`run`, from a layer on: the layers below it do not run, and `states` goes into it.
+
+        With the `states` of `run_below` on the same batch that is `run`, as long as the plan's deltas below `layer` are
+        those that `run_below` had.
+
+        Args:
+            states: `[B, T', D]`, as `run_below` gives it.
+        """
+        ordered = states if plan.order is None else states.index_select(0, plan.order.to(states.device))
+        section = Section(stop=self.num_layers, first=layer, states=ordered)
+        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids, slots)
+        with active(call):
+            output = self.running(**call.inputs)
+        return call.restore(output.last_hidden_state)
+
+    def _call_in(
+        self,
+        section: Section,
+        plan: Plan,
+        layer: int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        slots: Tensor | None,
+    ) -> Call:
+        """A call that runs the layers of a section."""
+        self.check_attached()
+        if plan.parts or not 0 < layer < self.num_layers:
+            problem = "a plan in pieces" if plan.parts else f"layer {layer} of {self.num_layers}"
+            raise PlanError(
+                f"a pass cannot be cut at {problem}; cut between layer 1 and {self.num_layers - 1}, or run()"
+            )
+        call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
+        call.section = section
+        return call
+
     def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """What the attention sites of the bare backbone attend to in one row.
 
@@ -591,15 +678,21 @@ class Backbone:
             )
 
     def _run_parts(
-        self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+        self,
+        plan: Plan,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        slots: Tensor | None,
     ) -> Tensor:
         """`run` for a plan in pieces."""
         check_ids(plan, self, input_ids)
         pieces = []
         for rows, part in plan.parts:
-            ids, mask, types = (None if t is None else t[rows] for t in (input_ids, attention_mask, token_type_ids))
+            inputs = (input_ids, attention_mask, token_type_ids, slots)
+            ids, mask, types, places = (None if t is None else t[rows] for t in inputs)
             assert ids is not None
-            pieces.append(self.run(part, ids, mask, types))
+            pieces.append(self.run(part, ids, mask, types, places))
         order = torch.tensor([row for rows, _ in plan.parts for row in rows], device=input_ids.device)
         return torch.cat(pieces).index_select(0, order.argsort())
 

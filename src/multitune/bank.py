@@ -15,9 +15,10 @@ from torch import Tensor
 from multitune import heads
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
-from multitune.batching import Encoded, encode, pad
+from multitune.batching import Batch, Encoded, encode, pad
 from multitune.errors import AdapterError, ConfigError, DataError, MixError, MultituneError, PlanError, suggest
 from multitune.plan import DeltaSet, Plan
+from multitune.sharing import find_cut, first_touched, run_cut
 from multitune.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class _Served:
     adapter: Adapter
     delta_set: DeltaSet
     head_params: dict[str, Tensor]
+    touched: int
+    """The first layer that its deltas touch."""
 
     @property
     def num_positions(self) -> int:
@@ -232,7 +235,7 @@ class Bank:
         head_params = {k: t.to(device=device, dtype=dtype) for k, t in adapter.head_params.items()}
         if adapter.path is not None:
             entry.adapter = replace(adapter, params={}, head_params={})
-        return _Served(entry.name, entry.adapter, delta_set, head_params)
+        return _Served(entry.name, entry.adapter, delta_set, head_params, first_touched(delta_set, self.backbone))
 
     def _touch(self, entry: _Entry) -> None:
         self._clock += 1
@@ -377,7 +380,8 @@ class Bank:
         self._check_idle()
         found = self._lookup([name for name, _ in rows], first)
         sequences = self._encode(rows, found, first)
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i].length, reverse=True)
+        # By length, so that little is padded; then by text, so that rows of one text meet in one batch.
+        order = sorted(range(len(sequences)), key=lambda i: (sequences[i].length, sequences[i].text), reverse=True)
         for start in range(0, len(order), batch_size):
             self._forward([sequences[i] for i in order[start : start + batch_size]])
         per_row: list[list[_Sequence]] = [[] for _ in rows]
@@ -423,8 +427,7 @@ class Bank:
         backbone = self.backbone
         batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
         with torch.no_grad():
-            plan = Plan([s.served.delta_set if s.served else None for s in sequences], self.workspace)
-            hidden = backbone.run(plan, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            hidden = self._hidden(sequences, batch)
             own = [(s.served.adapter.head, s.served.head_params) if s.served else None for s in sequences]
             values = heads.mixed_logits(backbone, own, hidden, batch.attention_mask)
             bare = [i for i, s in enumerate(sequences) if s.served is None]
@@ -436,6 +439,19 @@ class Bank:
         for s, v in zip(sequences, values, strict=True):
             assert v is not None
             s.values = v.float().cpu()
+
+    def _hidden(self, sequences: Sequence[_Sequence], batch: Batch) -> Tensor:
+        """The last hidden states `[B, T, D]`; what rows of one text have in common runs once."""
+        backbone, inputs = self.backbone, (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.slots)
+        rows = [s.served.delta_set if s.served else None for s in sequences]
+        plan = Plan(rows, self.workspace)
+        cut = None
+        if not plan.parts:
+            touched = [s.served.touched if s.served else backbone.num_layers for s in sequences]
+            cut = find_cut([s.text for s in sequences], touched, backbone.num_layers)
+        if cut is None:
+            return backbone.run(plan, *inputs)
+        return run_cut(backbone, cut, plan, rows, *inputs, self.workspace)
 
     def _check_idle(self) -> None:
         """Checked before every pass: a run that starts meanwhile would put dropout into the answers."""
@@ -479,6 +495,11 @@ class _Sequence:
     def length(self) -> int:
         """Positions it takes, its prompt included."""
         return len(self.encoded) + (self.served.num_positions if self.served is not None else 0)
+
+    @property
+    def text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What goes into the model: token ids and types."""
+        return tuple(self.encoded.input_ids), tuple(self.encoded.token_type_ids or ())
 
 
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:

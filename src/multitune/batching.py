@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from multitune.errors import BackboneError
+from multitune.tasks.templates import SlottedText
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -23,6 +24,8 @@ class Encoded:
     token_type_ids: list[int] | None = None
     word_starts: tuple[int, ...] = ()
     """Tagging: the position of each word's first token; words cut off by truncation are missing at the end."""
+    slots: tuple[int, ...] = ()
+    """For each slot of the template the position of the token that it stands in front of, in order."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -38,11 +41,16 @@ class Batch:
     """int64 `[B, T]`, 1 for real tokens; `None` when nothing is padded."""
     token_type_ids: Tensor | None
     """int64 `[B, T]` or `None`."""
+    slots: Tensor | None = None
+    """int64 `[B, S]`: the token in front of which each slot of a row stands, counted from the row's first real token;
+    -1 where a row has fewer; `None` where no row has any."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        mask, types = (None if t is None else t.to(device) for t in (self.attention_mask, self.token_type_ids))
-        return Batch(input_ids=self.input_ids.to(device), attention_mask=mask, token_type_ids=types)
+        mask, types, slots = (
+            None if t is None else t.to(device) for t in (self.attention_mask, self.token_type_ids, self.slots)
+        )
+        return Batch(input_ids=self.input_ids.to(device), attention_mask=mask, token_type_ids=types, slots=slots)
 
 
 def encode(
@@ -82,8 +90,13 @@ def _call(
 ) -> list[Encoded]:
     tokenizer = backbone.tokenizer
     assert tokenizer is not None
-    if words and not tokenizer.is_fast:
-        raise BackboneError(f"token tagging needs a fast tokenizer, which backbone '{backbone.name}' lacks")
+    slots = (
+        [_slots_of(texts) for texts in zip(first, second, strict=True)] if second else [_slots_of((t,)) for t in first]
+    )
+    slotted = not words and any(map(any, slots))
+    if (words or slotted) and not tokenizer.is_fast:
+        what = "token tagging" if words else "a template with slots"
+        raise BackboneError(f"{what} needs a fast tokenizer, which backbone '{backbone.name}' lacks")
     with backbone.tokenizer_lock:  # truncation is state of a fast tokenizer, which two threads must not set at once
         result = tokenizer(
             first,
@@ -92,6 +105,7 @@ def _call(
             max_length=max_length,
             is_split_into_words=words,
             return_attention_mask=False,
+            **({"return_offsets_mapping": True} if slotted else {}),
         )
     types = result.get("token_type_ids") if backbone.takes_token_types else None
     return [
@@ -99,6 +113,7 @@ def _call(
             input_ids=ids,
             token_type_ids=None if types is None else types[i],
             word_starts=_word_starts(result.word_ids(i)) if words else (),
+            slots=_slot_places(slots[i], result.sequence_ids(i), result["offset_mapping"][i]) if slotted else (),
         )
         for i, ids in enumerate(result["input_ids"])
     ]
@@ -116,6 +131,30 @@ def _word_starts(word_ids: list[int | None]) -> tuple[int, ...]:
     return tuple(reversed(out))
 
 
+def _slots_of(texts: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Per text the characters in front of each of its slots."""
+    return tuple(text.slots if isinstance(text, SlottedText) else () for text in texts)
+
+
+def _slot_places(
+    slots: tuple[tuple[int, ...], ...], texts: Sequence[int | None], offsets: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
+    """The token in front of which each slot stands.
+
+    Args:
+        slots: per text the characters in front of each slot.
+        texts: per token the text it is of, `None` for special ones.
+        offsets: per token its first character and its end in that text.
+    """
+    places = []
+    for number, of_text in enumerate(slots):
+        own = [i for i, text in enumerate(texts) if text == number]
+        # A text without tokens stands in front of the special token that ends it.
+        end = own[-1] + 1 if own else next((i for i, text in enumerate(texts) if text is None and i > 0), len(texts))
+        places += [next((i for i in own if offsets[i][0] >= slot), end) for slot in of_text]
+    return tuple(places)
+
+
 def pad(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """Pad sequences on the right to the longest of them."""
     width = max(len(e) for e in encoded)
@@ -128,4 +167,7 @@ def pad(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     if any(e.token_type_ids is not None for e in encoded):
         filled = [(e.token_type_ids or [0] * len(e)) for e in encoded]
         types = torch.tensor([t + [0] * (width - len(t)) for t in filled])
-    return Batch(input_ids=ids, attention_mask=mask, token_type_ids=types)
+    slots, most = None, max(len(e.slots) for e in encoded)
+    if most:
+        slots = torch.tensor([[*e.slots, *[-1] * (most - len(e.slots))] for e in encoded])
+    return Batch(input_ids=ids, attention_mask=mask, token_type_ids=types, slots=slots)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multitune.deltas import Prompt, TokenBias
+from multitune.deltas.prompt import FIRST_SLOT
 from multitune.errors import PlanError, suggest
 from multitune.plan import Group, Plan, Step
 
@@ -79,6 +80,26 @@ def recompute_context() -> tuple[contextlib.AbstractContextManager[None], contex
     return contextlib.nullcontext(), active(current_call(), again=True)
 
 
+@dataclass(eq=False)
+class Section:
+    """The layers `first <= i < stop` of a forward pass; the layers outside hand on the states they are given."""
+
+    stop: int
+    """The layer that the pass ends in front of."""
+    first: int = 0
+    """The layer that the pass begins with."""
+    states: Tensor | None = None
+    """`[B, T', D]`, rows in plan order: what goes into `first`; `None` where that is the bottom."""
+    reached: Tensor | None = None
+    """`[B, T', D]`, rows in plan order: what goes into `stop`, once the pass was there."""
+    extras: tuple[Any, ...] | None = None
+    """What the layers of this pass return beside hidden states, once one has run."""
+
+    def runs(self, layer: int) -> bool:
+        """Whether a layer belongs to this section."""
+        return self.first <= layer < self.stop
+
+
 class Call:
     """A plan bound to the token ids of one batch; made anew for every forward pass."""
 
@@ -89,12 +110,14 @@ class Call:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
+        slots: Tensor | None = None,
     ) -> None:
         """
         Args:
             input_ids: int64 `[B, T]`, in the caller's order of rows.
             attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
             token_type_ids: int64 `[B, T]` or `None`.
+            slots: int64 `[B, S]` as `Batch.slots`, or `None`.
 
         Raises:
             PlanError: the batch has another number of rows than the plan, an id outside the vocabulary, or a
@@ -114,7 +137,8 @@ class Call:
             ids, mask, types = self._to_the_left(ids, mask, types)
         self.prompts: Prompts | None = None
         if any(r is not None and r.prompt_length for r in plan.ordered):
-            self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types)
+            places = _in_order(slots, plan.order)
+            self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types, places)
             ids, mask, types = (
                 self.prompts.input_ids,
                 self.prompts.attention_mask,
@@ -147,6 +171,8 @@ class Call:
         """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
         self.cache: RowCache | None = None
         """Where text is generated: keys and values of what came before, the rows' memories among them."""
+        self.section: Section | None = None
+        """Where set: the layers that run; by default all."""
 
     def enter_layer(self, layers: tuple[int, ...]) -> int:
         """Note that the module that runs as `layers` starts its next pass; returns which layer that is."""
@@ -217,6 +243,18 @@ class Call:
     def has_token_bias(self) -> bool:
         """Whether any row has a bias at the layers' inputs."""
         return bool(self._bias)
+
+    def into_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What goes into a layer, `[B, T', D]`, instead of `hidden`; never changed in place."""
+        section = self.section
+        if section is not None:
+            if layer == section.stop:
+                section.reached = hidden
+            if layer == section.first and section.states is not None:
+                hidden = section.states
+            if not section.runs(layer):
+                return hidden
+        return self.add_token_bias(layer, hidden)
 
     def add_token_bias(self, layer: int, hidden: Tensor) -> Tensor:
         """`hidden [B, T, D]` at a layer's input with the token biases of that layer added; never in place."""
@@ -362,10 +400,38 @@ def _ends(mask: Tensor) -> Tensor:
     return ((mask > 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
+def _slot_places(plan: Plan, slots: Tensor | None, row: Tensor, number: Tensor) -> Tensor:
+    """The words `[P]` in front of which slots `number [P]` of the rows `row [P]` stand.
+
+    Raises:
+        PlanError: a row has no such slot; names it.
+    """
+    known = torch.full_like(row, -1)
+    if slots is not None:
+        there = number < slots.shape[1]
+        known[there] = slots.to(row.device)[row[there], number[there]]
+    if bool((known < 0).any()):
+        first = int((known < 0).nonzero()[0])
+        have = 0 if slots is None else int((slots[int(row[first])] >= 0).sum())
+        raise PlanError(
+            f"row {plan.number(int(row[first]))}: its prompt has vectors for slot {int(number[first])}, from 0, but "
+            f"the row's text has {have} slots; write {{|}} into the task's template where they stand"
+        )
+    return known
+
+
 class Prompts:
     """A batch lengthened by inserted vectors: per-row lengths and places, right masks and positions."""
 
-    def __init__(self, plan: Plan, placeholder_id: int, ids: Tensor, mask: Tensor | None, types: Tensor | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        placeholder_id: int,
+        ids: Tensor,
+        mask: Tensor | None,
+        types: Tensor | None,
+        slots: Tensor | None = None,
+    ) -> None:
         device = ids.device
         num_rows, width = ids.shape
         mask = torch.ones_like(ids) if mask is None else mask.long()
@@ -389,6 +455,13 @@ class Prompts:
             )
         before = torch.where(at < 0, end[self.row], lead[self.row] + at)
         before = torch.minimum(before, end[self.row])
+        in_slot = at <= FIRST_SLOT
+        if bool(in_slot.any()):
+            row = self.row[in_slot]
+            place = lead[row] + _slot_places(plan, slots, row, FIRST_SLOT - at[in_slot])
+            before[in_slot] = torch.minimum(place, end[row])
+            order = (self.row * (width + 1) + before).argsort(stable=True)
+            self.vectors, before, in_slot = self.vectors[order], before[order], in_slot[order]
         index_in_row = torch.arange(len(at), device=device) - (lengths.cumsum(0) - lengths)[self.row]
         self.column = before + index_in_row
         """`[P]`: where in the lengthened row each vector stands."""
@@ -410,6 +483,9 @@ class Prompts:
         self.input_ids = spread(ids, pad, placeholder_id)
         self.attention_mask = spread(mask, 0, 1)
         self.token_type_ids = None if types is None else spread(types, 0, 0)
+        if self.token_type_ids is not None and types is not None and bool(in_slot.any()):  # of the text around them
+            inside = types[self.row, before.clamp(max=width - 1)] * in_slot
+            self.token_type_ids[self.row, self.column] = inside
         self.positions = shifted.clamp(max=new_width - 1)
         """`[B, T]`: where each original token now stands (padding: anywhere)."""
         self.inserted = torch.zeros(num_rows, new_width, dtype=torch.bool, device=device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multitune.call import Call, current_call, recompute_context
+from multitune.call import Call, Section, current_call, recompute_context
 from multitune.deltas import Bottleneck
 from multitune.deltas.base import weight_of
 from multitune.frozen import frozen_view
@@ -301,20 +301,61 @@ def _layers(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[Undo
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = current_call()
         index = call.enter_layer(indices)
-        if not call.has_token_bias:
+        if call.section is None and not call.has_token_bias:
             return None
-        if args:
-            return (call.add_token_bias(index, args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": call.add_token_bias(index, kwargs["hidden_states"])}
+        given = args[0] if args else kwargs["hidden_states"]
+        into = call.into_layer(index, given)
+        if into is given:
+            return None
+        return ((into, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": into})
 
     indices: dict[str, tuple[int, ...]] = defaultdict(tuple)
     for i, path in enumerate(sites[0].layers):
         indices[path] += (i,)
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(partial(before, of), with_kwargs=True)
+    undo: list[Undo] = [
+        model.get_submodule(path).register_forward_pre_hook(partial(before, of), with_kwargs=True).remove
         for path, of in indices.items()
     ]
-    return [handle.remove for handle in handles]
+    passing = _Passing()
+    return undo + [wrap_forward(model.get_submodule(path), passing.wrap) for path in indices]
+
+
+class _Passing:
+    """Layers outside a call's section return the hidden states they are given, in the form in which layers do.
+
+    That form is learned from the first layer that runs in a section: hidden states alone, or a tuple with more behind
+    them. Where that is a tensor that later layers need (T5's position bias), the first layer of every pass runs.
+    """
+
+    def __init__(self) -> None:
+        self.extras: tuple[Any, ...] | None = None
+        """What layers return beside hidden states, a marker for each tensor; `None` while no layer has run."""
+        self.alone = False
+        """Whether they return hidden states by themselves."""
+
+    def wrap(self, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = current_call()
+            section = call.section
+            if section is None:
+                return original(*args, **kwargs)
+            known = self.extras is not None and (section.extras is not None or True not in self.extras)
+            if section.runs(call.layer) or not known:
+                output = original(*args, **kwargs)
+                self._learn(output, section)
+                return output
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self.alone:
+                return hidden
+            assert self.extras is not None
+            return (hidden, *(section.extras if section.extras is not None else self.extras))
+
+        return forward
+
+    def _learn(self, output: Any, section: Section) -> None:
+        self.alone = isinstance(output, Tensor)
+        section.extras = () if self.alone else tuple(output[1:])
+        self.extras = tuple(True if isinstance(extra, Tensor) else extra for extra in section.extras)
 
 
 def checkpoint_layers(model: nn.Module, layers: Sequence[str]) -> list[Undo]:

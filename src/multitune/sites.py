@@ -211,7 +211,7 @@ def select_sites(
     *,
     kind: SiteKind,
     roles: Iterable[str] | None = None,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | str | None = None,
 ) -> tuple[Site, ...]:
     """The sites of one kind, narrowed to roles and layers.
 
@@ -230,6 +230,11 @@ def select_sites(
                     f"This backbone has: {', '.join(known_roles)}"
                 )
         of_kind = [s for s in of_kind if s.role in roles]
+    if isinstance(layers, str):
+        raise ConfigError(
+            f"layers='{layers}' stands for no layers yet: with 'semantic' train() chooses them by a task's rows; "
+            f"elsewhere give numbers, such as multitune.layers.choose_layers(backbone, texts).trained"
+        )
     if layers is not None:
         wanted = tuple(layers)
         for layer in wanted:

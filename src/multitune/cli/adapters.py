@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
     task, own, head = adapter.task, adapter.num_method_parameters, adapter.num_head_parameters
     settings = ", ".join(f"{k}={written(v)}" for k, v in adapter.method.settings().items())
     base, metric = adapter.backbone, task.metric
+    recipe = {k: v for k, v in adapter.recipe.items() if k != "layer_choice"}
     scores = {name: adapter.metrics[name] for name in sorted(adapter.metrics, key=lambda name: name != metric)}
     show(
         pairs(
@@ -55,7 +57,8 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
                 ("head", f"{adapter.head.num_outputs} outputs, pooling {adapter.head.pooling}"),
                 ("score", ", ".join(f"{k} {score(v)}" for k, v in scores.items()) or "not judged"),
                 ("backbone", f"{base['name']} ({base['architecture']}), fingerprint {base['fingerprint']}"),
-                ("recipe", ", ".join(f"{k}={written(v)}" for k, v in adapter.recipe.items()) or "unknown"),
+                ("recipe", ", ".join(f"{k}={written(v)}" for k, v in recipe.items()) or "unknown"),
+                *([("layers", _chosen(adapter.recipe["layer_choice"]))] if "layer_choice" in adapter.recipe else []),
                 ("tokens", f"at most {adapter.max_length} a text"),
                 ("seed", adapter.seed),
                 ("written by", f"multitune {adapter.version}"),
@@ -64,6 +67,11 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
             ]
         )
     )
+
+
+def _chosen(choice: Mapping[str, Any]) -> str:
+    turn = choice["trained"][0] - 1
+    return f"{written(choice['trained'])}, by the task's rows: layer {turn} turns most ({choice['gains'][turn]:.3f})"
 
 
 def _files(folder: Path) -> list[str]:

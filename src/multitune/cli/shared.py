@@ -37,6 +37,7 @@ COMMANDS = {
     "methods": ("catalogue", "List the tuning methods, or print the hyper-parameters of one."),
     "tasks": ("catalogue", "List the tasks that can be trained by name, or print what one holds."),
     "plan": ("plan", "Say what each method costs on a backbone, whether it meets the limits, and which to try first."),
+    "layers": ("layers", "Measure on a task's rows where hidden states turn, and choose the layers to train."),
     "train": ("train", "Train an adapter for one task with one method, and write it to a folder."),
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "

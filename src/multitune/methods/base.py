@@ -6,7 +6,8 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -41,8 +42,11 @@ _ALSO_CALLED = {
     "reduction": "bottleneck",
 }
 
+SEMANTIC = "semantic"
+"""Stands for layers that training chooses by where the hidden states of the task's rows turn."""
+
 Roles = tuple[str, ...]
-Layers = tuple[int, ...] | None
+Layers = tuple[int, ...] | Literal["semantic"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,15 @@ class Method:
         """Names and shapes of the tensors that `init` makes; override it where making them is dear."""
         fresh = self.init(backbone, torch.Generator().manual_seed(0))
         return {name: t.shape for name, t in fresh.items()}
+
+    @property
+    def asks_for_layers(self) -> bool:
+        """Whether some setting is "semantic", so that its layers are chosen by the task's rows before training."""
+        return any(getattr(self, f.name) == SEMANTIC for f in fields(self))
+
+    def with_layers(self, layers: tuple[int, ...]) -> Method:
+        """This method with `layers`, counted from 0 and ending with the uppermost, where it asks for them."""
+        return dataclasses.replace(self, layers=layers) if self.asks_for_layers else self  # type: ignore[call-arg]
 
     def trains(self, name: str) -> bool:
         """Whether the tensor `name` of `init` is trained; the others are saved with it but stay as they were."""
@@ -251,10 +264,14 @@ def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
 
 def _convert(value: Any, hint: Any) -> Any:
     options = get_args(hint)
-    if type(None) in options:
-        if value is None or value == "none":
+    if get_origin(hint) in (Union, UnionType):
+        if type(None) in options and (value is None or value == "none"):
             return None
-        return _convert(value, next(o for o in options if o is not type(None)))
+        given = [o for o in options if o is not type(None)]
+        words = [o for o in given if get_origin(o) is Literal]  # a word before what would read it as something else
+        return _convert(
+            value, next((o for o in words if value in get_args(o)), next(o for o in given if o not in words))
+        )
     if get_origin(hint) is tuple:
         parts = value.split(",") if isinstance(value, str) else list(value)
         return tuple(_convert(part.strip() if isinstance(part, str) else part, options[0]) for part in parts)

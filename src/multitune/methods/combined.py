@@ -107,6 +107,13 @@ class Combined(Method):
 
     # ---------------------------------------------------------------- what a method does, part by part
 
+    @property
+    def asks_for_layers(self) -> bool:
+        return any(m.asks_for_layers for m in self.methods)
+
+    def with_layers(self, layers: tuple[int, ...]) -> Combined:
+        return Combined(methods=tuple(m.with_layers(layers) for m in self.methods))
+
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         fresh = {
             f"{part}.{name}": tensor

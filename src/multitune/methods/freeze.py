@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from multitune.errors import ConfigError
 from multitune.methods.base import Recipe, check
 from multitune.methods.partial import PartialTuning
 from multitune.methods.registry import register
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 class Freeze(PartialTuning):
     """Trains every weight of layers `first` to `last`, both included, and freezes the rest of the backbone.
 
-    Layers count from 0 at the bottom; negative numbers count from the top, -1 being the uppermost. Where to cut can
-    be measured: `multitune.layers.choose_layers` (after semantic-aware layer freezing, Gu et al. 2024, arXiv
-    2406.11753).
+    Layers count from 0 at the bottom; negative numbers count from the top, -1 being the uppermost. With
+    `first=semantic` training measures where the hidden states of the task's rows turn most, and trains the layers above
+    (after semantic-aware layer freezing, Gu et al. 2024, arXiv 2406.11753; the measure is in `multitune layers`).
 
     Shapes:
         Those of the weights of the trained layers.
@@ -46,13 +47,21 @@ class Freeze(PartialTuning):
         learning_rate=1e-4, weight_decay=0.01, source="that of full fine-tuning (docs/results.md)"
     )
 
-    first: int = -2
-    """Lowest layer that is trained."""
+    first: int | Literal["semantic"] = -2
+    """Lowest layer that is trained; semantic has training choose it by the task's rows."""
     last: int = -1
     """Uppermost layer that is trained."""
 
+    def with_layers(self, layers: tuple[int, ...]) -> Freeze:
+        return replace(self, first=layers[0]) if self.asks_for_layers else self
+
     def trained_layers(self, backbone: Backbone) -> range:
         n = backbone.num_layers
+        if isinstance(self.first, str):
+            raise ConfigError(
+                f"method '{self.name}': first='{self.first}' stands for no layer yet: train() chooses it by a task's "
+                f"rows; elsewhere give a number, such as multitune.layers.choose_layers(backbone, texts).trained[0]"
+            )
         for name in ("first", "last"):
             value = getattr(self, name)
             check(-n <= value < n, self, f"there is no layer {name}={value}", f"give {-n} to {n - 1}")

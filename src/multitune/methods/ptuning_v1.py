@@ -1,4 +1,4 @@
-"""P-tuning (Liu et al. 2021):  pseudo tokens h_1..h_P around the text,  h_i = MLP([LSTM→(e_1..e_i) ; LSTM←(e_i..e_P)]).
+"""P-tuning (Liu et al. 2021):  pseudo tokens h_1..h_P anywhere,  h_i = MLP([LSTM→(e_1..e_i) ; LSTM←(e_i..e_P)]).
 
 Legend: P pseudo tokens, A anchor tokens, E embedding width.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from multitune.deltas import Delta, Prompt
+from multitune.deltas.prompt import in_slot
 from multitune.methods.base import Method, Recipe, check
 from multitune.methods.registry import register
 from multitune.methods.starts import token_ids
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 PSEUDO, TEXT = -1, -2
+"""Codes of a layout; the contents of slot k stand behind the code `TEXT - 1 - k`."""
 _MARK = re.compile(r"(\{text\}|\{p(?:\*[1-9]\d*)?\})")
 
 
@@ -34,8 +36,8 @@ class PTuningV1(Method):
     Shapes:
         In training `vectors [P, E]`, a bidirectional LSTM of two layers with hidden width `E / 2` each way, and two
         linear maps `[E, E]` with a ReLU between them. Saved: `vectors [P, E]`, and where the pattern has words
-        `layout [P + A + 1]`: token ids of the words, -1 for a pseudo token, -2 for the text. A row of T tokens becomes
-        T + P + A in every layer.
+        `layout [P + A + 1]`: token ids of the words, -1 for a pseudo token, -2 for the text, -3 - k in front of what
+        stands in slot k. A row of T tokens becomes T + P + A in every layer.
     Parameters:
         Trained `P·E + (12·E² + 16·E) + (2·E² + 2·E)`: vectors, LSTM, linear maps; saved `P·E`. RoBERTa-base, P=9:
         8,278,272 trained, 6,912 saved.
@@ -44,8 +46,9 @@ class PTuningV1(Method):
         layer is weaker than one in every layer (P-tuning v2).
     Pitfalls:
         - Where pseudo tokens and words stand matters; try several patterns.
-        - The pattern goes around the whole input, places being counted from its ends: vectors inside a text, or between
-          the two texts of a pair, are not possible, nor in front of the closing special token.
+        - The pattern goes around the whole input, special tokens included. Inside a text, between the texts of a pair
+          or in front of the closing special token they stand in slots: `{|}` in the task's template, as in
+          `--text "{premise} {|} ? {hypothesis}"`, and what goes there in `slots`. Other methods read past a slot.
         - With causal attention the text does not see what stands behind it: put everything in front.
         - The paper's SuperGLUE numbers also train the language model; only its LAMA probe freezes it, as here.
         - PEFT's encoder has twice the hidden width by default: `encoder_hidden_size` is E there and E / 2 in the paper.
@@ -64,6 +67,8 @@ class PTuningV1(Method):
 
     pattern: str = "{p*9} {text}"
     """The input: {text} once, pseudo tokens {p} or {p*3} for three, and any words, which stay as they are."""
+    slots: tuple[str, ...] = ()
+    """What stands in the slots of the task's template, in their order: pseudo tokens and words, as in the pattern."""
     position: int = 0
     """Tokens of the row that stay in front of the pattern: 1 leaves a first special token where it is."""
     reparametrise: bool = True
@@ -73,20 +78,26 @@ class PTuningV1(Method):
         pieces = self._pieces
         fix = "write {text} once, {p} or {p*3} for pseudo tokens, and words, such as '{p*3} {text} is it good ? {p}'"
         check(pieces.count("{text}") == 1, self, f"pattern={self.pattern!r} needs {{text}} exactly once", fix)
-        check(any(map(_count, pieces)), self, f"pattern={self.pattern!r} has no pseudo token", fix)
-        words = "".join(p for p in pieces if not _MARK.fullmatch(p))
-        check("{" not in words and "}" not in words, self, f"pattern={self.pattern!r} has other braces", fix)
+        every = pieces + [piece for slot in self.slots for piece in _split(slot)]
+        shown = f"pattern={self.pattern!r}" + (f" with slots={self.slots!r}" if self.slots else "")
+        check(any(map(_count, every)), self, f"{shown} has no pseudo token", fix)
+        words = "".join(p for p in every if not _MARK.fullmatch(p))
+        check("{" not in words and "}" not in words, self, f"{shown} has other braces", fix)
+        for slot in self.slots:
+            good = bool(_split(slot)) and "{text}" not in slot
+            check(good, self, f"slot {slot!r} is not possible", "give pseudo tokens and words, such as '{p*3} ?'")
         check(self.position >= 0, self, f"position={self.position} is not possible", "give 0, 1, ...")
 
     @property
     def _pieces(self) -> list[str]:
         """Marks and the words between them, in order."""
-        return [piece.strip() for piece in _MARK.split(self.pattern) if piece.strip()]
+        return _split(self.pattern)
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         width, layout = backbone.word_embeddings.shape[1], self._layout(backbone)
         room = backbone.max_length - 2
-        check(len(layout) - 1 <= room, self, f"pattern={self.pattern!r} leaves no room", f"make it {room} tokens long")
+        inserted = sum(code >= PSEUDO for code in layout)
+        check(inserted <= room, self, f"pattern={self.pattern!r} leaves no room", f"make it {room} tokens long")
         made = {"vectors": torch.randn(layout.count(PSEUDO), width, generator=generator)}
         if self.reparametrise:
             check(width % 2 == 0, self, f"the embedding width {width} is odd", "give reparametrise=false")
@@ -101,13 +112,22 @@ class PTuningV1(Method):
         return name != "layout"
 
     def _layout(self, backbone: Backbone) -> list[int]:
-        """The pattern token by token: `PSEUDO`, `TEXT`, or the id of an anchor."""
+        """Pattern and slots token by token, in the order in which they are read: `PSEUDO`, or the id of an anchor.
+
+        In front of a slot's stands its code; `TEXT` stands in front of what is behind the text.
+        """
+
+        def coded(piece: str, setting: str) -> list[int]:
+            return [PSEUDO] * _count(piece) or token_ids(self, backbone, setting, piece)
+
         layout: list[int] = []
         for piece in self._pieces:
-            if piece == "{text}":
-                layout.append(TEXT)
-            else:
-                layout += [PSEUDO] * _count(piece) or token_ids(self, backbone, "pattern", piece)
+            if piece != "{text}":
+                layout += coded(piece, "pattern")
+                continue
+            for number, slot in enumerate(self.slots):
+                layout += [TEXT - 1 - number, *(code for part in _split(slot) for code in coded(part, "slots"))]
+            layout.append(TEXT)
         return layout
 
     def _plain(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -121,22 +141,35 @@ class PTuningV1(Method):
 
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         layout = params["layout"].tolist() if "layout" in params else self._layout(backbone)
-        in_front = layout.index(TEXT)
-        inserted = [code for code in layout if code != TEXT]
+        inserted = [code for code in layout if code >= PSEUDO]
         vectors = self._plain(params)
         if "layout" in params:
             anchors = backbone.embed(torch.tensor([code for code in inserted if code >= 0])).to(vectors)
             pseudo, anchor = count(), count(len(vectors))
             order = [next(pseudo if code == PSEUDO else anchor) for code in inserted]
             vectors = torch.cat([vectors, anchors])[order]
-        at = (self.position,) * in_front + (-1,) * (len(inserted) - in_front)
-        return {"embedding": [Prompt(vectors=vectors, at=at)]}
+        return {"embedding": [Prompt(vectors=vectors, at=self._places(layout))]}
+
+    def _places(self, layout: list[int]) -> tuple[int, ...]:
+        """Where each inserted token stands, as `Prompt.at`."""
+        places, here = [], self.position
+        for code in layout:
+            if code >= PSEUDO:
+                places.append(here)
+            else:
+                here = -1 if code == TEXT else in_slot(TEXT - 1 - code)
+        return tuple(places)
 
     def finish(self, params: Mapping[str, Tensor], backbone: Backbone) -> tuple[Method, Mapping[str, Tensor]]:
         if not self.reparametrise:
             return self, params
         kept = {name: t for name, t in params.items() if name == "layout"}
         return replace(self, reparametrise=False), {"vectors": self._plain(params), **kept}
+
+
+def _split(pattern: str) -> list[str]:
+    """Marks and the words between them, in order."""
+    return [piece.strip() for piece in _MARK.split(pattern) if piece.strip()]
 
 
 def _count(piece: str) -> int:

@@ -9,8 +9,25 @@ from numbers import Real
 
 from multitune.errors import DataError, TaskError, suggest
 
+SLOT = "|"
+"""The field `{|}` of a template: a place in its text where an adapter may insert vectors."""
+
 Row = Mapping[str, object] | str | Sequence[str]
 """Columns to values; or, for short, the text itself, or one text per part of the template."""
+
+
+class SlottedText(str):
+    """A text with slots: places where an adapter may insert vectors, and where for all others there is nothing."""
+
+    __slots__ = ("slots",)
+
+    slots: tuple[int, ...]
+    """For each slot how many characters stand before it, the space in front of it not counted."""
+
+    def __new__(cls, text: str, slots: tuple[int, ...]) -> "SlottedText":
+        made = super().__new__(cls, text)
+        made.slots = slots
+        return made
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,9 @@ class Template:
     """One or two texts made from the columns of a row.
 
     `Template(("premise", "hypothesis"))` reads two columns as they are;
-    `Template(("{premise} What was the {question}?",))` writes one text around two columns.
+    `Template(("{premise} What was the {question}?",))` writes one text around two columns;
+    `Template(("{premise} {|} {hypothesis}",))` has a slot between them, in which P-tuning can put pseudo tokens. A slot
+    is no text: one of the spaces around it goes with it.
 
     Raises TaskError when there are not one or two parts, or a part is no plain format string: attribute
     access, indices, conversions and format specifications ("{a.b}", "{a[0]}", "{a!r}", "{a:>9}") are refused,
@@ -47,7 +66,13 @@ class Template:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns that the template reads, each once, in the order of their first use."""
-        return tuple(dict.fromkeys(column for pieces in self._pieces for _, column in pieces if column))
+        fields = (column for pieces in self._pieces for _, column in pieces)
+        return tuple(dict.fromkeys(column for column in fields if column not in ("", SLOT)))
+
+    @cached_property
+    def num_slots(self) -> int:
+        """How many slots the texts of a row have together."""
+        return sum(column == SLOT for pieces in self._pieces for _, column in pieces)
 
     def render(self, row: Row) -> tuple[str, ...]:
         """One text per part.
@@ -78,7 +103,7 @@ class Template:
         return tuple(self._fill(pieces, {self.columns[0]: text}) for pieces in self._pieces)
 
     def _render_texts(self, texts: Sequence[str]) -> tuple[str, ...]:
-        read = [{column for _, column in pieces if column} for pieces in self._pieces]
+        read = [{column for _, column in pieces if column not in ("", SLOT)} for pieces in self._pieces]
         if len(texts) != len(self.parts) or any(len(columns) != 1 for columns in read):
             raise DataError(
                 f"got a list of length {len(texts)}, but the template has {len(self.parts)} part(s) and "
@@ -90,11 +115,28 @@ class Template:
         )
 
     def _fill(self, pieces: tuple[tuple[str, str], ...], row: Mapping[str, object]) -> str:
-        return "".join(before + (_text(row, column) if column else "") for before, column in pieces)
+        between = [""]  # the texts between slots
+        for before, column in pieces:
+            between[-1] += before
+            if column == SLOT:
+                between.append("")
+            elif column:
+                between[-1] += _text(row, column)
+        return between[0] if len(between) == 1 else _joined(between)
 
     @property
     def _named_columns(self) -> str:
         return ", ".join(map(repr, self.columns)) or "no column"
+
+
+def _joined(between: Sequence[str]) -> SlottedText:
+    """The texts between slots as one, without the spaces that the slots leave over."""
+    text, slots = between[0], []
+    for following in between[1:]:
+        slots.append(len(text.rstrip()))
+        both = following.startswith(" ") and (not text or text[-1].isspace())
+        text += following[1:] if both else following
+    return SlottedText(text if between[-1] else text.removesuffix(" "), tuple(slots))
 
 
 def cell(row: Mapping[str, object], column: str) -> object:

@@ -22,6 +22,7 @@ from multitune.bank import Bank
 from multitune.errors import ConfigError, DataError
 from multitune.files import replace_file
 from multitune.heads import Head
+from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, make_method
 from multitune.plan import DeltaSet
 from multitune.tables import TABLE_FILE
@@ -62,6 +63,10 @@ class TrainResult:
     """Trained parameters of the head."""
     peak_memory_bytes: int
     """Most memory in use: the device's on a GPU, the process's own on a CPU."""
+    cached_bytes: int = 0
+    """Bytes of what the frozen layers gave for the rows, where `cache_frozen` kept it."""
+    layer_choice: LayerChoice | None = None
+    """What was measured where the method's layers were "semantic"; those chosen are the adapter's method's."""
 
 
 def train(
@@ -101,6 +106,7 @@ def train(
     if output is not None:
         _check_folder(output, overwrite)
     _check_backbone(backbone)
+    chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
 
@@ -127,7 +133,8 @@ def train(
     finally:
         if config.gradient_checkpointing:
             model.backbone.disable_gradient_checkpointing()
-    adapter = _adapter(backbone, model, trainer, name or data.task.name, max_length, facts)
+    extra: dict[str, Any] = facts if choice is None else facts | {"layer_choice": choice.to_dict()}
+    adapter = _adapter(backbone, model, trainer, name or data.task.name, max_length, extra)
     history = _history(trainer)
     if output is not None and checkpoints is not None:
         adapter = _publish(adapter, history, output, data.task.metric, checkpoints, config.keep_checkpoints)
@@ -141,6 +148,8 @@ def train(
         num_method_parameters=model.num_trained,
         num_head_parameters=adapter.num_head_parameters,
         peak_memory_bytes=_peak_memory(backbone.device),
+        cached_bytes=trainer.cached_bytes,
+        layer_choice=choice,
     )
 
 
@@ -252,6 +261,21 @@ def _stray(path: Path) -> bool:
     return any(path.name.startswith(f".{ours}.") for ours in _OURS)
 
 
+def _resolve_layers(
+    backbone: Backbone, data: TaskData, method: Method, config: TrainConfig, report: Callable[[str], None] | None
+) -> tuple[Method, LayerChoice | None]:
+    """The method with layers in place of "semantic", and what they were chosen by."""
+    if not method.asks_for_layers:
+        return method, None
+    choice = choose_layers_for(backbone, data.task, data.train, max_length=min(config.max_length, backbone.max_length))
+    if report is not None:
+        trained, gain = choice.trained, choice.gains[choice.turn]
+        report(
+            f"layers {trained[0]} to {trained[-1]} are trained: layer {choice.turn} below them turns most ({gain:.3f})"
+        )
+    return method.with_layers(choice.trained), choice
+
+
 def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConfig) -> TuningModel:
     """Fresh tensors around the backbone; for full fine-tuning around a copy of it."""
     assert config.pooling is not None
@@ -298,7 +322,7 @@ def _adapter(
     trainer: TuningTrainer,
     name: str,
     max_length: int,
-    facts: dict[str, int],
+    facts: dict[str, Any],
 ) -> Adapter:
     assert trainer.best is not None
     params: Mapping[str, Tensor] = {

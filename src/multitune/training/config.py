@@ -25,6 +25,7 @@ _AT_LEAST = {
     "max_length": 4,
     "early_stopping": 1,
     "evaluations_per_epoch": 1,
+    "cache_bytes": 0,
     "seed": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -76,6 +77,13 @@ class TrainConfig:
     """Probability of dropping an entry of the head's input, in training."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, more time, equal gradients."""
+    cache_frozen: Literal["auto", "memory", "disk"] | None = None
+    """Keep what the layers below the lowest trained one give for every row, so that each epoch costs the layers above
+    alone; where only the head is trained, the whole backbone runs once. In memory, on disk beside the checkpoints, or
+    auto: in memory where it fits cache_bytes and the rows are read more than once. Everything but the trained layers
+    and the head then runs without dropout, kept or not."""
+    cache_bytes: int = 2 * 2**30
+    """Most bytes that cache_frozen may take."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"

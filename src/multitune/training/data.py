@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from multitune.batching import Encoded, encode, pad
 from multitune.errors import DataError, DataWarning
 from multitune.heads import IGNORED
 from multitune.tasks import Example, Task
+
+if TYPE_CHECKING:
+    from multitune.training.frozen_states import FrozenStates
 
 #: Batches of one length-sorted pool; larger pools pad less, smaller ones mix more.
 _POOL = 50
@@ -75,6 +78,11 @@ class TaskRows(Dataset[Item]):
         return self.items[index]
 
     @property
+    def sequences(self) -> list[Encoded]:
+        """All sequences, row after row."""
+        return [s for item in self.items for s in item.sequences]
+
+    @property
     def digest(self) -> str:
         """Hash of every token id and target; tells whether two runs see the same rows."""
         digest = hashlib.sha256()
@@ -86,17 +94,25 @@ class TaskRows(Dataset[Item]):
 class Collator:
     """Rows to one padded batch, the arguments of `TuningModel.forward`."""
 
-    def __init__(self, kind: str, pad_id: int) -> None:
+    def __init__(self, kind: str, pad_id: int, states: FrozenStates | None = None) -> None:
+        """
+        Args:
+            states: what the frozen layers give for each sequence, if it is kept.
+        """
         self.kind = kind
         self.pad_id = pad_id
+        self.states = states
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        batch = pad([s for item in items for s in item.sequences], self.pad_id)
+        sequences = [s for item in items for s in item.sequences]
+        batch = pad(sequences, self.pad_id)
         found = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "token_type_ids": batch.token_type_ids,
+            "slots": batch.slots,
             "targets": self._targets(items, batch.input_ids.shape[1]),
+            "states": None if self.states is None else self.states.batch(sequences),
         }
         return {name: t for name, t in found.items() if t is not None}
 

@@ -16,6 +16,7 @@ from multitune.backbone import Backbone
 from multitune.heads import Head
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
+from multitune.sharing import first_touched, first_trained
 
 
 class TuningModel(nn.Module):
@@ -45,6 +46,8 @@ class TuningModel(nn.Module):
         self.head = head
         self.num_choices = num_choices
         self.autocast = autocast
+        self.frozen_layers = 0
+        """Layers, from the bottom, that run without dropout, with all that is in front of them and behind the last."""
         self.names = tuple(params)
         self.head_names = tuple(head_params)
         # Lists, because a module's parameter may not have a dot in its name and the methods' tensors do.
@@ -57,12 +60,16 @@ class TuningModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         targets: Tensor | None = None,
+        states: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits, and with targets the mean loss.
 
         Args:
             input_ids: int64 `[B, T]`; B is R times the number of choices.
             targets: as `heads.loss` takes them.
+            states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
+            slots: int64 `[B, S]` as `Backbone.run` takes them.
 
         Returns:
             `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; `loss` scalar.
@@ -72,8 +79,13 @@ class TuningModel(nn.Module):
         assert ids is not None
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
-            delta_set = DeltaSet(self.method.deltas(params, backbone))
-            hidden = backbone.run(Plan([delta_set] * len(ids)), ids, mask, types)
+            plan = Plan([DeltaSet(self.method.deltas(params, backbone))] * len(ids))
+            if states is None:
+                hidden = backbone.run(plan, ids, mask, types, None if slots is None else slots.to(device))
+            elif self.frozen_layers < backbone.num_layers:
+                hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), ids, mask, types)
+            else:
+                hidden, mask = states.to(device), None if self.keeps_one_state else mask
             tensors = dict(zip(self.head_names, self.head_params, strict=True))
             logits = heads.logits(backbone, self.head, tensors, hidden, mask, self.training).float()
         if self.head.kind == "multiple_choice":
@@ -82,10 +94,56 @@ class TuningModel(nn.Module):
             return {"logits": logits}
         return {"logits": logits, "loss": heads.loss(self.head, logits, targets.to(device))}
 
+    @property
+    def keeps_one_state(self) -> bool:
+        """Whether `frozen_outputs` are one vector per sequence: no layer is trained and the head reads no more."""
+        return self.frozen_layers == self.backbone.num_layers and self.head.kind != "tagging"
+
+    def frozen_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
+        """What the lowest `frozen_layers` give without dropout: what goes into the layer above them.
+
+        Where all layers are frozen, what the head reads: the last hidden states, or what it pools of them.
+
+        Returns:
+            `[B, T', D]` as `Backbone.run_below` gives it; `[B, T, D]`, or `[B, 1, D]` where `keeps_one_state`.
+        """
+        backbone, device = self.backbone, self.backbone.device
+        ids, mask, types = (None if t is None else t.to(device) for t in (input_ids, attention_mask, token_type_ids))
+        assert ids is not None
+        self.eval()
+        plan = Plan([None] * len(ids))
+        with torch.no_grad(), torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            if self.frozen_layers < backbone.num_layers:
+                return backbone.run_below(plan, self.frozen_layers, ids, mask, types)
+            hidden = backbone.run(plan, ids, mask, types)
+            if not self.keeps_one_state:
+                return hidden
+            # The pooler, which reads the first token, has no dropout and is the head's business.
+            way = "cls" if self.head.pooling == "pooler" else self.head.pooling
+            return heads.pool(backbone, hidden, mask, way).unsqueeze(1)
+
+    def find_frozen_layers(self) -> tuple[int, str]:
+        """How many layers lie below all that is trained, and where there are none, why."""
+        backbone = self.backbone
+        if self.method.changes_weights:
+            found = first_trained(self.names, backbone)
+        else:
+            params = {name: p.detach() for name, p in self.own().items()}
+            found = first_touched(DeltaSet(self.method.deltas(params, backbone)), backbone)
+        if not found:
+            return 0, f"method '{self.method.name}' trains something in the lowest layer or in front of it"
+        paths = next(s.layers for s in backbone.sites if s.kind == "layers")
+        if set(paths[:found]) & set(paths[found:]):
+            return 0, f"layers of backbone '{backbone.name}' share their weights, so that none is frozen by itself"
+        return found, ""
+
     def train(self, mode: bool = True) -> Self:
-        """Switch dropout on or off, the backbone's too."""
+        """Switch dropout on or off, the backbone's too, but for what `frozen_layers` says."""
         super().train(mode)
-        self.backbone.model.train(mode)
+        if mode and self.frozen_layers:
+            self.backbone.train_above(self.frozen_layers)
+        else:
+            self.backbone.model.train(mode)
         return self
 
     def own(self) -> dict[str, nn.Parameter]:

@@ -28,6 +28,7 @@ from multitune.tasks import compute, higher_is_better
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
+from multitune.training.frozen_states import FrozenStates, keep_frozen_states
 from multitune.training.gradients import BatchGradients
 from multitune.training.model import TuningModel
 
@@ -51,6 +52,7 @@ class TuningTrainer(Trainer):
         checkpoints: Checkpoints | None,
         scratch: Path,
         report: Callable[[str], None] | None = None,
+        states: FrozenStates | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +60,7 @@ class TuningTrainer(Trainer):
             checkpoints: where to save, `None` to save nothing.
             scratch: an empty folder that transformers may think of as its output.
             report: called with a line when the run resumes, and after each evaluation unless a bar shows it.
+            states: what the frozen layers give for every row, if it is kept.
         """
         assert config.learning_rate is not None
         self.config = config
@@ -68,7 +71,8 @@ class TuningTrainer(Trainer):
         self.report = report
         self.best: dict[str, Tensor] | None = None
         self.best_metrics: dict[str, float] = {}
-        self.collator = Collator(train.task.kind, model.backbone.pad_id)
+        self.collator = Collator(train.task.kind, model.backbone.pad_id, states)
+        self.cached_bytes = 0 if states is None else states.nbytes
         order = BatchOrder(
             [len(item) for item in train.items],
             config.batch_size,
@@ -439,10 +443,13 @@ def run(
     """Train to the end and return the trainer; global state and the backbone's mode are left as they were.
 
     Raises:
-        ConfigError: the loss or a tensor is not finite.
+        ConfigError: the loss or a tensor is not finite, or what the frozen layers give cannot be kept as asked.
     """
     with tempfile.TemporaryDirectory() as scratch, _globals_kept():
-        trainer = TuningTrainer(model, config, train, validation, checkpoints, Path(scratch), report)
+        folder = None if checkpoints is None else checkpoints.folder
+        sequences = (train.sequences, validation.sequences)
+        states = keep_frozen_states(model, config, sequences, folder, report or (lambda line: None))
+        trainer = TuningTrainer(model, config, train, validation, checkpoints, Path(scratch), report, states)
         try:
             trainer.train_to_end()
         finally:

@@ -1,0 +1,199 @@
+"""What frozen lower layers save: in training, when what they give is kept, and in a batch, when tasks share a text.
+
+    python benchmarks/frozen_layers.py [--cases NAME ...] [--task glue/rte] [--rows 64] [--write docs/layers.md]
+
+epochs: processor time of an epoch (its evaluation included) with and without `cache_frozen`, on the first rows of a
+    task. The first epoch with it includes the one pass that fills the cache.
+shared: one text asked of sixteen tasks in `Bank.predict`, with lower layers shared and not, in turn.
+choice: freezing where hidden states turn (`first=semantic`) beside freezing by halves: score and processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from _harness import interleave
+from _store import environment
+
+import multitune as mt
+from multitune import sharing
+from multitune.tasks import TaskData
+
+BEGIN, END = "<!-- frozen_layers:begin -->", "<!-- frozen_layers:end -->"
+EPOCHS = 3
+NUM_TASKS = 16
+SEEDS = (0, 1, 2)
+
+#: What is trained on minilm's six layers, by its name in the tables.
+TRAINED = {
+    "head": mt.HeadOnly(),
+    "top layer": mt.TopLayers(count=1),
+    "upper half": mt.TopLayers(count=3),
+    "LoRA, top layer": mt.LoRA(layers=(5,)),
+    "LoRA, upper half": mt.LoRA(layers=(3, 4, 5)),
+}
+
+
+def first_rows(task: str, rows: int) -> TaskData:
+    """A task with its first training rows, and a quarter as many validation rows."""
+    data = mt.load_task(task)
+    train, validation = (
+        table.select(range(min(n, len(table)))) for table, n in ((data.train, rows), (data.validation, rows // 4))
+    )
+    return TaskData(task=data.task, train=train, validation=validation, test=None)
+
+
+def epoch_seconds(data: TaskData, method: mt.Method, cached: bool) -> tuple[list[float], int]:
+    """Processor seconds of each epoch with its evaluation, and the bytes that were kept."""
+    marks = []
+    backbone = mt.Backbone.load("minilm")
+
+    def note(line: str) -> None:
+        if line.startswith("step "):
+            marks.append(time.process_time())
+
+    start = time.process_time()
+    where = "memory" if cached else None
+    result = mt.train(
+        backbone, data, method, epochs=EPOCHS, batch_size=16, progress=False, report=note, cache_frozen=where
+    )
+    return [b - a for a, b in zip([start, *marks], marks, strict=False)], result.cached_bytes
+
+
+def epochs(task: str, rows: int) -> Iterator[str]:
+    """Rows of the table of training times."""
+    data = first_rows(task, rows)
+    yield f"Epochs on {len(data.train)} rows of {task}, at most 128 tokens, in batches of 16; CPU seconds:"
+    yield ""
+    yield "| trained | epoch, uncached | first epoch, cached | later epochs, cached | uncached / later | kept, MB |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for name, method in TRAINED.items():
+        plain, _ = epoch_seconds(data, method, cached=False)
+        kept, nbytes = epoch_seconds(data, method, cached=True)
+        before, later = statistics.median(plain[1:]), statistics.median(kept[1:])
+        yield f"| {name} | {before:.2f} | {kept[0]:.2f} | {later:.2f} | {before / later:.1f} | {nbytes / 1e6:.1f} |"
+
+
+@contextmanager
+def sharing_off() -> Iterator[None]:
+    """No batch is worth cutting."""
+    before, sharing.WORTH = sharing.WORTH, math.inf
+    try:
+        yield
+    finally:
+        sharing.WORTH = before
+
+
+def random_adapter(backbone: mt.Backbone, data: TaskData, method: mt.Method, seed: int) -> mt.Adapter:
+    """An adapter whose every tensor is random, so that none of its work can be left out."""
+    generator = torch.Generator().manual_seed(seed)
+    head = mt.Head.for_task(data.task, pooling="cls")
+
+    def drawn(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: torch.randn(t.shape, generator=generator) * 0.02 for k, t in tensors.items()}
+
+    params, head_params = drawn(method.init(backbone, generator)), drawn(head.init(backbone, generator))
+    return mt.Adapter(
+        name=f"task {seed}", method=method, params=params, head=head, head_params=head_params, task=data.task,
+        backbone=backbone.describe(), max_length=128,
+    )  # fmt: skip
+
+
+def shared(task: str, rows: int) -> Iterator[str]:
+    """Rows of the table of a text that many tasks share."""
+    data, backbone = first_rows(task, rows), mt.Backbone.load("minilm")
+    texts = iter([row for row in data.train if row] * 100)
+    yield f"One row of {task} asked of {NUM_TASKS} tasks, `Bank.predict`, one thread, milliseconds (medians):"
+    yield ""
+    yield "| trained | each row alone | lower layers shared | ratio |"
+    yield "|---|---:|---:|---:|"
+    for name, method in {k: m for k, m in TRAINED.items() if not m.changes_weights}.items():
+        bank = mt.Bank(backbone)
+        for i in range(NUM_TASKS):
+            bank.add(f"task {i}", random_adapter(backbone, data, method, i))
+
+        def ask(row: dict[str, object], bank: mt.Bank = bank) -> object:
+            return bank.predict([(task_name, row) for task_name in bank.names])
+
+        def ask_apart(row: dict[str, object], bank: mt.Bank = bank) -> object:
+            with sharing_off():
+                return ask(row, bank)
+
+        systems = {"apart": ask_apart, "shared": ask}
+        times = interleave(systems, lambda: dict(next(texts)), device=backbone.device, seconds=3, least_rounds=15)
+        apart, together = (statistics.median(times[key]) for key in systems)
+        yield f"| {name} | {apart:.1f} | {together:.1f} | {apart / together:.1f} |"
+
+
+def choice(task: str) -> Iterator[str]:
+    """Rows of the table of where to cut."""
+    data = mt.load_task(task)
+    kinds = {
+        "every layer": mt.Freeze(first=0),
+        "lower half": mt.Freeze(first=0, last=2),
+        "upper half": mt.Freeze(first=3),
+        "semantic": mt.Freeze(first="semantic"),
+        "LoRA, every layer": mt.LoRA(),
+        "LoRA, upper half": mt.LoRA(layers=(3, 4, 5)),
+        "LoRA, semantic": mt.LoRA(layers="semantic"),
+    }
+    metric = data.task.metric
+    yield f"Where to cut on {task} ({len(data.train)} rows), 5 epochs, seeds {SEEDS}, `cache_frozen=auto`:"
+    yield ""
+    yield f"| trained | layers | parameters | {metric} | CPU s |"
+    yield "|---|---|---:|---:|---:|"
+    for name, method in kinds.items():
+        scores, seconds = [], []
+        for seed in SEEDS:
+            backbone, start = mt.Backbone.load("minilm"), time.process_time()
+            found = mt.train(backbone, data, method, epochs=5, seed=seed, cache_frozen="auto", progress=False)
+            scores.append(found.best_metric)
+            seconds.append(time.process_time() - start)
+        used = found.adapter.method
+        layers = tuple(used.trained_layers(backbone)) if name in list(kinds)[:4] else used.layers or tuple(range(6))
+        spread = f"{100 * statistics.mean(scores):.1f} ± {100 * statistics.stdev(scores):.1f}"
+        shown = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        number = found.num_method_parameters
+        yield f"| {name} | {shown} | {number:,} | {spread} | {statistics.median(seconds):.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases", nargs="+", default=["epochs", "shared", "choice"], choices=["epochs", "shared", "choice"]
+    )
+    parser.add_argument("--task", default="glue/rte", help="task of the times")
+    parser.add_argument("--rows", type=int, default=64, help="training rows of the times")
+    parser.add_argument("--choice-task", default="demo/topic", help="task of the scores")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between this document's markers")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tables = {
+        "epochs": (epochs, args.task, args.rows),
+        "shared": (shared, args.task, args.rows),
+        "choice": (choice, args.choice_task),
+    }
+    lines = []
+    for case in args.cases:
+        run, *given = tables[case]
+        for line in run(*given):
+            print(line, flush=True)
+            lines.append(line)
+        lines.append("")
+    facts = environment(1)
+    lines.append(f"Backbone minilm; {facts['machine']}, 1 thread, torch {facts['versions']['torch']}.")
+    if args.write:
+        document = args.write.read_text("utf-8")
+        before, rest = document.split(BEGIN)
+        args.write.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
