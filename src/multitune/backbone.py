@@ -31,6 +31,7 @@ from transformers import (
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind, architecture_for
 from multitune.call import Call, active, check_ids, recompute_context
+from multitune.compiled import Compiled
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
 from multitune.language_head import LanguageHead
@@ -85,6 +86,7 @@ class Backbone:
         self._shapes: dict[Method, dict[str, torch.Size]] = {}
         self._undo: list[hooks.Undo] = []
         self._checkpointed: list[hooks.Undo] = []
+        self._compiled: Compiled | None = None
         model.requires_grad_(False)
         model.eval()
         self.attach()
@@ -459,8 +461,51 @@ class Backbone:
         (norm,) = self.architecture.embedding_norms.values()
         self._undo.append(hooks.prepend(self.model.get_submodule(norm), states))
 
+    def compile(
+        self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None, max_graphs: int = 64
+    ) -> None:
+        """Have `torch.compile` compile the forward pass; every plan runs, and gives the result it gave before.
+
+        A plan is data of the compiled code and not part of it: plans of one structure (as many rows per group, the
+        same kinds of delta and shapes at the same sites, the same number of tokens or after the second any) share one
+        graph. What has another structure is compiled anew when it is first met, which takes seconds to minutes.
+
+        Args:
+            backend, mode, dynamic: as `torch.compile` has them.
+            max_graphs: most graphs kept; a batch that would need one more runs uncompiled. Before torch 2.13 the
+                limit is `torch._dynamo.config.recompile_limit` of the process.
+
+        Raises:
+            ConfigError: gradient checkpointing is on, whose recomputed layers the compiler cannot be given; or
+                max_graphs is not at least 1.
+        """
+        if self._is_checkpointed:
+            raise ConfigError(
+                "compile: gradient checkpointing is on, and the compiler cannot be told which call a recomputed layer "
+                "belongs to; switch one of them off: Backbone.disable_gradient_checkpointing()"
+            )
+        self._compiled = Compiled(self.running, self.name, max_graphs, backend=backend, mode=mode, dynamic=dynamic)
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        self._compiled = None
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        on = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return bool(self._checkpointed) or on
+
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the layers in the backward pass instead of keeping their activations (training only)."""
+        """Recompute the layers in the backward pass instead of keeping their activations (training only).
+
+        Raises:
+            ConfigError: the backbone is compiled.
+        """
+        if self._compiled is not None:
+            raise ConfigError(
+                "gradient checkpointing: this backbone is compiled, and the compiler cannot be told which call a "
+                "recomputed layer belongs to; switch one of them off: Backbone.uncompile()"
+            )
         if not self.model.supports_gradient_checkpointing:
             layers = next(s.layers for s in self.sites if s.kind == "layers")
             self._checkpointed = self._checkpointed or hooks.checkpoint_layers(self.model, layers)
@@ -512,8 +557,8 @@ class Backbone:
             return self._run_parts(plan, input_ids, attention_mask, token_type_ids)
         call = Call(self, plan, input_ids, attention_mask, token_type_ids)
         with active(call):
-            output = self.running(**call.inputs)
-        return call.restore(output.last_hidden_state)
+            hidden = self._compiled(call) if self._compiled else self.running(**call.inputs).last_hidden_state
+        return call.restore(hidden)
 
     def logits(self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token that follows each token of one batch under a plan: `lm_head(run(...))`.
