@@ -101,13 +101,43 @@ class Adapter:
             differing = [k for k in theirs if k != "fingerprint" and mine.get(k) != theirs[k]]
             details = ", ".join(f"{k} {mine.get(k)!r} there and {theirs[k]!r} here" for k in differing)
             fix = f"Load the backbone it names: Backbone.load({mine['name']!r}), or --backbone {mine['name']}"
-            if mine["name"] == theirs["name"]:  # what goes by this name has changed, and loading it again is no help
+            if _unquantized(mine) == _unquantized(theirs):
+                fix = (
+                    "The weights are the same but for their quantisation: Adapter.moved_to(backbone) takes the adapter "
+                    f"over, after which it should be evaluated anew. {fix}"
+                )
+            elif mine["name"] == theirs["name"]:  # what goes by this name has changed, and loading it again is no help
                 fix = "Load the backbone it was trained on, or train the adapter anew on this one"
             raise BackboneError(
                 f"adapter '{self.name}' was trained on backbone '{mine['name']}' with fingerprint "
                 f"{mine['fingerprint']}, not on '{theirs['name']}' with fingerprint {theirs['fingerprint']} "
                 f"({details or 'same shape, other weights'}). {fix}"
             )
+
+    def moved_to(self, backbone: Backbone) -> Adapter:
+        """This adapter for a backbone of the same weights held otherwise: quantised, in another way, or not at all.
+
+        Its answers change by what rounding the weights changes, so its metrics are left behind: `evaluate` it there.
+
+        Returns:
+            An adapter that is not on disk; `save` it.
+
+        Raises:
+            BackboneError: the backbones' weights differ in more than their quantisation.
+            AdapterError: the adapter's tensors are the backbone's own weights.
+        """
+        theirs = backbone.describe()
+        if _unquantized(self.backbone) != _unquantized(theirs):
+            raise BackboneError(
+                f"adapter '{self.name}' cannot be moved to backbone '{theirs['name']}': it was trained on "
+                f"'{self.backbone['name']}', and the two have different weights before any quantisation"
+            )
+        if self.method.changes_weights:
+            raise AdapterError(
+                f"adapter '{self.name}' uses {self.method.title}: its tensors are weights of "
+                f"'{self.backbone['name']}', which another backbone has no place for"
+            )
+        return replace(self, backbone=theirs, metrics={}, path=None, digest=None, table=None)
 
     def delta_set(self, backbone: Backbone, *, aot_store: str = "factors", drop_layers: Sequence[int] = ()) -> DeltaSet:
         """The deltas for serving: fused, in the backbone's dtype, on its device.
@@ -310,6 +340,13 @@ class Adapter:
             if k in found and found[k].shape != expected[k]
         ]
         return problems
+
+
+def _unquantized(backbone: Mapping[str, Any]) -> str:
+    """The fingerprint of a described backbone before it was quantised."""
+    quantized = backbone.get("quantized")
+    found: str = backbone["fingerprint"] if quantized is None else quantized["original"]
+    return found
 
 
 def _finite(t: Tensor) -> bool:

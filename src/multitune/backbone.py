@@ -31,16 +31,17 @@ from transformers import (
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind, architecture_for
 from multitune.call import Call, active, check_ids, recompute_context
-from multitune.compiled import Compiled
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
 from multitune.language_head import LanguageHead
 from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
 from multitune.packaged import PACKAGED, quietly, resolve
 from multitune.plan import Plan
+from multitune.quantized import Quantized, bytes_of, check_weights, quantize_in_place, split_scheme
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
 if TYPE_CHECKING:
+    from multitune.compiled import Compiled
     from multitune.methods import Method
 
 #: Attention that does not go through transformers' attention interface: kind -> its form with deltas.
@@ -78,6 +79,7 @@ class Backbone:
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
         self.lsg: LSG | None = LSG.of(model.config)
         """How the model was converted to LSG attention, if it was."""
+        check_weights(model, self.sites)
         self.attention_names: dict[nn.Module, hooks.NameAt] = {}
         """For every attention module, the name of its site in a call."""
         self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
@@ -95,7 +97,12 @@ class Backbone:
 
     @classmethod
     def load(
-        cls, name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        quantize: str | None = None,
     ) -> Backbone:
         """Load a backbone.
 
@@ -105,12 +112,18 @@ class Backbone:
                 `"minilm+lsg:kind=pooling,block=64"`.
             dtype: `float32`, `bfloat16` or `float16`.
             device: where the weights live, as torch names devices.
+            quantize: "int8" or "nf4" to hold the weights of the layers' linear maps in 8 or 4 bits, as `quantize` does.
 
         Raises:
             BackboneError: nothing by that name, an unsupported architecture, or weights that do not load.
-            ConfigError: an unknown dtype, a device that this machine does not have, or impossible settings of LSG
-                attention.
+            ConfigError: an unknown dtype or way to quantise, a device that this machine does not have, or impossible
+                settings of LSG attention.
         """
+        name, scheme = split_scheme(str(name), quantize)
+        if scheme is not None:
+            backbone = cls.load(name, dtype=dtype, device=device)
+            quantize_in_place(backbone, scheme)
+            return backbone
         base, lsg = split_name(str(name))
         if lsg is not None:
             return convert_to_lsg(cls.load(base, dtype=dtype, device=device), **asdict(lsg))
@@ -364,6 +377,16 @@ class Backbone:
         """Parameters of the frozen model that its last hidden states depend on."""
         return sum(p.numel() for p in self.used_parameters().values())
 
+    @property
+    def quantized(self) -> Quantized | None:
+        """How the weights of the linear maps are quantised, if they are."""
+        return Quantized.of(self.model)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensors in memory."""
+        return bytes_of(self.model)
+
     def used_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that the last hidden states depend on, by name: not the pooler's, nor an unused decoder's."""
         pooler = self._pooler_module
@@ -484,6 +507,8 @@ class Backbone:
                 "compile: gradient checkpointing is on, and the compiler cannot be told which call a recomputed layer "
                 "belongs to; switch one of them off: Backbone.disable_gradient_checkpointing()"
             )
+        from multitune.compiled import Compiled  # which imports the compiler: as long as all else together
+
         self._compiled = Compiled(self.running, self.name, max_graphs, backend=backend, mode=mode, dynamic=dynamic)
 
     def uncompile(self) -> None:
@@ -620,8 +645,10 @@ class Backbone:
         """A copy of this backbone with some weights replaced (full fine-tuning).
 
         Raises:
-            BackboneError: a weight this backbone does not have.
+            BackboneError: a weight this backbone does not have, or a quantised backbone.
         """
+        if self.quantized is not None:
+            raise BackboneError(self.quantized.refusal(self.name, "have its weights replaced"))
         copied = self.clone()
         del copied.__dict__["fingerprint"]
         state = copied.model.state_dict()
@@ -641,7 +668,8 @@ class Backbone:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        return found if self.lsg is None else found | {"lsg": asdict(self.lsg)}
+        found |= {} if self.lsg is None else {"lsg": asdict(self.lsg)}
+        return found | ({} if self.quantized is None else {"quantized": asdict(self.quantized)})
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"

@@ -24,6 +24,7 @@ from multitune.files import replace_file
 from multitune.heads import Head
 from multitune.methods import Method, make_method
 from multitune.plan import DeltaSet
+from multitune.quantized import check_trains
 from multitune.tables import TABLE_FILE
 from multitune.tasks import Task, TaskData, any_split, compute
 from multitune.tasks.readers import Source
@@ -101,6 +102,7 @@ def train(
     if output is not None:
         _check_folder(output, overwrite)
     _check_backbone(backbone)
+    check_trains(backbone, chosen)
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
 
