@@ -455,7 +455,7 @@ def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
     rows = slice(start, stop)
     contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
     values = torch.empty if contiguous else torch.zeros
-    dtype = functools.reduce(torch.promote_types, (source.table.dtype for _, source in plan.tables))
+    dtype = functools.reduce(torch.promote_types, (source.dtype for _, source in plan.tables))
     out = values((stop - start) * width, *first.shape[1:], dtype=dtype, device=first.device)
     for where, source in plan.tables:
         part = out[(where.start - start) * width : (where.stop - start) * width]

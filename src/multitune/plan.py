@@ -145,7 +145,7 @@ class DeltaSet:
                 if isinstance(d, Prompt):
                     total += d.vectors.numel() * d.vectors.element_size()
                 elif isinstance(d, TokenBias) and isinstance(d.source, TableRows) and not d.source.mapped:
-                    total += d.source.table.numel() * d.source.table.element_size()
+                    total += d.source.nbytes
         return total
 
 
