@@ -16,13 +16,16 @@ from multitune import (
     BackboneError,
     Bank,
     ConfigError,
+    DeltaSet,
     FullFineTuning,
     LoRA,
     MultituneError,
+    Plan,
     PromptTuning,
     get_method,
     method_names,
 )
+from multitune.deltas import TableRows, TokenBias
 from multitune.files import sha256
 
 KINDS = ("classification", "regression", "multilabel", "multiple_choice", "tagging")
@@ -353,11 +356,55 @@ def test_a_fused_adapter_says_so(bert, fused):
     assert loaded.table == fused.table == {
         "dtype": "float32",
         "sha256": sha256(fused.path / "table.safetensors"),
+        "max_error": 0.0,
+        "relative_error": 0.0,
     }  # fmt: skip
     table = load_file(fused.path / "table.safetensors")["table"]
     assert table.shape == (bert.vocab_size, bert.num_layers, bert.hidden_size)
     assert all(torch.equal(loaded.params[k], fused.params[k]) for k in fused.params)
     assert fused.save(fused.path.parent / "copy").table is None
+
+
+@pytest.mark.parametrize("store", ["ram", "mmap"])
+def test_an_int8_table_serves_beside_the_others(bert, random_adapter, random_rows, tmp_path, store):
+    one, two = (random_adapter(bert, AoTKronecker(r=2), i).save(tmp_path / str(i)) for i in range(2))
+    one, two = one.fuse(bert, torch.int8), two.fuse(bert)
+    assert Adapter.load(one.path, bert).table == one.table
+    sets = [a.delta_set(bert, aot_store=store) for a in (one, two)]
+    if store == "ram":
+        assert sets[0].nbytes() < sets[1].nbytes() / 3
+    # What is served are the rounded rows, next to another adapter's exact ones.
+    held = load_file(one.path / "table.safetensors")
+    rounded = DeltaSet({"layers": [TokenBias(source=TableRows(table=held["table"] * held["scale"]))]})
+    rows = random_rows(bert, (6, 5, 4))
+    with torch.no_grad():
+        found, expected = (
+            bert.run(Plan([of_one, of_two, of_one]), *rows.padded())
+            for of_one, of_two in (sets, (rounded, two.delta_set(bert)))
+        )
+    for i, length in enumerate((6, 5, 4)):
+        torch.testing.assert_close(found[i, :length], expected[i, :length], rtol=1e-4, atol=1e-5)
+    # Each of D values is off by max |row| / 254 at most, and a row's norm is max |row| at least.
+    assert 0 < one.table["relative_error"] < bert.hidden_size**0.5 / 254
+
+
+def test_a_table_of_another_number_type_is_refused(bert, random_adapter, tmp_path):
+    with pytest.raises(ConfigError, match="choose float32, bfloat16, float16, int8"):
+        random_adapter(bert, AoTKronecker(r=2), 1).save(tmp_path / "a").fuse(bert, torch.float64)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"table": torch.zeros(97, 3, 32).to(torch.int8)},
+        {"table": torch.zeros(97, 3, 32), "scale": torch.zeros(97, 3, 1)},
+        {"table": torch.zeros(97, 3, 32).to(torch.int8), "scale": torch.zeros(97, 1, 1)},
+    ],
+)
+def test_a_table_without_its_scale_is_named(bert, fused, tensors):
+    save_file(tensors, fused.path / "table.safetensors")
+    with pytest.raises(AdapterError, match="is not a table of token rows.*scale"):
+        fused.delta_set(bert, aot_store="mmap")
 
 
 def test_fusing_what_has_no_table_is_refused(bert, random_adapter, tmp_path):

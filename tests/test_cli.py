@@ -466,7 +466,14 @@ def test_fuse_and_serve_the_table(adapters: Path) -> None:
     found = good("fuse", adapters / "urgency", "--json").json
     assert found["shape"] == [VOCAB, LAYERS, WIDTH]
     assert found["bytes"] > VOCAB * LAYERS * WIDTH * 4
+    assert found["max_error"] == found["relative_error"] == 0
     assert "float32" in good("inspect", adapters / "urgency").out
+    small = good("fuse", adapters / "urgency", "--dtype", "int8", "--json").json
+    assert small["bytes"] < found["bytes"] / 3
+    assert 0 < small["relative_error"] < 0.01
+    assert f"int8, off by {small['max_error']:.2g} at most" in good("inspect", adapters / "urgency").out
+    assert f"{small['max_error']:.2g}" in good("fuse", adapters / "urgency", "--dtype", "int8").out
+    good("fuse", adapters / "urgency")
     rows = '{"text": "There is a fire!"}\n'
     one, other = (
         good("predict", "--adapters", adapters / "urgency", "--aot-store", store, input=rows).lines[0]["label"]

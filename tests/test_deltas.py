@@ -32,6 +32,7 @@ from multitune.deltas import (
     TableRows,
     TokenBias,
     build_table,
+    table_error,
 )
 from multitune.deltas.prompt import in_slot
 from multitune.plan import unpack
@@ -530,10 +531,37 @@ def test_token_rows_are_their_equation(name, close):
     ids = torch.tensor([0, 10, 3, 3, 7])
     close(source.rows(ids), torch.stack([twin(source, int(i)) for i in ids]))
     close(source.served().rows(ids), source.rows(ids))
-    table = build_table(source, V, torch.float64, chunk=4)
+    table = build_table(source, V, torch.float64, chunk=4).table
     close(table, torch.stack([twin(source, i) for i in range(V)]))
     assert torch.equal(TableRows(table=table).rows(ids), table[ids])
     assert table.shape == (V, L, D)
+
+
+@pytest.mark.parametrize("name", ["fc_gelu", "kronecker"])
+def test_an_int8_table_is_off_by_half_a_step_of_its_row(name):
+    source = SOURCES[name][0](torch.Generator().manual_seed(1))
+    rows = build_table(source, V, torch.float64).table
+    table = build_table(source, V, torch.int8, chunk=4)
+    found = table.rows(torch.arange(V))
+    assert table.table.dtype == torch.int8
+    assert table.nbytes == V * L * (D + 4)
+    step = rows.abs().amax(-1, keepdim=True) / 127
+    assert bool(((rows - found).abs() <= step * (0.5 + 1e-5)).all())
+    largest, relative = table_error(source, table, chunk=3)
+    assert largest == pytest.approx(float((rows - found).abs().max()), rel=1e-6)
+    assert relative == pytest.approx(float((rows - found).norm() / rows.norm()), rel=1e-6)
+    assert largest <= float(step.max()) * (0.5 + 1e-5)
+    out = torch.empty(2, L, D)
+    table.rows_into(torch.tensor([3, 1]), out)
+    torch.testing.assert_close(out, found[[3, 1]].float())
+
+
+def test_rows_of_zeros_stay_zeros_in_an_int8_table():
+    ids = torch.arange(V)
+    source = KroneckerRows(left=torch.zeros(4, L, 2), middle=torch.ones(4, L, 2), right=torch.ones(L, 4, D))
+    table = build_table(source, V, torch.int8)
+    assert not table.rows(ids).any()
+    assert table_error(source, table) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["fc_gelu", "kronecker"])

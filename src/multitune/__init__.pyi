@@ -63,6 +63,7 @@ from multitune.methods.u_tuning import UTuning as UTuning
 from multitune.methods.vera import VeRA as VeRA
 from multitune.plan import DeltaSet as DeltaSet
 from multitune.plan import Plan as Plan
+from multitune.quantized import quantize as quantize
 from multitune.tasks import Task as Task
 from multitune.tasks import TaskData as TaskData
 from multitune.tasks import Template as Template
@@ -151,6 +152,7 @@ __all__ = [
     "make_method",
     "merge",
     "method_names",
+    "quantize",
     "read_table",
     "register",
     "train",

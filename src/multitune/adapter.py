@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multitune import tables
-from multitune.deltas import TableRows, TokenBias, build_table
-from multitune.errors import AdapterError, BackboneError, MultituneError, suggest, suggest_file
+from multitune.deltas import TableRows, TokenBias, build_table, table_error
+from multitune.errors import AdapterError, BackboneError, ConfigError, MultituneError, suggest, suggest_file
 from multitune.files import replace_file, replace_folder, sha256
 from multitune.heads import Head
 from multitune.layer_drop import without_layers
@@ -80,7 +80,7 @@ class Adapter:
     digest: str | None = None
     """sha256 of its file of tensors; `None` if it is not on disk."""
     table: Mapping[str, Any] | None = None
-    """If fused: dtype and sha256 of the table of token rows."""
+    """If fused: dtype and sha256 of the table of token rows, and how far its rows are from those computed."""
 
     @property
     def num_method_parameters(self) -> int:
@@ -101,13 +101,43 @@ class Adapter:
             differing = [k for k in theirs if k != "fingerprint" and mine.get(k) != theirs[k]]
             details = ", ".join(f"{k} {mine.get(k)!r} there and {theirs[k]!r} here" for k in differing)
             fix = f"Load the backbone it names: Backbone.load({mine['name']!r}), or --backbone {mine['name']}"
-            if mine["name"] == theirs["name"]:  # what goes by this name has changed, and loading it again is no help
+            if _unquantized(mine) == _unquantized(theirs):
+                fix = (
+                    "The weights are the same but for their quantisation: Adapter.moved_to(backbone) takes the adapter "
+                    f"over, after which it should be evaluated anew. {fix}"
+                )
+            elif mine["name"] == theirs["name"]:  # what goes by this name has changed, and loading it again is no help
                 fix = "Load the backbone it was trained on, or train the adapter anew on this one"
             raise BackboneError(
                 f"adapter '{self.name}' was trained on backbone '{mine['name']}' with fingerprint "
                 f"{mine['fingerprint']}, not on '{theirs['name']}' with fingerprint {theirs['fingerprint']} "
                 f"({details or 'same shape, other weights'}). {fix}"
             )
+
+    def moved_to(self, backbone: Backbone) -> Adapter:
+        """This adapter for a backbone of the same weights held otherwise: quantised, in another way, or not at all.
+
+        Its answers change by what rounding the weights changes, so its metrics are left behind: `evaluate` it there.
+
+        Returns:
+            An adapter that is not on disk; `save` it.
+
+        Raises:
+            BackboneError: the backbones' weights differ in more than their quantisation.
+            AdapterError: the adapter's tensors are the backbone's own weights.
+        """
+        theirs = backbone.describe()
+        if _unquantized(self.backbone) != _unquantized(theirs):
+            raise BackboneError(
+                f"adapter '{self.name}' cannot be moved to backbone '{theirs['name']}': it was trained on "
+                f"'{self.backbone['name']}', and the two have different weights before any quantisation"
+            )
+        if self.method.changes_weights:
+            raise AdapterError(
+                f"adapter '{self.name}' uses {self.method.title}: its tensors are weights of "
+                f"'{self.backbone['name']}', which another backbone has no place for"
+            )
+        return replace(self, backbone=theirs, metrics={}, path=None, digest=None, table=None)
 
     def delta_set(self, backbone: Backbone, *, aot_store: str = "factors", drop_layers: Sequence[int] = ()) -> DeltaSet:
         """The deltas for serving: fused, in the backbone's dtype, on its device.
@@ -126,7 +156,7 @@ class Adapter:
             if aot_store != "factors" and self.method.fuses_to_table:
                 rows = self._table(backbone, verify=aot_store == "ram")
                 if aot_store == "ram":
-                    rows = replace(rows, table=rows.table.clone().to(backbone.device), mapped=False)
+                    rows = rows.in_memory(backbone.device)
                 deltas = {**deltas, "layers": [TokenBias(source=rows)]}
             if drop_layers:
                 deltas = without_layers(deltas, drop_layers, backbone, self.name)
@@ -176,9 +206,17 @@ class Adapter:
     def fuse(self, backbone: Backbone, dtype: torch.dtype = torch.float32) -> Adapter:
         """Compute the table of token rows once and write it into the adapter's folder.
 
+        Args:
+            dtype: float32, bfloat16, float16, or int8: whole numbers with a scale per row, each value off by a 254th
+                of its row's largest at most. What it costs stands in the result's `table`: `max_error`, the largest
+                difference, and `relative_error`, the norm of all differences by the norm of all rows.
+
         Raises:
             AdapterError: the method has nothing to fuse, or the adapter is not on disk.
+            ConfigError: another dtype.
         """
+        if dtype not in tables.DTYPES.values():
+            raise ConfigError(f"a table cannot have dtype {dtype}; choose {', '.join(tables.DTYPES)}")
         if not self.method.fuses_to_table:
             raise AdapterError(
                 f"adapter '{self.name}' uses {self.method.title}, whose trained tensors are what is served: there is "
@@ -191,8 +229,16 @@ class Adapter:
         (delta,) = self.method.deltas({k: t.to(backbone.device) for k, t in self.params.items()}, backbone)["layers"]
         assert isinstance(delta, TokenBias)
         file = self.path / tables.TABLE_FILE
-        tables.write_table(file, build_table(delta.source.served(), backbone.vocab_size, dtype))
-        table = {"dtype": str(dtype).removeprefix("torch."), "sha256": sha256(file)}
+        source = delta.source.served()
+        rows = build_table(source, backbone.vocab_size, dtype)
+        largest, relative = table_error(source, rows)
+        tables.write_table(file, rows.table, rows.scale)
+        table = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "sha256": sha256(file),
+            "max_error": largest,
+            "relative_error": relative,
+        }
         assert self.digest is not None
         config = self._config(self.digest, table)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -310,6 +356,13 @@ class Adapter:
             if k in found and found[k].shape != expected[k]
         ]
         return problems
+
+
+def _unquantized(backbone: Mapping[str, Any]) -> str:
+    """The fingerprint of a described backbone before it was quantised."""
+    quantized = backbone.get("quantized")
+    found: str = backbone["fingerprint"] if quantized is None else quantized["original"]
+    return found
 
 
 def _finite(t: Tensor) -> bool:

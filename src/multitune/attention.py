@@ -138,7 +138,7 @@ def _by_rows(steps: list[Step], num_rows: int, attend: Attend) -> Tensor:
         return out
     pieces: list[Tensor] = []
     done = 0
-    for step in sorted(steps, key=lambda s: _range(s.group).start):
+    for step in steps:  # a plan has them in the order of their rows
         rows = _range(step.group)
         if rows.start > done:
             pieces.append(attend(slice(done, rows.start), None))
@@ -186,7 +186,8 @@ def _lengthen(
     key_out = torch.cat([keys.to(key.dtype), key], dim=2)
     value_out = torch.cat([values.to(value.dtype), value], dim=2)
     is_open = is_open > 0
-    if mask is None and not causal and bool(is_open.all()):
+    # (A compiler cannot look at the values, and takes the general way.)
+    if mask is None and not causal and not torch.compiler.is_compiling() and bool(is_open.all()):
         return key_out, value_out, None
     num_queries, num_keys = query.shape[2], key.shape[2]
     if mask is None:

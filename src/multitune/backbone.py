@@ -37,9 +37,11 @@ from multitune.language_head import LanguageHead
 from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
 from multitune.packaged import PACKAGED, quietly, resolve
 from multitune.plan import Plan
+from multitune.quantized import Quantized, bytes_of, check_weights, quantize_in_place, split_scheme
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
 if TYPE_CHECKING:
+    from multitune.compiled import Compiled
     from multitune.generation.prompts import AnySettings
     from multitune.generation.settings import Generation
     from multitune.methods import Method
@@ -79,6 +81,7 @@ class Backbone:
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
         self.lsg: LSG | None = LSG.of(model.config)
         """How the model was converted to LSG attention, if it was."""
+        check_weights(model, self.sites)
         self.attention_names: dict[nn.Module, hooks.NameAt] = {}
         """For every attention module, the name of its site in a call."""
         self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
@@ -87,6 +90,7 @@ class Backbone:
         self._shapes: dict[Method, dict[str, torch.Size]] = {}
         self._undo: list[hooks.Undo] = []
         self._checkpointed: list[hooks.Undo] = []
+        self._compiled: Compiled | None = None
         model.requires_grad_(False)
         model.eval()
         self.attach()
@@ -95,7 +99,12 @@ class Backbone:
 
     @classmethod
     def load(
-        cls, name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        quantize: str | None = None,
     ) -> Backbone:
         """Load a backbone.
 
@@ -105,12 +114,18 @@ class Backbone:
                 `"minilm+lsg:kind=pooling,block=64"`.
             dtype: `float32`, `bfloat16` or `float16`.
             device: where the weights live, as torch names devices.
+            quantize: "int8" or "nf4" to hold the weights of the layers' linear maps in 8 or 4 bits, as `quantize` does.
 
         Raises:
             BackboneError: nothing by that name, an unsupported architecture, or weights that do not load.
-            ConfigError: an unknown dtype, a device that this machine does not have, or impossible settings of LSG
-                attention.
+            ConfigError: an unknown dtype or way to quantise, a device that this machine does not have, or impossible
+                settings of LSG attention.
         """
+        name, scheme = split_scheme(str(name), quantize)
+        if scheme is not None:
+            backbone = cls.load(name, dtype=dtype, device=device)
+            quantize_in_place(backbone, scheme)
+            return backbone
         base, lsg = split_name(str(name))
         if lsg is not None:
             return convert_to_lsg(cls.load(base, dtype=dtype, device=device), **asdict(lsg))
@@ -364,6 +379,16 @@ class Backbone:
         """Parameters of the frozen model that its last hidden states depend on."""
         return sum(p.numel() for p in self.used_parameters().values())
 
+    @property
+    def quantized(self) -> Quantized | None:
+        """How the weights of the linear maps are quantised, if they are."""
+        return Quantized.of(self.model)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensors in memory."""
+        return bytes_of(self.model)
+
     def used_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that the last hidden states depend on, by name: not the pooler's, nor an unused decoder's."""
         pooler = self._pooler_module
@@ -461,8 +486,53 @@ class Backbone:
         (norm,) = self.architecture.embedding_norms.values()
         self._undo.append(hooks.prepend(self.model.get_submodule(norm), states))
 
+    def compile(
+        self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None, max_graphs: int = 64
+    ) -> None:
+        """Have `torch.compile` compile the forward pass; every plan runs, and gives the result it gave before.
+
+        A plan is data of the compiled code and not part of it: plans of one structure (as many rows per group, the
+        same kinds of delta and shapes at the same sites, the same number of tokens or after the second any) share one
+        graph. What has another structure is compiled anew when it is first met, which takes seconds to minutes.
+
+        Args:
+            backend, mode, dynamic: as `torch.compile` has them.
+            max_graphs: most graphs kept; a batch that would need one more runs uncompiled. Before torch 2.13 the
+                limit is `torch._dynamo.config.recompile_limit` of the process.
+
+        Raises:
+            ConfigError: gradient checkpointing is on, whose recomputed layers the compiler cannot be given; or
+                max_graphs is not at least 1.
+        """
+        if self._is_checkpointed:
+            raise ConfigError(
+                "compile: gradient checkpointing is on, and the compiler cannot be told which call a recomputed layer "
+                "belongs to; switch one of them off: Backbone.disable_gradient_checkpointing()"
+            )
+        from multitune.compiled import Compiled  # which imports the compiler: as long as all else together
+
+        self._compiled = Compiled(self.running, self.name, max_graphs, backend=backend, mode=mode, dynamic=dynamic)
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        self._compiled = None
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        on = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return bool(self._checkpointed) or on
+
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the layers in the backward pass instead of keeping their activations (training only)."""
+        """Recompute the layers in the backward pass instead of keeping their activations (training only).
+
+        Raises:
+            ConfigError: the backbone is compiled.
+        """
+        if self._compiled is not None:
+            raise ConfigError(
+                "gradient checkpointing: this backbone is compiled, and the compiler cannot be told which call a "
+                "recomputed layer belongs to; switch one of them off: Backbone.uncompile()"
+            )
         if not self.model.supports_gradient_checkpointing:
             layers = next(s.layers for s in self.sites if s.kind == "layers")
             self._checkpointed = self._checkpointed or hooks.checkpoint_layers(self.model, layers)
@@ -524,8 +594,8 @@ class Backbone:
             return self._run_parts(plan, input_ids, attention_mask, token_type_ids, slots)
         call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
         with active(call):
-            output = self.running(**call.inputs)
-        return call.restore(output.last_hidden_state)
+            hidden = self._compiled(call) if self._compiled else self.running(**call.inputs).last_hidden_state
+        return call.restore(hidden)
 
     def logits(self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token that follows each token of one batch under a plan: `lm_head(run(...))`.
@@ -700,8 +770,10 @@ class Backbone:
         """A copy of this backbone with some weights replaced (full fine-tuning).
 
         Raises:
-            BackboneError: a weight this backbone does not have.
+            BackboneError: a weight this backbone does not have, or a quantised backbone.
         """
+        if self.quantized is not None:
+            raise BackboneError(self.quantized.refusal(self.name, "have its weights replaced"))
         copied = self.clone()
         del copied.__dict__["fingerprint"]
         state = copied.model.state_dict()
@@ -721,7 +793,8 @@ class Backbone:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        return found if self.lsg is None else found | {"lsg": asdict(self.lsg)}
+        found |= {} if self.lsg is None else {"lsg": asdict(self.lsg)}
+        return found | ({} if self.quantized is None else {"quantized": asdict(self.quantized)})
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from multitune.deltas import Prompt, TokenBias
 from multitune.deltas.prompt import FIRST_SLOT
@@ -34,12 +34,27 @@ if TYPE_CHECKING:
 _CURRENT: ContextVar[Call] = ContextVar("multitune_call")
 
 
+class _Traced:
+    """Where the call stands for the compiler, which cannot follow a context variable.
+
+    It is written at the top of the function that is compiled and read by the sites inside it, so that the compiler
+    replaces what they read by that function's argument: no compiled code holds a call, and none reads this one.
+    """
+
+    call: Call | None = None
+
+
+_TRACED = _Traced()
+
+
 def current_call() -> Call:
     """The call that the running forward pass belongs to.
 
     Raises:
         PlanError: the model was called directly, around the backbone that instruments it.
     """
+    if torch.compiler.is_compiling() and _TRACED.call is not None:
+        return _TRACED.call
     call = _CURRENT.get(None)
     if call is None:
         raise PlanError(
@@ -47,6 +62,16 @@ def current_call() -> Call:
             "Backbone.run(plan, ...) or Bank.predict(...), or Backbone.detach() to get the bare model back"
         )
     return call
+
+
+def run_traced(running: nn.Module, call: Call) -> Tensor:
+    """The forward pass as `torch.compile` follows it: the last hidden states `[B, T', D]` of one call."""
+    _TRACED.call = call
+    try:
+        hidden: Tensor = running(**call.inputs).last_hidden_state
+        return hidden
+    finally:
+        _TRACED.call = None
 
 
 class active:
@@ -543,7 +568,7 @@ def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
     rows = slice(start, stop)
     contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
     values = torch.empty if contiguous else torch.zeros
-    dtype = functools.reduce(torch.promote_types, (source.table.dtype for _, source in plan.tables))
+    dtype = functools.reduce(torch.promote_types, (source.dtype for _, source in plan.tables))
     out = values((stop - start) * width, *first.shape[1:], dtype=dtype, device=first.device)
     for where, source in plan.tables:
         part = out[(where.start - start) * width : (where.stop - start) * width]

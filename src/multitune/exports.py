@@ -43,6 +43,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "register",
     ),
     "multitune.plan": ("DeltaSet", "Plan"),
+    "multitune.quantized": ("quantize",),
     "multitune.tasks": (
         "Task",
         "TaskData",

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from multitune.quantized import QuantizedLinear
 from multitune.sites import Site
 
 
@@ -30,8 +31,13 @@ def part_of_weight(whole: Tensor, site: Site) -> Tensor:
     return weight.unflatten(0, (site.blocks, -1))[:, rows].flatten(0, 1)
 
 
+def whole_weight(module: nn.Module) -> Tensor:
+    """A linear module's weight; where it is quantised, made anew in the model's dtype, to read and not to write."""
+    return module.dequantized() if isinstance(module, QuantizedLinear) else module.get_parameter("weight")
+
+
 class FrozenLinear:
-    """A linear map that is a part of a module's output, or whose module keeps its weight as `[I, O]`."""
+    """A linear map that is a part of a module's output, whose module keeps its weight as `[I, O]`, or is quantised."""
 
     def __init__(self, model: nn.Module, site: Site) -> None:
         self._site = site
@@ -46,10 +52,10 @@ class FrozenLinear:
 
     @property
     def weight(self) -> Tensor:
-        """`[O, I]`: a view, or a copy where the features take turns with those of other parts."""
+        """`[O, I]`: a view, or a copy where it is quantised or its features take turns with those of other parts."""
         if self._copy is not None:
             return self._copy
-        return part_of_weight(self._module.get_parameter("weight"), self._site)
+        return part_of_weight(whole_weight(self._module), self._site)
 
     @property
     def bias(self) -> Tensor | None:
@@ -87,12 +93,12 @@ class FrozenLinear:
     @property
     def in_features(self) -> int:
         """Width I of what goes in."""
-        return self.weight.shape[1]
+        return self._site.in_features
 
     @property
     def out_features(self) -> int:
         """Width O of what comes out."""
-        return self.weight.shape[0]
+        return self._site.out_features
 
     @property
     def training(self) -> bool:
@@ -143,7 +149,7 @@ def frozen_view(model: nn.Module, site: Site) -> nn.Module:
     """What the deltas of `site` get as the frozen module: the module itself where it has the common form."""
     module = model.get_submodule(site.module)
     stand_in: FrozenLinear | FrozenNorm | None = None
-    if site.kind == "linear" and (site.part is not None or site.transposed):
+    if site.kind == "linear" and (site.part is not None or site.transposed or isinstance(module, QuantizedLinear)):
         stand_in = FrozenLinear(model, site)
     elif site.kind == "norm" and not isinstance(module, nn.LayerNorm):
         stand_in = FrozenNorm(module, centred=site.centred)

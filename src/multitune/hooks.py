@@ -151,7 +151,7 @@ class _Part:
         start, stop = self.own.start, self.own.stop
         if self.blocks > 1:
             y, new = (t.unflatten(-1, (self.blocks, -1)) for t in (y, new))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             y = y.slice_scatter(new.to(y.dtype), -1, start, stop)
         elif new.data_ptr() != y[..., self.own].data_ptr():
             y[..., self.own] = new

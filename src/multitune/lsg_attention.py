@@ -79,7 +79,8 @@ def _join(front: Tokens, tokens: Tokens) -> Tokens:
 
 
 def _dense(dense: Dense, query: Tensor, seen: Tokens) -> Tensor:
-    mask = None if bool(seen.is_open.all()) else _additive(seen.is_open, query.dtype)
+    is_full = not torch.compiler.is_compiling() and bool(seen.is_open.all())  # a compiler cannot look at values
+    mask = None if is_full else _additive(seen.is_open, query.dtype)
     return dense(query, seen.keys, seen.values, mask)
 
 

@@ -42,6 +42,8 @@ class MergeReport:
 
 def why_not_mergeable(backbone: Backbone, deltas: DeltaSet) -> str | None:
     """The reason why some delta cannot be folded into the backbone's weights, or `None` if all can."""
+    if backbone.quantized is not None:
+        return backbone.quantized.refusal(backbone.name, "take deltas into its weights")
     shared = {site.name for site in backbone.sites if site.shared}
     for site, of_site in deltas.by_site.items():
         for delta in of_site:

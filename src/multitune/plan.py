@@ -145,7 +145,7 @@ class DeltaSet:
                 if isinstance(d, Prompt):
                     total += d.vectors.numel() * d.vectors.element_size()
                 elif isinstance(d, TokenBias) and isinstance(d.source, TableRows) and not d.source.mapped:
-                    total += d.source.table.numel() * d.source.table.element_size()
+                    total += d.source.nbytes
         return total
 
 
@@ -196,6 +196,11 @@ class Group:
     covers_batch: bool = False
     """Whether a range is the whole batch, so that nothing needs cutting out or putting back."""
 
+    @property
+    def first(self) -> int:
+        """The first row of a range; 0 for what is none."""
+        return int(self.rows.start) if isinstance(self.rows, slice) else 0
+
     def take(self, x: Tensor) -> Tensor:
         """`x [B, T, F]` to `[G, K*T, F]`: a view unless the rows are scattered."""
         if self.rows is None or (self.covers_batch and self.rows_per_slot == 1):
@@ -210,7 +215,7 @@ class Group:
         new = new.reshape(-1, *y.shape[1:]).to(y.dtype)
         if isinstance(self.rows, Tensor):
             return y.index_copy(0, self.rows, new) if torch.is_grad_enabled() else y.index_copy_(0, self.rows, new)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler sees to it that nothing is copied
             return y.slice_scatter(new, 0, self.rows.start, self.rows.stop)
         target = y[self.rows]
         if target.data_ptr() != new.data_ptr():  # in place already when the delta reused y's memory
@@ -415,7 +420,8 @@ class Plan:
             self._add_stack(stack)
         self._plan_tables()
         for steps in self.steps.values():
-            steps.sort(key=lambda step: ORDER.index(type(step.delta)))
+            # Of a kind that follows itself the order stands; the others go by rows, as attention wants them.
+            steps.sort(key=lambda s: (ORDER.index(type(s.delta)), s.group.first if s.delta.one_per_site else 0))
 
     def _add_stack(self, stack: _Stack) -> None:
         rows = [b for block in stack.blocks for b in range(block.start, block.start + block.num_rows)]

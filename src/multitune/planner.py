@@ -23,6 +23,7 @@ from multitune.errors import ConfigError
 from multitune.merging import why_not_mergeable
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
+from multitune.quantized import bytes_of, check_trains, plain_tensors
 from multitune.workspace import Workspace
 
 #: Lengths of the three passes that the estimate of activations is fitted to.
@@ -100,10 +101,11 @@ def cost_of(
     """
     if workload.length > backbone.max_length:
         raise ConfigError(f"length={workload.length} is not possible; the backbone has {backbone.max_length} positions")
+    check_trains(backbone, method)
     generator = generator or torch.Generator().manual_seed(0)
     tensors = method.init(backbone, generator)
     deltas = DeltaSet(method.deltas({k: t.to(backbone.device) for k, t in tensors.items()}, backbone))
-    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    weights = bytes_of(backbone.model, buffers=False)
     head = 2 * (backbone.hidden_size + 1)
     trained = method.num_parameters(backbone)
     finished_method, finished = _left(backbone, method, generator)
@@ -179,8 +181,9 @@ def _kept(backbone: Backbone, method: Method, tensors: dict[str, Tensor], length
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
+        for plain in plain_tensors(t):
+            storage = plain.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
         return t
 
     model, own = backbone.model, list(backbone.model.parameters())
@@ -204,7 +207,8 @@ def _kept(backbone: Backbone, method: Method, tensors: dict[str, Tensor], length
         model.eval()
         for p in trained:
             p.requires_grad_(False)
-    known = {t.untyped_storage().data_ptr() for t in [*own, *model.buffers(), *params.values()]}
+    held = [*own, *model.buffers(), *params.values()]
+    known = {t.untyped_storage().data_ptr() for whole in held for t in plain_tensors(whole)}
     return sum(size for pointer, size in seen.items() if pointer not in known)
 
 

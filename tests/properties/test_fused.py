@@ -154,7 +154,7 @@ def test_factors_ram_and_mmap_give_the_same(backbone, random_params, random_rows
         method = get_method(name)(r=r)
         factors = DeltaSet(method.deltas(random_params(backbone, method, i), backbone))
         ((delta,),) = factors.by_site.values()
-        table = build_table(delta.source, backbone.vocab_size, torch.float32)
+        table = build_table(delta.source, backbone.vocab_size, torch.float32).table
         write_table(folder / f"{i}.safetensors", table)
         sources = {"ram": TableRows(table=table), "mmap": map_table(folder / f"{i}.safetensors")}
         stores["factors"].append(factors.fused(backbone.dtype, backbone.device))

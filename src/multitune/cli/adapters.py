@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
-from multitune.backbone import DTYPES
 from multitune.cli import shared
 from multitune.cli.shared import (
     AdapterFolder,
@@ -28,6 +27,7 @@ from multitune.cli.shared import (
 )
 from multitune.errors import ConfigError, suggest
 from multitune.merging import merge
+from multitune.tables import DTYPES as TABLE_DTYPES
 from multitune.tables import TABLE_FILE
 
 
@@ -63,7 +63,7 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
                 ("seed", adapter.seed),
                 ("written by", f"multitune {adapter.version}"),
                 ("files", ", ".join(f"{name} {size(number)}" for name, number in files.items())),
-                ("fused table", f"{adapter.table['dtype']}" if adapter.table else _unfused(adapter)),
+                ("fused table", _fused(adapter.table) if adapter.table else _unfused(adapter)),
             ]
         )
     )
@@ -78,6 +78,14 @@ def _files(folder: Path) -> list[str]:
     return [name for name in (CONFIG_FILE, TENSOR_FILE, TABLE_FILE) if (folder / name).is_file()]
 
 
+def _fused(table: Mapping[str, Any]) -> str:
+    if "max_error" not in table:  # fused by an earlier version
+        return str(table["dtype"])
+    return (
+        f"{table['dtype']}, off by {table['max_error']:.2g} at most, {table['relative_error']:.2g} of the rows in all"
+    )
+
+
 def _unfused(adapter: Adapter) -> str:
     if adapter.method.fuses_to_table:
         return f"none; `multitune fuse {adapter.path}` writes one"
@@ -88,27 +96,32 @@ def _unfused(adapter: Adapter) -> str:
 def fuse(
     folder: AdapterFolder,
     table_dtype: Annotated[
-        str, typer.Option("--dtype", help="Number type of the table: float32, bfloat16 or float16.")
+        str, typer.Option("--dtype", help="Number type of the table: float32, bfloat16, float16 or int8.")
     ] = "float32",
     backbone: OptionalBackboneName = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compute an AoT adapter's table of token rows once, and write it into its folder."""
-    if table_dtype not in DTYPES:
+    if table_dtype not in TABLE_DTYPES:
         raise ConfigError(
-            f"dtype '{table_dtype}' is unknown.{suggest(table_dtype, DTYPES)} Dtypes: {', '.join(DTYPES)}"
+            f"dtype '{table_dtype}' is unknown.{suggest(table_dtype, TABLE_DTYPES)} Dtypes: {', '.join(TABLE_DTYPES)}"
         )
     adapter = Adapter.load(folder)
     on = shared.backbone_of(adapter, backbone, device)
-    Adapter.load(folder, on).fuse(on, dtype=DTYPES[table_dtype])
+    made = Adapter.load(folder, on).fuse(on, dtype=TABLE_DTYPES[table_dtype]).table
+    assert made is not None
+    errors = {name: made[name] for name in ("max_error", "relative_error")}
     shape, num_bytes = (on.vocab_size, on.num_layers, on.hidden_size), (folder / TABLE_FILE).stat().st_size
     if as_json:
-        print_json({"table": str(folder / TABLE_FILE), "shape": shape, "dtype": table_dtype, "bytes": num_bytes})
+        print_json(
+            {"table": str(folder / TABLE_FILE), "shape": shape, "dtype": table_dtype, "bytes": num_bytes} | errors
+        )
         return
     form = " x ".join(map(count, shape))
-    columns = ("table", "tokens x layers x width", "dtype", "size")
-    show(shared.table([(folder / TABLE_FILE, form, table_dtype, size(num_bytes))], columns, right=("size",)))
+    columns = ("table", "tokens x layers x width", "dtype", "size", "largest error", "relative error")
+    cells = (folder / TABLE_FILE, form, table_dtype, size(num_bytes), *(f"{e:.2g}" for e in errors.values()))
+    show(shared.table([cells], columns, right=columns[3:]))
 
 
 @app.command("merge")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -142,6 +143,8 @@ def _options(
     ] = False,
 ) -> None:
     """One frozen backbone, every parameter-efficient tuning method, any mix of tasks in one batch."""
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, and it has much to say
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # -------------------------------------------------------------------- options
@@ -151,7 +154,8 @@ BackboneName = Annotated[
     typer.Option(
         "--backbone",
         metavar="NAME",
-        help="Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs.",
+        help="Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs, "
+        "+int8 or +nf4 to hold it in 8 or 4 bits.",
     ),
 ]
 OptionalBackboneName = Annotated[

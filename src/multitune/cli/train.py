@@ -73,7 +73,8 @@ OPTIONS: dict[str, Any] = {
     "overwrite": _option(_TASK, "Replace an adapter that is there already.", bool, "--overwrite"),
     "backbone": _option(
         _TASK,
-        "Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs. "
+        "Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs, "
+        "+int8 or +nf4 to hold it in 8 or 4 bits. "
         "\\[default: minilm]",
         metavar="NAME",
     ),

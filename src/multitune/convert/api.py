@@ -69,6 +69,7 @@ def import_adapter(
         TaskError: labels, template and kind that do not fit one another.
     """
     _check_format("import", source)
+    _check_whole(backbone)
     path = Path(folder)
     if source == "peft" and check_with is not None:
         raise ConfigError("check_with is for source='adapters'; PEFT is compared with where it is installed, here")
@@ -124,6 +125,7 @@ def export_adapter(
         ConfigError: the folder holds something else.
     """
     _check_format("export", target)
+    _check_whole(backbone)
     adapter.check_backbone(backbone)
     path = Path(output_dir)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -141,6 +143,16 @@ def export_adapter(
     ((task, check),) = done
     head = "checkpoint" if task != "FEATURE_EXTRACTION" else "beside" if adapter.head_params else "none"
     return Exported(path=path, task=task, head=head, check=check)
+
+
+def _check_whole(backbone: Backbone) -> None:
+    """Raise `AdapterError` for a quantised backbone, on which the other library would not compute the same."""
+    if backbone.quantized is not None:
+        name = backbone.name.removesuffix(f"+{backbone.quantized.scheme}")
+        raise AdapterError(
+            f"backbone '{backbone.name}' is quantised, and checkpoints of other libraries are compared on the "
+            f"original: load {name!r}, and take adapters from one to the other with Adapter.moved_to(backbone)"
+        )
 
 
 def _check_format(direction: str, name: str) -> None:

@@ -12,7 +12,7 @@ from multitune.deltas.scale import InputScale, Scale
 from multitune.deltas.shared_low_rank import SharedLowRank
 from multitune.deltas.sparse_weight import SparseWeight
 from multitune.deltas.token_bias import TokenBias
-from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenRows, build_table
+from multitune.deltas.token_rows import FCRows, KroneckerRows, TableRows, TokenRows, build_table, table_error
 
 #: Order in which deltas of different kinds apply at one site: `((x W + LowRank + SparseWeight) * Scale) + Bias`.
 ORDER: tuple[type[Delta], ...] = (
@@ -52,4 +52,5 @@ __all__ = [
     "TokenBias",
     "TokenRows",
     "build_table",
+    "table_error",
 ]

@@ -6,6 +6,7 @@ Every source maps ids `[N]` to rows `[N, L, D]`; factor sources stacked over slo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -122,27 +123,72 @@ class TableRows(TokenRows):
 
     table: Tensor
     """`[V, L, D]`: one token's rows for all layers lie side by side, so that a mapped file is read once per token."""
+    scale: Tensor | None = None
+    """`[V, L, 1]`, float32: what the whole numbers of an int8 table are multiplied by."""
     mapped: bool = False
     """Whether the table is a memory-mapped file, whose pages the system may drop at any time."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The rows' number type."""
+        return self.table.dtype if self.scale is None else self.scale.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table and its scale."""
+        held = (self.table,) if self.scale is None else (self.table, self.scale)
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def in_memory(self, device: torch.device) -> TableRows:
+        """A copy that is no mapped file."""
+        table, scale = (None if t is None else t.clone().to(device) for t in (self.table, self.scale))
+        assert table is not None
+        return TableRows(table=table, scale=scale)
+
     def rows(self, ids: Tensor, training: bool = False) -> Tensor:
-        return self.table.index_select(0, ids)
+        found = self.table.index_select(0, ids)
+        return found if self.scale is None else found * self.scale.index_select(0, ids)
 
     def rows_into(self, ids: Tensor, out: Tensor) -> None:
         """Write the rows of `ids [N]` into `out [N, L, D]`, both on the table's device."""
         if out.dtype == self.table.dtype:
             torch.index_select(self.table, 0, ids, out=out)
         else:
-            out.copy_(self.table.index_select(0, ids))
+            out.copy_(self.rows(ids))
 
 
-def build_table(source: TokenRows, vocab_size: int, dtype: torch.dtype, chunk: int = 4096) -> Tensor:
-    """The table `[V, L, D]` of a source, evaluated `chunk` ids at a time so that the peak stays small."""
+def build_table(source: TokenRows, vocab_size: int, dtype: torch.dtype, chunk: int = 4096) -> TableRows:
+    """The table of a source on the CPU, evaluated `chunk` ids at a time so that the peak stays small.
+
+    With `torch.int8` every row `t [D]` is held as whole numbers `round(t / s)`, `s = max |t| / 127`, and so is off by
+    `s / 2 = max |t| / 254` at most.
+    """
     with torch.no_grad():
-        device = next(iter(source.tensors().values())).device
-        ids = torch.arange(vocab_size, device=device)
-        first = source.rows(ids[:1])
-        table = torch.empty(vocab_size, *first.shape[1:], dtype=dtype)
-        for part in ids.split(chunk):
-            table[part[0] : part[-1] + 1] = source.rows(part).to(dtype)
-    return table
+        chunks = _chunks(source, vocab_size, chunk)
+        layers, width = source.rows(chunks[0][:1]).shape[1:]
+        table = torch.empty(vocab_size, layers, width, dtype=dtype)
+        scale = torch.empty(vocab_size, layers, 1) if dtype == torch.int8 else None
+        for ids in chunks:
+            rows, here = source.rows(ids).cpu(), slice(int(ids[0]), int(ids[-1]) + 1)
+            if scale is not None:
+                scale[here] = rows.abs().amax(-1, keepdim=True) / 127
+                rows = (rows / scale[here].where(scale[here] > 0, 1)).round()  # a row of zeros stays one
+            table[here] = rows.to(dtype)
+    return TableRows(table=table, scale=scale)
+
+
+def table_error(source: TokenRows, table: TableRows, chunk: int = 4096) -> tuple[float, float]:
+    """How far a table is from its source: the largest difference, and the norm of all by the norm of all rows."""
+    largest, squares, total = 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for ids in _chunks(source, len(table.table), chunk):
+            rows = source.rows(ids).cpu().double()
+            off = rows - table.rows(ids.cpu())
+            largest = max(largest, float(off.abs().max()))
+            squares, total = squares + float(off.square().sum()), total + float(rows.square().sum())
+    return largest, math.sqrt(squares / total) if total else 0.0
+
+
+def _chunks(source: TokenRows, vocab_size: int, chunk: int) -> tuple[Tensor, ...]:
+    device = next(iter(source.tensors().values())).device
+    return torch.arange(vocab_size, device=device).split(chunk)

@@ -25,6 +25,7 @@ from multitune.heads import Head
 from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, make_method
 from multitune.plan import DeltaSet
+from multitune.quantized import check_trains
 from multitune.tables import TABLE_FILE
 from multitune.tasks import Task, TaskData, any_split, compute
 from multitune.tasks.readers import Source
@@ -107,6 +108,7 @@ def train(
         _check_folder(output, overwrite)
     _check_backbone(backbone)
     chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
+    check_trains(backbone, chosen)
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
 
