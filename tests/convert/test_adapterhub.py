@@ -1,9 +1,11 @@
 """Checkpoints of AdapterHub's library, made by it in an environment of its own: taken over, they compute the same."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from typer.testing import CliRunner
 
 import multitune as mt
 from multitune.cli import app
-from multitune.convert.adapterhub.check import _older
+from multitune.convert.adapterhub import reference
+from multitune.convert.adapterhub.check import _older, _write_job
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MULTITUNE_ADAPTERS_PYTHON", ROOT / ".venv-adapters/bin/python"))
@@ -151,12 +154,15 @@ def theirs(tmp_path_factory, make_backbone, random_rows):
             {"id": case, "config": config, "backbone": str(folder), "head": head, "pad_id": backbone.pad_id}
         )
     (root / "cases.json").write_text(json.dumps(described))
-    command = [str(PYTHON), "-I", str(Path(__file__).with_name("make_adapterhub.py")), str(root)]
-    done = subprocess.run(
-        command, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_there(Path(__file__).with_name("make_adapterhub.py"), str(root))
     return root
+
+
+def run_there(script, *arguments):
+    command = [str(PYTHON), "-I", str(script), *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 BACKBONES = {}
@@ -448,5 +454,154 @@ def test_the_python_to_compare_with_is_tried_and_named(bert, tmp_path):
         with pytest.raises(mt.ConfigError, match=problem):
             mt.import_adapter(folder, bert, tmp_path / "ours", source="adapters", check_with=python)
         assert not (tmp_path / "ours").exists()
-    with pytest.raises(mt.ConfigError, match="check_with is for source='adapters'"):
+    with pytest.raises(mt.ConfigError, match="check_with is for adapters"):
         mt.import_adapter(folder, bert, check_with=PYTHON)
+
+
+# ---- and back
+
+POST_NORM = ["bert", "roberta", "distilbert", "deberta", "albert"]
+#: name -> (method, backbones, more of the adapter)
+EXPORTS = {
+    "houlsby": (mt.Houlsby(bottleneck=5, activation="silu"), ["bert", "distilbert", "gpt2", "llama"], {}),
+    "houlsby_reading_norms": (mt.Houlsby(bottleneck=4, reads="norm", layers=(0, 2)), ["bert"], {"pooling": "pooler"}),
+    "pfeiffer": (mt.Pfeiffer(reduction_factor=8, reads="norm"), POST_NORM, {}),
+    "parallel": (mt.ParallelAdapter(bottleneck=6), POST_NORM, {}),
+    "learned": (mt.ParallelAdapter(bottleneck=6, learn_scale=True, sublayers=("attention", "ffn")), ["electra"], {}),
+    "compacter": (mt.Compacter(bottleneck=8, rank=2), ["bert"], {"kind": "tagging"}),
+    "compacter_pp": (mt.CompacterPP(bottleneck=8, reads="norm"), ["roberta"], {"kind": "multilabel"}),
+    "lora": (mt.LoRA(r=3, alpha=7, targets=("query", "value", "ffn_out")), ["bert", "gpt2", "llama", "albert"], {}),
+    "rslora": (mt.RsLoRA(r=4, targets=("key", "ffn_in")), ["deberta-v2/v3"], {"kind": "regression"}),
+    "ia3": (mt.IA3(outputs=("key", "value", "ffn_in"), inputs=()), ["bert", "llama"], {}),
+    "prefix": (mt.PrefixTuning(length=3, hidden=8), ["bert"], {}),
+    "ptuning_v2": (mt.PTuningV2(length=3, layers=(1,)), ["deberta-v2/v3"], {}),
+}
+EXPORTED = [(method, name) for method, (_, names, _) in EXPORTS.items() for name in names]
+
+
+def tied(adapter, backbone):
+    """The adapter with the tensors of the first pass in every pass of a shared module, as the library has them."""
+    first = {(s.kind, s.module): s.name for s in reversed(backbone.sites)}
+    names = {s.name: first[s.kind, s.module] for s in backbone.sites if s.shared}
+
+    def source(key):
+        site, dot, own = key.rpartition(".")
+        return names.get(site, site) + dot + own
+
+    return dataclasses.replace(adapter, params={key: adapter.params[source(key)] for key in adapter.params})
+
+
+def one_of_ours(make_backbone, random_adapter, method, name):
+    backbone = ours(make_backbone, name)
+    pooling = {"pooling": "last"} if backbone.causal else {}
+    adapter = random_adapter(backbone, EXPORTS[method][0], 1, **pooling, **EXPORTS[method][2])
+    return backbone, tied(dataclasses.replace(adapter, name="bad.mood"), backbone)
+
+
+@pytest.mark.parametrize(("method", "name"), EXPORTED)
+def test_what_is_exported_comes_back(make_backbone, random_adapter, tmp_path, method, name):
+    backbone, adapter = one_of_ours(make_backbone, random_adapter, method, name)
+    done = mt.export_adapter(adapter, backbone, tmp_path / "theirs", target="adapters")
+    assert done.head == "checkpoint" and done.check is None and "pip install adapters" in done.unchecked
+    kind = "regression" if adapter.task.kind == "regression" else None
+    again = mt.import_adapter(tmp_path / "theirs", backbone, source="adapters", kind=kind).adapter
+    assert (again.head, again.task.labels) == (dataclasses.replace(adapter.head), adapter.task.labels)
+    finished, params = adapter.method.finish(adapter.params, backbone)
+    one, other = mt.DeltaSet(finished.deltas(params, backbone)), again.delta_set(backbone)
+    ids = torch.arange(5, 12)[None].repeat(2, 1)
+    with torch.no_grad():
+        equal(*(backbone.run(mt.Plan([s, s]), ids) for s in (other, one)))
+
+
+@pytest.fixture(scope="session")
+def by_the_library(tmp_path_factory, make_backbone, random_adapter, random_rows):
+    """What the library computes with our exports, by case; one run for them all."""
+    if not PYTHON.exists():
+        pytest.skip("no environment with the library adapters: make adapterhub-env")
+    root = tmp_path_factory.mktemp("exports")
+    jobs = []
+    for method, name in EXPORTED:
+        backbone, adapter = one_of_ours(make_backbone, random_adapter, method, name)
+        job = root / f"{method}.{file_name(name)}"
+        job.mkdir()
+        mt.export_adapter(adapter, backbone, job / "theirs", target="adapters")
+        _write_job(job, backbone, job / "theirs", head=True)
+        ids, mask = random_rows(backbone, LENGTHS).padded()
+        save_file({"input_ids": ids, "attention_mask": mask}, job / "rows.safetensors")
+        jobs.append(str(job))
+    run_there(reference.__file__, *jobs)
+    return root
+
+
+@needs_adapters
+@pytest.mark.parametrize(("method", "name"), EXPORTED)
+def test_the_library_computes_the_same_with_an_export(by_the_library, make_backbone, random_adapter, method, name):
+    backbone, adapter = one_of_ours(make_backbone, random_adapter, method, name)
+    job = by_the_library / f"{method}.{file_name(name)}"
+    rows, expected = load_file(job / "rows.safetensors"), load_file(job / "outputs.safetensors")["outputs"]
+    deltas = adapter.delta_set(backbone)
+    with torch.no_grad():
+        hidden = backbone.run(mt.Plan([deltas] * 3), rows["input_ids"], rows["attention_mask"])
+        heads = [(adapter.head, adapter.head_params)] * 3
+        found = mt.heads.mixed_logits(backbone, heads, hidden, rows["attention_mask"])
+    for i, length in enumerate(LENGTHS):
+        end = length if adapter.head.kind == "tagging" else None
+        equal(found[i][:end], expected[i][:end])
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "problem"),
+    [
+        ("bert", mt.AoTFC(r=2), "has no counterpart that is written; what can be: pfeiffer"),
+        ("bert", mt.Houlsby(layer_norms=True), "it trained layer norms too"),
+        ("bert", mt.IA3(), "it rescales the input of ffn_out, and the library rescales outputs only"),
+        (
+            "bert",
+            mt.LoRA(r=2, targets=("attention_output",)),
+            "it adapts attention_output, where the library has no LoRA",
+        ),
+        ("bert", mt.LoRA(r=2, targets=("embedding",)), "it adapts embedding, where the library has no LoRA"),
+        ("bert", mt.ParallelAdapter(sublayers=("block",)), "stands behind layer.0.block_sublayer"),
+        ("bert", mt.PTuningV2(length=2, shift_positions=True), "it shifts the positions of the text"),
+        ("gpt2", mt.ParallelAdapter(), "it reads what is behind the sub-layer's norm"),
+        ("gpt2", mt.PTuningV2(length=2), "on 'gpt2' the library masks prefixes wrongly"),
+        ("deberta", mt.LoRA(r=2), "query, key and value take turns head by head"),
+        ("albert", mt.Houlsby(), "passes of one module, which the library adapts once"),
+        ("modernbert", mt.LoRA(r=2), "not for 'modernbert', only for bert, roberta"),
+    ],
+)
+def test_what_the_library_cannot_express_is_not_exported(
+    make_backbone, random_adapter, tmp_path, name, method, problem
+):
+    backbone = make_backbone(name)
+    with pytest.raises(mt.AdapterError, match=rf"cannot be exported to adapters: .*{problem}"):
+        mt.export_adapter(random_adapter(backbone, method, 1), backbone, tmp_path / "out", target="adapters")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_the_library_lacks_is_written_beside(bert, random_adapter, tmp_path):
+    adapter = random_adapter(bert, mt.LoRA(r=2), 1, pooling="mean")
+    done = mt.export_adapter(adapter, bert, tmp_path / "out", target="adapters")
+    assert (done.task, done.head) == ("none", "beside")
+    assert {p.name for p in done.path.iterdir()} == {"adapter_config.json", "adapter.safetensors", "head.safetensors"}
+
+
+def test_an_adapter_that_computes_something_else_is_not_written(bert, random_adapter, tmp_path):
+    """A Python that answers with zeros stands for a library that disagrees."""
+    script, python = tmp_path / "zeros.py", tmp_path / "python"
+    script.write_text(
+        "import sys, numpy, safetensors.numpy as s\n"
+        "rows = s.load_file(sys.argv[-1] + '/rows.safetensors')['input_ids']\n"
+        "found = numpy.zeros((len(rows), 3), dtype='float32')\n"
+        "s.save_file({'outputs': found}, sys.argv[-1] + '/outputs.safetensors', {'version': '0'})\n"
+    )
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    python.chmod(0o755)
+    adapter = random_adapter(bert, mt.LoRA(r=2), 1)
+    with pytest.raises(mt.AdapterError, match=r"does not compute the same: its logits differ .*\(adapters 0\)"):
+        mt.export_adapter(adapter, bert, tmp_path / "out", target="adapters", check_with=python)
+    assert not (tmp_path / "out").exists()
+    mt.export_adapter(adapter, bert, tmp_path / "theirs", target="adapters")
+    with pytest.raises(mt.AdapterError, match="does not compute the same"):
+        mt.import_adapter(tmp_path / "theirs", bert, tmp_path / "ours", source="adapters", check_with=python)
+    assert not (tmp_path / "ours").exists()

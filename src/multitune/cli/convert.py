@@ -21,8 +21,12 @@ from multitune.cli.shared import (
     show,
 )
 from multitune.convert import FORMATS, Check, export_adapter, import_adapter
-from multitune.convert.peft.check import UNCHECKED
 from multitune.errors import ConfigError
+
+CheckWith = Annotated[
+    Path | None,
+    typer.Option(metavar="PYTHON", help="Python of an environment with the library adapters, to compare outputs with."),
+]
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
@@ -82,12 +86,7 @@ def import_command(
         bool, typer.Option("--fresh-head", help="Draw a new head for --labels, which has yet to be trained.")
     ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to; checkpoints do not say.")] = 128,
-    check_with: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PYTHON", help="Python of an environment with the library adapters, to compare outputs with."
-        ),
-    ] = None,
+    check_with: CheckWith = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in that folder.")] = False,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -122,6 +121,7 @@ def export_command(
         str, typer.Option("--to", metavar="WORD", help=f"Library to write for: {', '.join(FORMATS['export'])}.")
     ] = "peft",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in that folder.")] = False,
+    check_with: CheckWith = None,
     backbone: OptionalBackboneName = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -130,6 +130,6 @@ def export_command(
     _refuse_existing(out, overwrite)
     adapter = Adapter.load(folder)
     on = shared.backbone_of(adapter, backbone, device)
-    done = export_adapter(Adapter.load(folder, on), on, out, target=target, overwrite=overwrite)
+    done = export_adapter(Adapter.load(folder, on), on, out, target=target, overwrite=overwrite, check_with=check_with)
     facts = {"folder": str(done.path), "method": adapter.method.name, "task": done.task, "head": done.head}
-    _print(facts | _facts(done.check, UNCHECKED), as_json)
+    _print(facts | _facts(done.check, done.unchecked), as_json)

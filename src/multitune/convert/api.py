@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from multitune.adapter import Adapter
+from multitune.convert.adapterhub import files
 from multitune.convert.adapterhub.bridge import import_adapterhub
 from multitune.convert.adapterhub.check import UNCHECKED, check_adapterhub
+from multitune.convert.adapterhub.export import export_adapterhub
 from multitune.convert.peft.bridge import export_peft, import_peft
 from multitune.convert.peft.check import UNCHECKED as UNCHECKED_PEFT
 from multitune.convert.peft.check import check_peft
@@ -28,7 +30,15 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 #: Libraries whose checkpoints can be imported, and to which adapters can be exported.
-FORMATS = {"import": ("peft", "adapters"), "export": ("peft",)}
+FORMATS = {"import": ("peft", "adapters"), "export": ("peft", "adapters")}
+
+_UNCHECKED = {"peft": UNCHECKED_PEFT, "adapters": UNCHECKED}
+
+#: What an export writes.
+_FILES = {
+    "peft": (CONFIG_FILE, TENSOR_FILE),
+    "adapters": (files.CONFIG_FILE, files.TENSOR_FILE, files.HEAD_CONFIG_FILE, files.HEAD_FILE),
+}
 
 
 def import_adapter(
@@ -68,11 +78,9 @@ def import_adapter(
             here; nothing is written.
         TaskError: labels, template and kind that do not fit one another.
     """
-    _check_format("import", source)
+    _check_format("import", source, check_with)
     _check_whole(backbone)
     path = Path(folder)
-    if source == "peft" and check_with is not None:
-        raise ConfigError("check_with is for source='adapters'; PEFT is compared with where it is installed, here")
     read = import_peft if source == "peft" else import_adapterhub
     taken = read(path, backbone, kind, with_head=not fresh_head)
     head, head_params, head_from = _head(taken, backbone, path, kind, labels, fresh_head)
@@ -98,51 +106,64 @@ def import_adapter(
     _check_shapes(adapter, backbone, path)
     logits = head_from == "checkpoint"
     if source == "peft":
-        check, unchecked = check_peft(adapter, backbone, path, head=logits), UNCHECKED_PEFT
+        check = check_peft(adapter, backbone, path, head=logits)
     else:
         check = check_adapterhub(adapter, backbone, path, head=logits, python=check_with)
-        unchecked = UNCHECKED
     saved = adapter if output_dir is None else adapter.save(output_dir)
-    return Imported(adapter=saved, head=head_from, check=check, unchecked="" if check else unchecked)
+    return Imported(adapter=saved, head=head_from, check=check, unchecked="" if check else _UNCHECKED[source])
 
 
 def export_adapter(
-    adapter: Adapter, backbone: Backbone, output_dir: str | Path, *, target: str = "peft", overwrite: bool = False
+    adapter: Adapter,
+    backbone: Backbone,
+    output_dir: str | Path,
+    *,
+    target: str = "peft",
+    overwrite: bool = False,
+    check_with: str | Path | None = None,
 ) -> Exported:
     """Write an adapter as another library's checkpoint.
 
-    Where transformers has no head that computes what ours does, the checkpoint holds the method alone, and
+    Where that library has no head that computes what ours does, the checkpoint holds the method alone, and
     `head.safetensors` beside it the head's tensors as `Head.shapes` names them.
 
     Args:
         output_dir: the folder to write.
         target: library to write for, one of `FORMATS["export"]`.
         overwrite: replace an earlier export there.
+        check_with: as `import_adapter`.
 
     Raises:
         AdapterError: the library has no such method, or cannot express this one; says why. Nothing is written.
         BackboneError: the adapter belongs to another backbone.
         ConfigError: the folder holds something else.
     """
-    _check_format("export", target)
+    _check_format("export", target, check_with)
     _check_whole(backbone)
     adapter.check_backbone(backbone)
     path = Path(output_dir)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ConfigError(f"{path} exists and would be replaced; choose another folder, or give overwrite=True")
-    done: list[tuple[str, Check | None]] = []
+    done: list[tuple[str, bool, Check | None]] = []
 
     def write(temporary: Path) -> None:
-        task = export_peft(adapter, backbone, temporary)
-        done.append((task, check_peft(adapter, backbone, temporary, head=task != "FEATURE_EXTRACTION")))
-        if task == "FEATURE_EXTRACTION" and adapter.head_params:
+        if target == "peft":
+            task = export_peft(adapter, backbone, temporary)
+            head = task != "FEATURE_EXTRACTION"
+            check = check_peft(adapter, backbone, temporary, head=head)
+        else:
+            task = export_adapterhub(adapter, backbone, temporary)
+            head = task != "none"
+            check = check_adapterhub(adapter, backbone, temporary, head=head, python=check_with)
+        done.append((task, head, check))
+        if not head and adapter.head_params:
             tensors = {k: t.detach().cpu().contiguous() for k, t in adapter.head_params.items()}
             save_file(tensors, temporary / HEAD_FILE)
 
-    replace_folder(path, write, ours=(CONFIG_FILE, TENSOR_FILE, HEAD_FILE))
-    ((task, check),) = done
-    head = "checkpoint" if task != "FEATURE_EXTRACTION" else "beside" if adapter.head_params else "none"
-    return Exported(path=path, task=task, head=head, check=check)
+    replace_folder(path, write, ours=(*_FILES[target], HEAD_FILE))
+    ((task, inside, check),) = done
+    head = "checkpoint" if inside else "beside" if adapter.head_params else "none"
+    return Exported(path=path, task=task, head=head, check=check, unchecked="" if check else _UNCHECKED[target])
 
 
 def _check_whole(backbone: Backbone) -> None:
@@ -155,10 +176,12 @@ def _check_whole(backbone: Backbone) -> None:
         )
 
 
-def _check_format(direction: str, name: str) -> None:
+def _check_format(direction: str, name: str, check_with: str | Path | None) -> None:
     known = FORMATS[direction]
     if name not in known:
         raise ConfigError(f"no format '{name}' to {direction}.{suggest(name, known)} There is {', '.join(known)}")
+    if name == "peft" and check_with is not None:
+        raise ConfigError("check_with is for adapters; PEFT is compared with where it is installed, here")
 
 
 def _head(

@@ -91,6 +91,28 @@ class ModuleNames:
         return names
 
 
+def check_passes(params: Mapping[str, Tensor], backbone: Backbone, library: str) -> None:
+    """Refuse tensors of their own for layers that share their weights: other libraries have one adapter for them all.
+
+    Raises:
+        AdapterError: two passes of one module differ.
+    """
+    first: dict[tuple[str, str, tuple[int, int] | None], str] = {}
+    for site in backbone.sites:
+        if not site.shared:
+            continue
+        other = first.setdefault((site.kind, site.module, site.part), site.name)
+        mine, theirs = (
+            {k.removeprefix(f"{name}."): t for k, t in params.items() if k.startswith(f"{name}.")}
+            for name in (site.name, other)
+        )
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[k], theirs[k]) for k in mine):
+            raise AdapterError(
+                f"{other} and {site.name} are passes of one module, which {library} adapts once, and this adapter has "
+                f"tensors of their own for each"
+            )
+
+
 def part_of(whole: Tensor, site: Site) -> Tensor:
     """What belongs to a site of a tensor `[O, ...]` over all output features of its module."""
     if site.part is None:

@@ -60,3 +60,5 @@ class Exported:
     `none`, where the adapter has none."""
     check: Check | None
     """How far the outputs are apart; `None` where nothing can compute the checkpoint's here."""
+    unchecked: str = ""
+    """Where they were not compared: why, and how to."""

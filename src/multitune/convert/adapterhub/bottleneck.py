@@ -44,7 +44,8 @@ _SETTINGS = frozenset(
     }
 )  # fmt: skip
 
-_ACTIVATIONS = {name: name for name in ACTIVATIONS if name != "identity"} | {"swish": "silu"}
+#: The library's names of activations -> ours.
+ACTIVATION_NAMES = {name: name for name in ACTIVATIONS if name != "identity"} | {"swish": "silu"}
 
 
 def read(source: Source) -> Read:
@@ -113,9 +114,9 @@ def _check_hypercomplex(source: Source) -> None:
 
 def _activation(source: Source) -> str:
     name = str(source.config.get("non_linearity", "")).lower()
-    if name not in _ACTIVATIONS:
-        raise source.refuse("non_linearity", f"is none of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATION_NAMES:
+        raise source.refuse("non_linearity", f"is none of {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
 
 
 def _sites(source: Source, path: str) -> list[Site]:

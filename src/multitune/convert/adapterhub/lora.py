@@ -29,7 +29,7 @@ _SETTINGS = frozenset(
     }
 )  # fmt: skip
 #: Parts of a fused projection, as `attn_matrices` abbreviates them.
-_PARTS = {"query": "q", "key": "k", "value": "v"}
+PARTS = {"query": "q", "key": "k", "value": "v"}
 
 
 def read(source: Source) -> Read:
@@ -92,7 +92,7 @@ def _cut(source: Source, path: str, own: Mapping[str, Tensor]) -> list[tuple[Sit
     if sites[0].part is None:
         return [(site, down, up) for site in sites]
     _check_fused(source, sites)
-    chosen = [s for s in sites if _PARTS.get(s.role) in (source.config.get("attn_matrices") or ())]
+    chosen = [s for s in sites if PARTS.get(s.role) in (source.config.get("attn_matrices") or ())]
     if len(chosen) * sites[0].out_features != up.shape[0]:
         raise AdapterError(
             f"{source.where}: the second factor of '{path}' is {tuple(up.shape)} where attn_matrices="

@@ -19,7 +19,7 @@ NAME = "prefix_tuning"
 HOLDER = "prefix_tunings"
 
 #: Model types in which the library gives a row the same prefix whatever stands beside it in the batch.
-_SAME_IN_EVERY_BATCH = ("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2")
+SAME_IN_EVERY_BATCH = ("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2")
 
 _SETTINGS = frozenset(
     {
@@ -39,11 +39,11 @@ def read(source: Source) -> Read:
         raise source.refuse("use_gating", "closes the prefix by a gate that depends on the whole text")
     source.refuse_unknown(_SETTINGS)
     model_type = source.backbone.model.config.model_type
-    if model_type not in _SAME_IN_EVERY_BATCH:
+    if model_type not in SAME_IN_EVERY_BATCH:
         raise source.refuse(
             "architecture",
             f"means different things in batches with and without padding on '{model_type}', where the library masks it "
-            f"wrongly (it does not on {', '.join(_SAME_IN_EVERY_BATCH)})",
+            f"wrongly (it does not on {', '.join(SAME_IN_EVERY_BATCH)})",
         )
     left_out = set(source.config.get("leave_out") or ())
     layers = [i for i in range(source.backbone.num_layers) if i not in left_out]

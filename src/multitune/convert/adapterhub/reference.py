@@ -1,8 +1,8 @@
 """What AdapterHub's library computes: a program for the Python of an environment that has it, not a part of this one.
 
-`python reference.py JOB` reads `JOB/job.json` (`backbone` and `adapter`: folders, `dtype`, `pad_id`, `head`: whether to
-run the head) and `JOB/rows.safetensors` (`input_ids`, `attention_mask [B, T]`), and writes `JOB/outputs.safetensors`:
-`outputs`, logits or last hidden states, with the library's version as metadata.
+`python reference.py JOB ...` reads `JOB/job.json` (`backbone` and `adapter`: folders, `dtype`, `pad_id`, `head`:
+whether to run the head) and `JOB/rows.safetensors` (`input_ids`, `attention_mask [B, T]`), and writes
+`JOB/outputs.safetensors`: `outputs`, logits or last hidden states, with the library's version as metadata.
 """
 
 import json
@@ -30,4 +30,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for job in sys.argv[1:]:
+        main(Path(job))

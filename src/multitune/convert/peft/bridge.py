@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from multitune.convert.heads import SEQUENCE, TOKEN, classifier_of, read_head, saved_modules, write_head
-from multitune.convert.names import ModuleNames
+from multitune.convert.names import ModuleNames, check_passes
 from multitune.convert.peft.family import Family, Source, family_of_method, family_of_type
 from multitune.convert.peft.files import CONFIG_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from multitune.convert.result import Taken
@@ -121,7 +120,7 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     """
     one = family_of_method(adapter.method)
     try:
-        _check_passes(adapter, backbone)
+        check_passes(adapter.params, backbone, "PEFT")
         written = one.write(adapter.method, adapter.params, backbone)
     except AdapterError as error:
         raise AdapterError(f"adapter '{adapter.name}' cannot be exported to PEFT: {error}") from error
@@ -146,24 +145,6 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     }
     write_checkpoint(folder, config, tensors)
     return task
-
-
-def _check_passes(adapter: Adapter, backbone: Backbone) -> None:
-    """Refuse adapters with tensors of their own for layers that share their weights: PEFT has one for all of them."""
-    first: dict[tuple[str, str, tuple[int, int] | None], str] = {}
-    for site in backbone.sites:
-        if not site.shared:
-            continue
-        other = first.setdefault((site.kind, site.module, site.part), site.name)
-        mine, theirs = (
-            {k.removeprefix(f"{name}."): t for k, t in adapter.params.items() if k.startswith(f"{name}.")}
-            for name in (site.name, other)
-        )
-        if mine.keys() != theirs.keys() or any(not torch.equal(mine[k], theirs[k]) for k in mine):
-            raise AdapterError(
-                f"{other} and {site.name} are passes of one module, which PEFT adapts once, and this adapter has "
-                f"tensors of their own for each"
-            )
 
 
 def _reads_tokens(head: Head, one: Family) -> bool:
