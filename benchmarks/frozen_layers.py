@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 from _harness import interleave
-from _store import environment
+from _store import check_markers, environment, write_between
 
 import multitune as mt
 from multitune import sharing
 from multitune.tasks import TaskData
 
-BEGIN, END = "<!-- frozen_layers:begin -->", "<!-- frozen_layers:end -->"
+DOCUMENT_PART = "frozen_layers"
 EPOCHS = 3
 NUM_TASKS = 16
 SEEDS = (0, 1, 2)
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--choice-task", default="demo/topic", help="task of the scores")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between this document's markers")
     args = parser.parse_args()
+    check_markers(args.write, DOCUMENT_PART)
     torch.set_num_threads(1)
     tables = {
         "epochs": (epochs, args.task, args.rows),
@@ -190,9 +191,7 @@ def main() -> None:
     facts = environment(1)
     lines.append(f"Backbone minilm; {facts['machine']}, 1 thread, torch {facts['versions']['torch']}.")
     if args.write:
-        document = args.write.read_text("utf-8")
-        before, rest = document.split(BEGIN)
-        args.write.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}", "utf-8")
+        write_between(args.write, DOCUMENT_PART, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""`multitune layers`: where hidden states turn, and which layers to train."""
+"""`multitune layers`: where hidden states turn, and which layers to train.
+
+A layer's gain is how much closer it brings them to the last hidden state. The layer with the largest gain is frozen
+with all below it. `train` does the same with `--set layers=semantic` (method freeze: `--set first=semantic`).
+"""
 
 from __future__ import annotations
 
@@ -35,11 +39,7 @@ def layers(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Measure on a task's rows where hidden states turn, and choose the layers to train.
-
-    A layer's gain is how much closer it brings them to the last hidden state. The layer with the largest gain is frozen
-    with all below it. `train` does the same with --set layers=semantic (freeze: --set first=semantic).
-    """
+    """Measure on a task's rows where hidden states turn, and choose the layers to train."""
     given = {"task": task, "train": train, "text": text, "text_pair": text_pair, "label": label}
     data = task_data({key: value for key, value in given.items() if value is not None}, 0)
     on = shared.load_backbone(backbone, device, dtype)
