@@ -42,6 +42,8 @@ class _Lane:
     """What it goes on with."""
     position: int
     """Where that stands in its row, counted from 0."""
+    beam: int = 0
+    """Which of its sequence's beams it is."""
 
 
 class DecodingBatch:
@@ -167,7 +169,7 @@ class DecodingBatch:
         tokens = sequence.next_tokens()
         self._cache.repeat(slot, len(tokens) - 1)
         lane.token = tokens[0]
-        self._lanes += [_Lane(sequence, token, lane.position) for token in tokens[1:]]
+        self._lanes += [_Lane(sequence, token, lane.position, beam) for beam, token in enumerate(tokens[1:], start=1)]
 
     # ---------------------------------------------------------------- stepping
 
@@ -232,6 +234,7 @@ class DecodingBatch:
         targets: list[int] = []
         sources: list[int] = []
         for sequence, places in by_beam.items():
+            places.sort(key=lambda place: self._lanes[place[1]].beam)  # rows that left may have moved these
             sequence.push(logits[[i for i, _ in places]])
             mine = [slot for _, slot in places]
             if sequence.finish_reason is not None or len(mine) < sequence.num_rows:
