@@ -6,6 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multitune import Adapter, Bank, DeltaSet, Plan, PromptTuning, PTuningV2, get_method, method_names
+from multitune.generation import GenerationSettings
+from multitune.generation.batch import DecodingBatch
+from multitune.generation.prompts import make_sequence
 
 SHAPES = ["gpt2", "opt", "llama", "gemma2", "gemma3_text"]
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
@@ -166,3 +169,51 @@ def test_aot_tables_and_factors_generate_the_same(lm, random_adapter, small_meth
         bank.add("a", tmp_path / "a")
         texts.append([g.token_ids for g in bank.generate(rows, {"max_new_tokens": NEW})])
     assert texts[0] == texts[1]
+
+
+@draws(10)
+@given(
+    name=st.sampled_from(SHAPES),
+    drawn=st.lists(
+        st.tuples(st.sampled_from(["lora", "prefix", "ptuning_v2", "prompt", "aot_fc", "houlsby", None]),
+                  st.integers(0, 1), st.integers(1, 5), st.sampled_from([{}, {"num_beams": 2}])),
+        min_size=3, max_size=8,
+    ),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_what_prompts_have_in_common_runs_once_and_changes_no_text(
+    lm, adapted, make_prompts, monkeypatch, name, drawn, seed
+):
+    """Two beginnings, of which rows of one adapter may share one, and ends of other lengths."""
+    backbone = lm(name)
+    beginning = make_prompts([7], seed)[0]
+    rows = [(beginning[:4] if fork else beginning) + end for (_, fork, _, _), end in
+            zip(drawn, make_prompts([n for _, _, n, _ in drawn], seed + 1), strict=True)]  # fmt: skip
+    found = []
+    for least in (1, 10**6):
+        monkeypatch.setattr("multitune.generation.batch.SHARED_POSITIONS", least)
+        sequences = [
+            make_sequence(
+                backbone, tuple(row), m and adapted(name, m, 0), GenerationSettings(max_new_tokens=NEW, **chosen)
+            )
+            for row, (m, _, _, chosen) in zip(rows, drawn, strict=True)
+        ]
+        batch = DecodingBatch(backbone)
+        batch.enter(sequences[:2])
+        batch.step()
+        batch.enter(sequences[2:])
+        while batch.num_rows:
+            batch.step()
+        found.append([s.result().token_ids for s in sequences])
+    assert found[0] == found[1]
+
+
+def test_a_shared_beginning_is_run_once(lm, make_prompts, monkeypatch):
+    backbone = lm("llama")
+    examples, ends = make_prompts([22])[0], make_prompts([3, 5, 2, 4], seed=1)
+    sizes, forward = [], backbone.model.forward
+    monkeypatch.setattr(backbone.model, "forward", lambda **k: sizes.append(k["input_ids"].numel()) or forward(**k))
+    rows = [(None, examples + end) for end in ends]
+    shared = Bank(backbone).generate(rows, {"max_new_tokens": 2, "stop_at_eos": False})
+    assert sizes == [22, 4 * 5, 4]  # the examples, the ends, a step
+    assert [g.token_ids for g in shared] == [tuple(without_cache(backbone, None, row, 2)) for _, row in rows]
