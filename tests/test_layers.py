@@ -40,6 +40,7 @@ MAY_IMPORT = {
         *("plan", "quantized", "sites"),
     },
     "sharing": {"plan", "workspace"},
+    "generation": {"backbone", "call", "deltas", "errors", "generation", "kv_cache", "plan", "workspace"},
     "methods": {"deltas", "errors", "methods", "words"},
     "words": set(),
     "batching": {"errors", "tasks"},

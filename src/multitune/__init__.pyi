@@ -16,6 +16,9 @@ from multitune.errors import MixError as MixError
 from multitune.errors import MultituneError as MultituneError
 from multitune.errors import PlanError as PlanError
 from multitune.errors import TaskError as TaskError
+from multitune.generation import Engine as Engine
+from multitune.generation import Generation as Generation
+from multitune.generation import GenerationSettings as GenerationSettings
 from multitune.heads import Head as Head
 from multitune.lsg import LSG as LSG
 from multitune.lsg import convert_to_lsg as convert_to_lsg
@@ -98,8 +101,11 @@ __all__ = [
     "DataError",
     "DeltaSet",
     "DoRA",
+    "Engine",
     "Freeze",
     "FullFineTuning",
+    "Generation",
+    "GenerationSettings",
     "Head",
     "HeadOnly",
     "Houlsby",

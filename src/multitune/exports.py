@@ -29,6 +29,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "PlanError",
         "TaskError",
     ),
+    "multitune.generation": ("Engine", "Generation", "GenerationSettings"),
     "multitune.heads": ("Head",),
     "multitune.lsg": ("LSG", "convert_to_lsg"),
     "multitune.merging": ("MergeReport", "merge"),

@@ -48,7 +48,7 @@ class _Pass:
     queries: Tensor
     """`[B, Q]`: which of their rows' tokens the queries are, rows in the order of the slots."""
     order: Tensor | None
-    """`[B]`: every row's slot if the plan has another order than the slots, and of a step only."""
+    """`[B]`: every row's slot, counted from the first of the pass, if the plan has another order than the slots."""
     memories: Sequence[MemoryOfRow] = ()
     """Of rows that enter: their memories."""
     own_keys: bool = False
@@ -80,6 +80,10 @@ class RowCache(Cache):
     def num_rows(self) -> int:
         """Slots in use."""
         return len(self.lengths)
+
+    def num_tokens(self, slot: int) -> int:
+        """Tokens that a slot's row holds, inserted vectors among them and its memory not."""
+        return self.lengths[slot] - self.memory_lengths[slot]
 
     # ---------------------------------------------------------------- passes
 
@@ -130,6 +134,34 @@ class RowCache(Cache):
             columns=(columns if order is None else columns[order])[:, None],
             width=width,
             queries=tokens[:, None],
+            order=order,
+            inverse=None if order is None else order.argsort(),
+        )
+
+    def extend(self, first: int, counts: Sequence[int], order: Tensor | None) -> None:
+        """Make ready for several tokens of every row from slot `first` on.
+
+        Args:
+            counts: how many of each, in the order of the slots; the pass pads them on the right.
+            order: `[B]`, these slots, counted from `first`, in the plan's order; `None` for their own.
+        """
+        rows = slice(first, first + len(counts))
+        lengths = self.lengths[rows]
+        self._make_room(self.num_rows, max(lengths) + max(counts))
+        starts = torch.tensor(lengths, device=self.device)[:, None]
+        own = starts - torch.tensor(self.memory_lengths[rows], device=self.device)[:, None]
+        steps = torch.arange(max(counts), device=self.device)[None]
+        for table in self._tables():
+            for row, (start, count) in enumerate(zip(lengths, counts, strict=True)):
+                table[first + row, start : start + count] = (own[row] + steps[0, :count]).int()
+        self.lengths[rows] = [n + count for n, count in zip(lengths, counts, strict=True)]
+        slots, columns = torch.arange(first, first + len(counts), device=self.device), starts + steps
+        self._pass = _Pass(
+            rows=rows,
+            slots=slots if order is None else slots[order],
+            columns=columns if order is None else columns[order],
+            width=max(self.lengths[rows]),
+            queries=own + steps,
             order=order,
             inverse=None if order is None else order.argsort(),
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multitune.backbone import Backbone
 from multitune.call import Call, StepCall, active, cache_inputs
-from multitune.deltas import Memory
+from multitune.deltas import Memory, Prompt
 from multitune.errors import PlanError
 from multitune.generation.prompts import make_sequence
 from multitune.generation.sampling import choose
@@ -30,6 +30,9 @@ IDLE_ONE_IN = 8
 #: Prompts run together up to so many positions, padding included, so that no mask grows without bounds.
 PROMPT_POSITIONS = 8192
 
+#: What prompts have in common is run once where that saves so many positions; below it a second pass costs more.
+SHARED_POSITIONS = 64
+
 AnySequence = SingleSequence | BeamSequence
 
 
@@ -42,6 +45,8 @@ class _Lane:
     """What it goes on with."""
     position: int
     """Where that stands in its row, counted from 0."""
+    beam: int = 0
+    """Which of its sequence's beams it is."""
 
 
 class DecodingBatch:
@@ -89,6 +94,8 @@ class DecodingBatch:
     def enter(self, sequences: Sequence[AnySequence], plan: Plan | None = None) -> None:
         """Run the prompts of new sequences, and choose their first tokens.
 
+        What the prompts of one adapter have in common (instructions, examples) runs once for all of them.
+
         Args:
             plan: the plan of these rows; by default it is made.
         """
@@ -98,47 +105,110 @@ class DecodingBatch:
         self._sweep(all_idle=True)
         self._forget_plan()
         alone = not self._lanes and all(s.num_rows == 1 for s in sequences)
-        pieces = _by_length(sequences) if plan is None else [list(sequences)]
+        groups, others = _sharing(sequences) if plan is None else ([], list(sequences))
+        pieces = _by_length(others) if plan is None else [others]
+        own = plan
         with torch.no_grad():
+            if groups:
+                self._prefill_shared(groups)
             for piece in pieces:
                 own = Plan([s.deltas for s in piece], self._workspace) if plan is None else plan
                 for rows, part in own.parts or ((list(range(len(piece))), own),):
                     self._prefill([piece[i] for i in rows], part)
-        if alone and len(pieces) == 1 and not own.parts:  # the rows are in its order, so the next steps need no other
-            self._plan = own
+        if alone and not groups and len(pieces) == 1 and own is not None and not own.parts:
+            self._plan = own  # the rows are in its order, so the next steps need no other
 
     def _prefill(self, sequences: list[AnySequence], plan: Plan) -> None:
-        ids, mask, lengths = self._padded(sequences)
-        call = Call(self.backbone, plan, ids, mask, None)
-        order = range(len(sequences)) if plan.order is None else plan.order.tolist()
-        ordered = [sequences[i] for i in order]
-        prompts = [0 if s.deltas is None else s.deltas.prompt_length for s in ordered]
-        taken = [lengths[i] + n for i, n in zip(order, prompts, strict=True)]
-        shifts = [0 if s.deltas is None else s.deltas.position_shift for s in ordered]
+        """Run whole prompts, and choose the first tokens."""
         first = len(self._lanes)
-        self._cache.enter(taken, [self._memory_of(s.deltas) for s in ordered])
+        hidden, order = self._read([s.prompt for s in sequences], plan)
+        for slot, i in enumerate(order, start=first):
+            self._lanes.append(_Lane(sequences[i], 0, self._next_position(slot, sequences[i].deltas)))
+        self._begin(first, hidden, [self._cache.num_tokens(slot) for slot in range(first, len(self._lanes))])
+
+    def _prefill_shared(self, groups: list[_Sharing]) -> None:
+        """Run what the prompts of a group have in common once, copy its keys and values, and run the rest of each."""
+        first = len(self._lanes)
+        _, order = self._read(
+            [g.prefix for g in groups], Plan([g.deltas for g in groups], self._workspace, split=False)
+        )
+        waiting = [groups[i].sequences for i in order]
+        sequences = [members[0] for members in waiting]
+        for slot, members in enumerate(waiting, start=first):
+            self._cache.repeat(slot, len(members) - 1)
+            sequences += members[1:]
+        rest = [s.prompt[self._cache.num_tokens(first + i) - _inserted(s) :] for i, s in enumerate(sequences)]
+        starts = [self._next_position(first + i, s.deltas) for i, s in enumerate(sequences)]
+        counts = [len(r) for r in rest]
+        plan = Plan([s.deltas for s in sequences], self._workspace, split=False)
+        self._cache.extend(first, counts, self._on_device(plan.order))
+        ids, _ = self._padded(rest)
+        hidden = self._run_step(plan, ids, torch.tensor(starts, device=self.backbone.device), plan.order)
+        self._cache.finish()
+        self._lanes += [_Lane(s, 0, at + n) for s, at, n in zip(sequences, starts, counts, strict=True)]
+        self._begin(first, hidden, counts)
+
+    def _read(self, prompts: list[tuple[int, ...]], plan: Plan) -> tuple[Tensor, list[int]]:
+        """Run prompts from their beginning in new slots.
+
+        Returns:
+            Last hidden states `[B, T, D]` with inserted vectors, padded on the right, rows in the order of the slots;
+            and for every slot the prompt that is in it.
+        """
+        ids, mask = self._padded(prompts)
+        call = Call(self.backbone, plan, ids, mask, None)
+        order = list(range(len(prompts))) if plan.order is None else plan.order.tolist()
+        taken = [len(prompts[i]) + (d.prompt_length if d else 0) for i, d in zip(order, plan.ordered, strict=True)]
+        shifts = [d.position_shift if d else 0 for d in plan.ordered]
+        self._cache.enter(taken, [self._memory_of(d) for d in plan.ordered])
         entered = call.inputs["input_ids"]
         positions = self.backbone.position_ids(entered, torch.tensor(shifts, device=entered.device))
         call.cache, call.inputs = self._cache, cache_inputs(self._cache, entered, positions)
         with active(call):
-            hidden = self.backbone.running(**call.inputs).last_hidden_state
+            hidden: Tensor = self.backbone.running(**call.inputs).last_hidden_state
         self._cache.finish()
-        self._lanes += [_Lane(s, 0, n + shift) for s, n, shift in zip(ordered, taken, shifts, strict=True)]
-        ends = torch.tensor(taken, device=hidden.device) - 1
+        return hidden, order
+
+    def _begin(self, first: int, hidden: Tensor, counts: list[int]) -> None:
+        """Choose the first tokens of the sequences from slot `first` on, and give beams their rows.
+
+        Args:
+            hidden: last hidden states `[B, T, D]`, rows by slot.
+            counts: of every row, how many of them are its own.
+        """
+        ends = torch.tensor(counts, device=hidden.device) - 1
         last = hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
-        self._choose(list(range(first, len(self._lanes))), self._head(last).float())
-        for slot in range(first, first + len(ordered)):
+        slots = range(first, len(self._lanes))
+        self._choose(slots, self._head(last).float())
+        for slot in slots:
             self._spread_beams(slot)
 
-    def _padded(self, sequences: list[AnySequence]) -> tuple[Tensor, Tensor | None, list[int]]:
-        """Prompts as ids `[B, T]` and mask `[B, T]`, padded on the right."""
-        lengths = [len(s.prompt) for s in sequences]
+    def _next_position(self, slot: int, deltas: DeltaSet | None) -> int:
+        """Where a slot's next token stands."""
+        return self._cache.num_tokens(slot) + (deltas.position_shift if deltas is not None else 0)
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """Ids `[B, T]` and mask `[B, T]`, padded on the right."""
+        lengths = [len(p) for p in prompts]
         width, pad = max(lengths), self.backbone.pad_id
         device = self.backbone.device
-        ids = torch.tensor([[*s.prompt, *[pad] * (width - len(s.prompt))] for s in sequences], device=device)
+        ids = torch.tensor([[*p, *[pad] * (width - len(p))] for p in prompts], device=device)
         if min(lengths) == width:
-            return ids, None, lengths
-        return ids, (torch.arange(width) < torch.tensor(lengths)[:, None]).long().to(device), lengths
+            return ids, None
+        return ids, (torch.arange(width) < torch.tensor(lengths)[:, None]).long().to(device)
+
+    def _on_device(self, order: Tensor | None) -> Tensor | None:
+        return None if order is None else order.to(self.backbone.device)
+
+    def _run_step(self, plan: Plan, ids: Tensor, positions: Tensor, order: Tensor | None) -> Tensor:
+        """Last hidden states `[B, Q, D]` of ids `[B, Q]` that follow what the cache holds, all of them by slot."""
+        order = self._on_device(order)
+        if order is not None:
+            ids, positions = ids[order], positions[order]
+        call = StepCall(self.backbone, plan, ids, positions, self._cache)
+        with active(call):
+            hidden: Tensor = self.backbone.running(**call.inputs).last_hidden_state
+        return hidden if order is None else hidden.index_select(0, order.argsort())
 
     def _memory_of(self, deltas: DeltaSet | None) -> MemoryOfRow:
         """By layer the memory's keys and values `[H, M, K]`, without what only pads it to a common length."""
@@ -167,7 +237,7 @@ class DecodingBatch:
         tokens = sequence.next_tokens()
         self._cache.repeat(slot, len(tokens) - 1)
         lane.token = tokens[0]
-        self._lanes += [_Lane(sequence, token, lane.position) for token in tokens[1:]]
+        self._lanes += [_Lane(sequence, token, lane.position, beam) for beam, token in enumerate(tokens[1:], start=1)]
 
     # ---------------------------------------------------------------- stepping
 
@@ -179,23 +249,16 @@ class DecodingBatch:
             return
         with torch.no_grad():
             plan = self._current_plan()
-            order = None if self._order is None else self._order.to(self.backbone.device)
+            self._cache.step(self._on_device(self._order))
             ids, positions = (
                 torch.tensor(values, device=self.backbone.device)
                 for values in ([lane.token for lane in self._lanes], [lane.position for lane in self._lanes])
             )
-            if order is not None:
-                ids, positions = ids[order], positions[order]
-            self._cache.step(order)
-            call = StepCall(self.backbone, plan, ids[:, None], positions, self._cache)
-            with active(call):
-                hidden = self.backbone.running(**call.inputs).last_hidden_state[:, 0]
+            hidden = self._run_step(plan, ids[:, None], positions, self._order)[:, 0]
             going = [i for i, lane in enumerate(self._lanes) if lane.sequence.finish_reason is None]
             self._cache.finish(going)
             for slot in going:
                 self._lanes[slot].position += 1
-            if order is not None:
-                hidden = hidden.index_select(0, order.argsort())
             if len(going) < len(self._lanes):
                 hidden = hidden[going]
             self._choose(going, self._head(hidden).float())
@@ -232,6 +295,7 @@ class DecodingBatch:
         targets: list[int] = []
         sources: list[int] = []
         for sequence, places in by_beam.items():
+            places.sort(key=lambda place: self._lanes[place[1]].beam)  # rows that left may have moved these
             sequence.push(logits[[i for i, _ in places]])
             mine = [slot for _, slot in places]
             if sequence.finish_reason is not None or len(mine) < sequence.num_rows:
@@ -261,6 +325,42 @@ class DecodingBatch:
             self._lanes[slot] = self._lanes[-1]
             del self._lanes[-1]
         self._forget_plan()
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Sequences of one adapter whose prompts begin alike."""
+
+    prefix: tuple[int, ...]
+    sequences: list[AnySequence]
+
+    @property
+    def deltas(self) -> DeltaSet | None:
+        return self.sequences[0].deltas
+
+
+def _sharing(sequences: Sequence[AnySequence]) -> tuple[list[_Sharing], list[AnySequence]]:
+    """Groups that share enough of their prompts' beginnings to run it once, and the other sequences."""
+    by_deltas: dict[DeltaSet | None, list[AnySequence]] = {}
+    for s in sequences:
+        by_deltas.setdefault(s.deltas, []).append(s)
+    groups, others = [], []
+    for deltas, members in by_deltas.items():
+        prompts = [s.prompt[:-1] for s in members]  # at least one token of each is left to run
+        low, high = min(prompts), max(prompts)  # what these two share, all share
+        count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        # Inserted vectors must stand in the part that is shared, or in front of what follows it.
+        places = [a for _, d in deltas.of(Prompt) if isinstance(d, Prompt) for a in d.at] if deltas is not None else []
+        if count * (len(members) - 1) >= SHARED_POSITIONS and all(0 <= a <= count for a in places):
+            groups.append(_Sharing(low[:count], members))
+        else:
+            others += members
+    return groups, others
+
+
+def _inserted(sequence: AnySequence) -> int:
+    """How many vectors its adapter inserts."""
+    return 0 if sequence.deltas is None else sequence.deltas.prompt_length
 
 
 def _by_length(sequences: Sequence[AnySequence]) -> list[list[AnySequence]]:

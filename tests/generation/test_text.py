@@ -1,0 +1,86 @@
+"""Text as it grows: pieces add up, characters are whole, and stop strings end a text and are not in it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from multitune import BackboneError, Bank, Plan
+from multitune.generation.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """One token per byte, so that most characters come in several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(
+    text=st.text(alphabet="abé€😀 \n", max_size=12), stop=st.lists(st.text("abé ", min_size=1, max_size=3), max_size=2)
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_pieces_add_up_and_never_hold_a_stop_string_or_half_a_character(byte_tokenizer, text, stop):
+    ids = byte_tokenizer(text)["input_ids"]
+    stream = TextStream(lambda tokens: byte_tokenizer.decode(list(tokens)), stop)
+    pieces, used = [], 0
+    for used in range(1, len(ids) + 1):
+        done = stream.stopped(ids[:used]) or used == len(ids)
+        pieces.append(stream.piece(ids[:used], last=done))
+        if done:
+            break
+    joined = "".join(pieces)
+    assert joined == stream.text(ids[:used])
+    assert "�" not in joined
+    firsts = [text.find(s) for s in stop if s in text]
+    assert joined == (text[: min(firsts)] if firsts else text)
+
+
+def test_a_character_that_never_becomes_whole_comes_at_the_end(byte_tokenizer):
+    ids = byte_tokenizer("a€")["input_ids"][:-1]
+    stream = TextStream(lambda tokens: byte_tokenizer.decode(list(tokens)))
+    pieces = [stream.piece(ids[:n], last=n == len(ids)) for n in range(1, len(ids) + 1)]
+    assert pieces == ["a", "", "�"]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_string_ends_the_text_of_its_row_alone(lm, make_prompts, beams):
+    backbone = lm("llama")
+    bank, prompts = Bank(backbone), make_prompts([4, 6])
+    chosen = {"max_new_tokens": 10, "stop_at_eos": False, "num_beams": beams}
+    whole = bank.generate([(None, p) for p in prompts], chosen)
+    half = len(whole[0].text) // 2
+    stop = whole[0].text[half : half + 2]
+    one, other = bank.generate([(None, p) for p in prompts], [chosen | {"stop": (stop, "nowhere")}, chosen])
+    if beams == 1:
+        assert one.text == whole[0].text[: whole[0].text.find(stop)] != ""
+        assert one.token_ids == whole[0].token_ids[: len(one.token_ids)]
+        assert one.finish_reason == "stop"
+    assert stop not in one.text
+    assert other == whole[1]
+
+
+def test_what_needs_a_tokenizer_says_so(language_model, make_model):
+    from multitune import Backbone
+
+    backbone = Backbone(language_model("llama"))
+    ids = torch.tensor([[20, 21]])
+    assert backbone.generate(Plan([None]), ids, settings={"max_new_tokens": 2})[0].text == ""
+    with pytest.raises(BackboneError, match="has no tokenizer"):
+        backbone.generate(Plan([None]), ids, settings={"max_new_tokens": 2, "stop": ("a",)})
+    with pytest.raises(BackboneError, match=r"row 0: backbone .* has no tokenizer"):
+        Bank(backbone).generate([(None, "good")], {"max_new_tokens": 2})
+
+
+@pytest.mark.slow
+def test_smollm2_answers_a_chat_beside_a_text(smollm2):
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    rows = [(None, chat), (None, "One, two, three, four,")]
+    answer, text = Bank(smollm2).generate(rows, [{"max_new_tokens": 12}, {"max_new_tokens": 4, "stop": "."}])
+    assert answer.text == "The capital of France is Paris." and answer.finish_reason == "eos"
+    assert text.text.startswith(" five")
