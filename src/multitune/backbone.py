@@ -181,6 +181,12 @@ class Backbone:
         copied.tokenizer_lock = self.tokenizer_lock  # one tokenizer, one lock
         return copied
 
+    def to_float32(self) -> None:
+        """Make all weights float32, the head's own too; only a copy's, for full fine-tuning."""
+        self.model.float()
+        if self._lm_linear is not None:
+            self._lm_linear.float()
+
     # ---------------------------------------------------------------- shape
 
     @property

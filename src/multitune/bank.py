@@ -77,6 +77,8 @@ class _Served:
     def texts(self, row: Any) -> tuple[tuple[str, ...], ...]:
         """The sequences of a row; its label, if it has one, is not read."""
         task = self.adapter.task
+        if task.kind == "generation":
+            raise DataError(f"adapter '{self.name}' writes texts and predicts no label; use Bank.generate")
         if isinstance(row, dict) and task.label in row:
             row = {k: v for k, v in row.items() if k != task.label}
         return task.encode(row).texts

@@ -59,3 +59,39 @@ def test_a_task_made_by_hand_reads_the_rows() -> None:
 def test_an_impossible_share_is_refused(share: float) -> None:
     with pytest.raises(DataError, match="fraction to hold out is between 0 and 1"):
         load_table(ROWS, validation=share)
+
+
+# ---- texts to write
+
+
+def test_a_table_of_texts_to_write(tmp_path):
+    file = tmp_path / "facts.csv"
+    file.write_text("id,data,answer\n" + "".join(f"{i},name[{i}],It is {i}.\n" for i in range(20)), "utf-8")
+    data = load_table(file, kind="generation", format="auto")
+    assert data.task == Task(name="facts", kind="generation", template=("data",), label="answer", format="auto")
+    assert (len(data.train), len(data.validation)) == (18, 2)
+    stated = load_table(file, text="Describe {data}.", label="answer", kind="generation", metric="bleu")
+    assert stated.task.encode(stated.train[0]).texts == (("Describe name[0].",),)
+    assert stated.task.metric == "bleu"
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "label"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "{instruction}\n{input}", "output"),
+        ({"context": "c", "question": "q", "answer": "a"}, "{context}\n{question}", "answer"),
+        ({"dialogue": "d", "summary": "s", "topic": "t"}, "dialogue", "summary"),
+        ({"prompt": "p", "completion": "c"}, "prompt", "completion"),
+        ({"question": "q", "answers": ["a", "b"]}, "question", "answers"),
+    ],
+)
+def test_conventional_columns_of_texts_to_write(row, template, label):
+    task = load_table([row, row], kind="generation").task
+    assert (task.template.parts, task.label) == ((template,), label)
+
+
+def test_columns_of_texts_to_write_that_are_not_sure():
+    with pytest.raises(DataError, match=r"which column is the answer\?.*--label"):
+        load_table([{"a": "x", "b": "y"}] * 2, kind="generation")
+    with pytest.raises(DataError, match=r"which column is the prompt\?.*--text"):
+        load_table([{"a": "x", "b": "y", "answer": "z"}] * 2, kind="generation")

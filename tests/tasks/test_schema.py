@@ -282,3 +282,63 @@ def test_json_round_trip_of_any_names(name, labels, text):
 def test_malformed_json(values, message):
     with pytest.raises(TaskError, match=message):
         Task.from_dict(values)
+
+
+# ---- texts to write
+
+WRITE = Task(name="w", kind="generation", template=("Say: {a}",), label="y")
+
+
+@pytest.mark.parametrize(
+    ("value", "target"),
+    [
+        (" Hello. ", ("Hello.",)),
+        (["Hello.", "Hi."], ("Hello.", "Hi.")),
+        (42, ("42",)),
+        (None, "the answer is empty"),
+        (float("nan"), "the answer is empty"),
+        ("\t", "the answer is empty"),
+        ([], "the list of answers is empty"),
+        (["Hi.", ""], "the answer is empty"),
+        ({"b": 1}, "an answer is a text, not a dict"),
+    ],
+)
+def test_answers_to_write(value, target):
+    if isinstance(target, str):
+        with pytest.raises(DataError, match=f"task 'w': {target}"):
+            WRITE.encode({"a": "x", "y": value})
+    else:
+        assert WRITE.encode({"a": "x", "y": value}) == Example(texts=(("Say: x",),), target=target)
+
+
+def test_lists_in_a_prompt_are_joined():
+    assert WRITE.encode({"a": ["x | y", "z"]}).texts == (("Say: x | y && z",),)
+    assert WRITE.encode({"a": [["x", "y", 3], ["z"]]}).texts == (("Say: x | y | 3 && z",),)
+    with pytest.raises(DataError, match="column 'text' holds a list"):
+        SENTIMENT.encode({"text": ["x"]})
+
+
+def test_a_task_that_writes_survives_json_and_other_tasks_say_nothing_of_formats():
+    chat = Task(name="w", kind="generation", template=("a",), label="y", format="chat", system="Be brief.")
+    for task in (WRITE, chat):
+        assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    assert (WRITE.format, WRITE.metric, WRITE.to_dict()["format"]) == ("plain", "perplexity", "plain")
+    assert not {"format", "system"} & SENTIMENT.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(format="chatt"), "no format 'chatt'.*Did you mean 'chat'"),
+        (dict(system="Be brief."), "only a chat has a system message"),
+        (dict(template=("{a} {|}",)), "a prompt to write from has no slots"),
+        (dict(template=("a", "b")), "the prompt of a generation has one part"),
+        (dict(labels=("a", "b")), "generation has no label names"),
+        (dict(metric="accuracy"), "does not judge generation.*perplexity, bleu"),
+        (dict(template=("y",)), "both text and label"),
+        (dict(kind="classification", labels=("a", "b"), format="chat"), "only generation has a format"),
+    ],
+)
+def test_malformed_tasks_that_write(fields, words):
+    with pytest.raises(TaskError, match=words):
+        Task(**{**dict(name="w", kind="generation", template=("a",), label="y"), **fields})

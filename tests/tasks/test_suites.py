@@ -209,6 +209,37 @@ def test_published_texts(data_dir):
     assert load_task("super_glue/cb").task.labels == ("entailment", "contradiction", "neutral")
 
 
+@pytest.mark.parametrize(
+    ("name", "num_train", "num_validation", "metric", "prompt", "answer"),
+    [
+        (
+            "nlg/e2e_nlg",
+            42061,
+            4672,
+            "bleu",
+            "name[The Vaults], eatType[pub], pri",
+            "The Vaults pub near Café",
+        ),
+        ("nlg/webnlg_2017", 6940, 872, "bleu", "Aarhus_Airport | cityServed | ", "The Aarhus is the airport of"),
+        ("nlg/dart", 2491, 277, "bleu", "Mars Hill College | JOINED | 1973 && Mars", "A school from Mars Hill, "),
+        ("summarization/dialogsum", 12460, 500, "rouge_l", "#Person1#: Hi, Mr. Smith.", "Mr. Smith's getting a"),
+        ("instruction/alpaca", 2000, 200, "rouge_l", "How many elements are there in", "A triangular matrix of"),
+        ("reasoning/gsm8k", 6726, 747, "number_match", "Natalia sold clips to 48 of her", "Natalia sold 48/2 ="),
+        ("commonsense/arc_easy", 2026, 225, "exact_match", "Please choose the correct answer", "the correct answer is"),
+        ("super_natural_instructions/task591_sciq_answer_generation", 600, 100, "rouge_l", "", ""),
+        ("instruction_induction/sum", 450, 50, "exact_match", "Input: 0 10\nOutput:", "10"),
+    ],
+)
+@pytest.mark.data
+def test_published_texts_to_write(data_dir, name, num_train, num_validation, metric, prompt, answer):
+    data = load_task(name)
+    assert (len(data.train), len(data.validation), data.task.metric) == (num_train, num_validation, metric)
+    first = data.task.encode(data.train[0])
+    assert first.texts[0][0].startswith(prompt) and first.target[0].startswith(answer)
+    assert len(data.task.examples(data.validation)) == num_validation
+    assert Task.from_dict(data.task.to_dict()) == data.task
+
+
 @pytest.mark.data
 def test_all_that_is_listed_loads(data_dir):
     names = list_tasks()

@@ -31,13 +31,14 @@ from multitune.errors import ConfigError, DataError, TaskError, suggest
 from multitune.methods import make_method
 from multitune.methods.combined import part_names
 from multitune.tasks import TaskData, any_split, load_table, load_task
+from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, evaluate, train
 from multitune.training.checkpoints import Checkpoints
 from multitune.words import in_words
 
 SETTINGS = fields_of(TrainConfig)
 
-_OWN = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "name")
+_OWN = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
 _TRAINING = "Training"
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN"}
@@ -89,8 +90,18 @@ OPTIONS: dict[str, Any] = {
     "text": _option(_DATA, 'Column of the text, or a template such as "{title} {body}".', metavar="COLUMN"),
     "text_pair": _option(_DATA, "Column or template of a second text.", metavar="COLUMN"),
     "label": _option(_DATA, "Column of the answer.", metavar="COLUMN"),
-    "kind": _option(_DATA, "Kind of task: classification, regression, multilabel or tagging.", metavar="WORD"),
+    "kind": _option(
+        _DATA,
+        "Kind of task: classification, regression, multilabel, tagging, or generation (a text is to be written).",
+        metavar="WORD",
+    ),
     "metric": _option(_DATA, "Metric to judge by; by default the usual one of the kind.", metavar="NAME"),
+    "format": _option(
+        _DATA,
+        "Generation: how prompt and answer are written out: plain, chat (by the tokenizer's chat template), or auto, "
+        "which is a chat where there is a template. \\[default: plain]",
+        metavar="WORD",
+    ),
     "name": _option(_DATA, "Name of the task; by default that of the file.", metavar="NAME"),
 } | {field.name: _setting(field) for field in SETTINGS}
 
@@ -147,7 +158,7 @@ def train_command(
     out = Path(str(chosen["out"]))
     note(
         f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
-        f"{data.task.metric} on {count(len(data.validation))}"
+        f"{judge_of_training(data.task.metric)} on {count(len(data.validation))}"
     )
     try:
         result = train(
@@ -169,7 +180,7 @@ def train_command(
         "method": method.name,
         "parameters": result.num_method_parameters,
         "with_head": result.num_method_parameters + result.num_head_parameters,
-        "metric": data.task.metric,
+        "metric": result.metric,
         "score": result.best_metric,
         "best_step": result.best_step,
         "steps": result.num_steps,
@@ -182,7 +193,7 @@ def train_command(
         return
     kept = f"step {count(result.best_step)} of {count(result.num_steps)}"
     cells = (count(facts["parameters"]), count(facts["with_head"]), score(facts["score"]), kept)
-    columns = ("method", "parameters", "with head", data.task.metric, "kept", "seconds", "size", "adapter")
+    columns = ("method", "parameters", "with head", result.metric, "kept", "seconds", "size", "adapter")
     more = (f"{facts['seconds']:.1f}", size(facts["bytes"]), out)
     show(shared.table([(method.name, *cells, *more)], columns, right=columns[1:7]))
 

@@ -34,6 +34,18 @@ LABELS = (
 )
 """Columns that are the answer, by convention."""
 
+ANSWERS = (
+    *("target", "targets", "answer", "answers", "output", "response", "completion", "summary", "references"),
+    *("reference", "human_reference", "label"),
+)
+"""Columns that are the text to write, by convention; the first that a table has is taken."""
+
+PROMPTS = (
+    *("prompt", "instruction", "input", "inputs", "source", "question", "dialogue", "article", "document", "text"),
+    "meaning_representation",
+)
+"""Columns that are the text to write from, by convention."""
+
 IDS = ("id", "idx", "index", "uid", "guid", "row", "column_1")
 """Columns that number the rows; `column_1` is what the reader calls the nameless index of a CSV file."""
 
@@ -108,6 +120,28 @@ def guess_label(features: "Features", taken: Iterable[str] = ()) -> str:
     if len(found) == 1:
         return found[0]
     raise DataError(_ambiguous("label", features, found, "--label (label=…)"))
+
+
+def guess_answer(features: "Features", taken: Iterable[str] = ()) -> str:
+    """The column of the text to write: the first conventional name (`ANSWERS`). Raises DataError when there is none."""
+    free = [column for column in features if column not in tuple(taken)]
+    found = [column for column in ANSWERS if column in free]
+    if found:
+        return found[0]
+    raise DataError(_ambiguous("answer", features, [], "--label (label=…)"))
+
+
+def guess_prompt(features: "Features", answer: str) -> str:
+    """The template of the prompt: the first conventional name (`PROMPTS`), or the only other column of strings."""
+    texts = [c for c in features if c not in (answer, *IDS) and is_text(features, c)]
+    if {"instruction", "input"} <= set(texts):
+        return "{instruction}\n{input}"
+    if {"question", "context"} <= set(texts):
+        return "{context}\n{question}"
+    found = [column for column in PROMPTS if column in texts] or texts
+    if found and (len(texts) == 1 or found is not texts):
+        return found[0]
+    raise DataError(_ambiguous("prompt", features, found, '--text (text=…), such as "{title}\\n{body}"'))
 
 
 def guess_texts(features: "Features", label: str) -> tuple[str, ...]:

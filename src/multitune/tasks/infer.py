@@ -33,8 +33,9 @@ def infer_task(
     source: a table, or anything else that `read_table` reads without a split.
     text, text_pair: the column of the text, and of a second text; or a part of a template, "{title} {body}".
     label: the column of the answer.
-    kind: floats are a regression; class labels, names, truth values and whole numbers a classification; lists
-        are tagging where the text is a list of words, else multilabel.
+    kind: "generation" where the answer is a text to write, which is never guessed. Floats are a regression; class
+        labels, names, truth values and whole numbers a classification; lists are tagging where the text is a list of
+        words, else multilabel.
 
     Label names come from the table's class labels, or are its values, sorted by name, numbers by size.
     Raises DataError when columns or kind are ambiguous or the label column cannot be right.
@@ -44,8 +45,12 @@ def infer_task(
     for column in template.columns if template else ():
         columns.require(table.column_names, column, "--text and --text-pair (text=…, text_pair=…)")
     if label is None:
-        label = columns.guess_label(table.features, taken=template.columns if template else ())
+        guess = columns.guess_answer if kind == "generation" else columns.guess_label
+        label = guess(table.features, taken=template.columns if template else ())
     columns.require(table.column_names, label, "--label (label=…)")
+    if kind == "generation":
+        template = template or Template((columns.guess_prompt(table.features, label),))
+        return Task(name=name, kind="generation", template=template, label=label)
     template = template or Template(columns.guess_texts(table.features, label))
     if kind is None:
         kind = _kind(table, template, label)
@@ -136,7 +141,8 @@ def _check_classes(table: "Dataset", label: str, names: Sequence[str], num_rows:
     if len(names) > MAX_CLASSES and len(names) > num_rows / 2:
         raise DataError(
             f"column {label!r} holds {len(names)} different values in {num_rows} rows, such as "
-            f"{shown(names[:3])}; that is a text or an id, not a label. {_better(table, label)}"
+            f"{shown(names[:3])}; that is a text or an id, not a label. {_better(table, label)}. If a model is to "
+            "write such texts, set --kind generation (kind=…)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Metrics, on plain numpy, in one table. `compute` is the only way in.
+"""Metrics, on plain numpy and for texts on the usual libraries, in one table. `compute` is the only way in.
 
 Degenerate inputs give a number, never NaN, so that runs can be ranked: a correlation with constant or
 non-finite predictions is 0, the error of non-finite predictions is infinite, and a class that is neither
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from multitune.errors import DataError, TaskError, suggest
+from multitune.tasks import text_metrics
 from multitune.tasks.spans import is_bio, spans
 
 Array = NDArray[Any]
@@ -20,6 +21,7 @@ Scores = dict[str, float]
 """Names to values; the first is the headline."""
 
 _ID_KINDS = ("classification", "multiple_choice")
+_TEXT_KINDS = ("generation",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Metric:
     """Whether it needs exactly two labels, of which id 1 is the positive one."""
 
 
-def compute(metric: str, predictions: ArrayLike, targets: ArrayLike, labels: Sequence[str] = ()) -> Scores:
+def compute(metric: str, predictions: Any, targets: Any, labels: Sequence[str] = ()) -> Scores:
     """Judge predictions.
 
     predictions, targets:
@@ -44,6 +46,7 @@ def compute(metric: str, predictions: ArrayLike, targets: ArrayLike, labels: Seq
         regression: [N] float
         multilabel: [N, L] of 0 and 1
         tagging: N sequences of int tag ids, each as long as its words (padding taken off)
+        generation: N texts; N texts, or tuples of all texts that are right
     labels: names in id order; tag_f1 needs them, for classification and tagging they bound the ids.
 
     Returns names to values; the first key is the name of `metric`, its value the headline, and the parts of a
@@ -51,6 +54,8 @@ def compute(metric: str, predictions: ArrayLike, targets: ArrayLike, labels: Seq
     out-of-range input.
     """
     entry = lookup(metric)
+    if entry.kinds == _TEXT_KINDS:
+        return entry.compute(*text_metrics.check_texts(predictions, targets), labels)
     check: Callable[..., tuple[Any, Any]] = _tag_sequences if "tagging" in entry.kinds else _arrays
     scores = entry.compute(*check(predictions, targets, labels, entry), labels)
     return {name: float(value) for name, value in scores.items()}
@@ -59,6 +64,11 @@ def compute(metric: str, predictions: ArrayLike, targets: ArrayLike, labels: Seq
 def higher_is_better(metric: str) -> bool:
     """Whether a greater value of the metric is better. Raises TaskError for an unknown metric."""
     return lookup(metric).higher_is_better
+
+
+def judge_of_training(metric: str) -> str:
+    """The metric by which a training run keeps its best tensors: the task's, or perplexity where that judges texts."""
+    return "perplexity" if lookup(metric).kinds == _TEXT_KINDS else metric
 
 
 def lookup(metric: str) -> Metric:
@@ -220,6 +230,13 @@ METRICS: dict[str, Metric] = {
     "micro_f1": Metric(compute=_micro_f1, kinds=("multilabel",)),
     "tag_f1": Metric(compute=_tag_f1, kinds=("tagging",)),
     "token_accuracy": Metric(compute=_token_accuracy, kinds=("tagging",)),
+    "perplexity": Metric(compute=text_metrics.not_of_texts, kinds=_TEXT_KINDS, higher_is_better=False),
+    "bleu": Metric(compute=text_metrics.bleu, kinds=_TEXT_KINDS),
+    "chrf": Metric(compute=text_metrics.chrf, kinds=_TEXT_KINDS),
+    "rouge_l": Metric(compute=text_metrics.rouge, kinds=_TEXT_KINDS),
+    "exact_match": Metric(compute=text_metrics.exact_match, kinds=_TEXT_KINDS),
+    "token_f1": Metric(compute=text_metrics.token_f1, kinds=_TEXT_KINDS),
+    "number_match": Metric(compute=text_metrics.number_match, kinds=_TEXT_KINDS),
 }
 """Every metric. macro_f1 is the mean over labels predicted or present; stance_f1 is macro F1 over all labels
 but the first (TweetEval stance leaves out "none")."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from multitune.errors import ConfigError
 from multitune.tasks.infer import infer_task
 from multitune.tasks.readers import Source, list_splits, read_table
-from multitune.tasks.schema import Task
+from multitune.tasks.schema import Format, Task
 from multitune.tasks.splits import split_table
 from multitune.tasks.suites import TaskData
 
@@ -28,6 +28,7 @@ def load_table(
     label: str | None = None,
     kind: str | None = None,
     metric: str | None = None,
+    format: Format | None = None,
     name: str | None = None,
     task: Task | None = None,
     validation: Source | float | None = None,
@@ -40,6 +41,7 @@ def load_table(
     source: a file, a folder, rows in memory or a hub data set, see `read_table`.
     text, text_pair, label, kind: what `infer_task` takes; what is not given is guessed.
     metric: the headline metric; by default the usual one of the kind.
+    format: of a generation: plain, chat or auto, see `Task.format`.
     name: the task's name; by default that of the file.
     task: a task made by hand, such as a multiple choice, instead of all of these.
     validation: rows to judge by, as another source or as the share of the rows to hold out; by default the
@@ -50,6 +52,7 @@ def load_table(
     what would make one are given.
     """
     stated = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "metric": metric, "name": name}
+    stated["format"] = format
     given = {key: value for key, value in stated.items() if value is not None}
     if task is not None and given:
         raise ConfigError(f"a task={task.name!r} already says {', '.join(given)}; give one of them")
@@ -58,21 +61,26 @@ def load_table(
     if task is None:
         columns = {key: given[key] for key in ("text", "text_pair", "label", "kind") if key in given}
         task = infer_task(table, **columns, name=name or _name(source))
-        task = task if metric is None else replace(task, metric=metric)
+        task = replace(task, metric=metric or task.metric, format=format or task.format)
     if isinstance(validation, (int, float)):
-        train_rows, held_out = split_table(table, validation, seed, label=task.label or None)
+        train_rows, held_out = split_table(table, validation, seed, label=_stratified(task))
     elif validation is not None:
         train_rows, held_out = table, any_split(validation, "validation")
     elif "validation" in splits:
         train_rows, held_out = table, read_table(source, split="validation")
     else:
-        train_rows, held_out = split_table(table, HELD_OUT, seed, label=task.label or None)
+        train_rows, held_out = split_table(table, HELD_OUT, seed, label=_stratified(task))
     return TaskData(task=task, train=train_rows, validation=held_out)
 
 
 def any_split(source: Source, split: str) -> Dataset:
     """The named split of a source, or its only one. Raises DataError as `read_table` does."""
     return read_table(source, split=split if len(list_splits(source)) > 1 else None)
+
+
+def _stratified(task: Task) -> str | None:
+    """The column whose values are held out in equal shares; texts to write are all different."""
+    return None if task.kind == "generation" else task.label or None
 
 
 def _name(source: Source) -> str:

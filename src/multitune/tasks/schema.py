@@ -15,15 +15,17 @@ from multitune.tasks.templates import Row, Template, cell
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal["classification", "regression", "multilabel", "multiple_choice", "tagging", "embedding"]
+Kind = Literal["classification", "regression", "multilabel", "multiple_choice", "tagging", "embedding", "generation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Target = int | float | tuple[int, ...]
+Target = int | float | tuple[int, ...] | tuple[str, ...]
+Format = Literal["", "plain", "chat", "auto"]
 
 _DEFAULT_METRIC = {
     "classification": "accuracy",
     "regression": "pearson_spearman",
     "multilabel": "micro_f1",
     "multiple_choice": "accuracy",
+    "generation": "perplexity",
 }
 _LEAST_LABELS = {"classification": 2, "multilabel": 1, "tagging": 2}  # the other kinds have no label names
 
@@ -37,7 +39,7 @@ class Example:
     words."""
     target: Target | None = None
     """classification, multiple choice: an id. regression: a number. multilabel: a 0 or 1 per label. tagging:
-    an id per word. None when the row had no label column."""
+    an id per word. generation: the answers that are right, one or more texts. None when the row had no label column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +52,28 @@ class Task:
     name: str
     """Name of the task, such as "glue/rte"; free, but not empty."""
     kind: Kind
-    """"classification", "regression", "multilabel", "multiple_choice", "tagging", or "embedding": a row's vector, which
-    no label column trains and no metric judges (adapters that come without a head)."""
+    """"classification", "regression", "multilabel", "multiple_choice", "tagging", "generation": a text that a language
+    model writes, or "embedding": a row's vector, which no label column trains and no metric judges (adapters that come
+    without a head)."""
     template: Template
-    """The text of a row: a Template, or its parts. For tagging, the column that holds the list of words."""
+    """The text of a row: a Template, or its parts. For tagging, the column that holds the list of words. For
+    generation the prompt, of one part; a column of it may hold a list, whose texts are joined by " && " (and the texts
+    of a list in a list by " | "), the usual form of triples."""
     label: str = ""
-    """Column that holds the answer; "" for a task that only predicts."""
+    """Column that holds the answer; "" for a task that only predicts. For generation a text, or a list of texts all of
+    which are right."""
     labels: tuple[str, ...] = ()
     """Label names in the order of their ids; none for regression and multiple choice."""
     choices: tuple[str, ...] = ()
     """Multiple choice only: one part of a template per choice, the second text of its sequence."""
     metric: str = ""
     """Name of the headline metric; "" stands for the usual one of the kind."""
+    format: Format = ""
+    """Generation only: "plain" (the prompt, a line break unless it ends in white space, the answer), "chat" (a message
+    of the user and one of the assistant, written out by the tokenizer's chat template), or "auto", which training
+    settles: chat where the tokenizer has a template. "" stands for plain."""
+    system: str = ""
+    """Generation in chat format only: the system message; "" leaves it to the tokenizer's template."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -75,6 +87,7 @@ class Task:
         for name in ("labels", "choices"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         object.__setattr__(self, "metric", self.metric or self._usual_metric())
+        self._check_format()
         self._check_labels()
         self._check_texts()
         self._check_metric()
@@ -111,6 +124,8 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """The task as JSON values; `from_dict` gives back an equal task."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.kind != "generation":
+            del values["format"], values["system"]
         as_lists = {name: list(values[name]) for name in ("labels", "choices")}
         return {**values, "template": list(self.template.parts), **as_lists}
 
@@ -151,6 +166,8 @@ class Task:
     def _texts(self, row: Row) -> tuple[tuple[str, ...], ...]:
         if self.kind == "tagging":
             return (_words(cell(row, self.template.columns[0]) if isinstance(row, Mapping) else row),)
+        if self.kind == "generation" and isinstance(row, Mapping):
+            row = {column: joined(value) for column, value in row.items() if column in self.columns}
         texts = self.template.render(row)
         if self.kind != "multiple_choice":
             return (texts,)
@@ -173,6 +190,8 @@ class Task:
                 return targets.choice_id(value, self.choices)
             case "tagging":
                 return targets.tag_ids(value, self.labels, num_words)
+            case "generation":
+                return targets.answers(value)
             case "embedding":
                 return None
 
@@ -197,6 +216,19 @@ class Task:
             return "tag_f1" if is_bio(self.labels) else "token_accuracy"
         return _DEFAULT_METRIC[self.kind]
 
+    def _check_format(self) -> None:
+        for name in ("format", "system"):
+            if self.kind != "generation" and getattr(self, name):
+                raise TaskError(f"only generation has a {name}, not {self.kind}; leave it out")
+        if self.kind != "generation":
+            return
+        if self.format not in get_args(Format):
+            known = get_args(Format)[1:]
+            raise TaskError(f"no format {self.format!r}; there are {', '.join(known)}.{suggest(self.format, known)}")
+        object.__setattr__(self, "format", self.format or "plain")
+        if not isinstance(self.system, str) or (self.system and self.format == "plain"):
+            raise TaskError(f"system={self.system!r}: only a chat has a system message; set format='chat'")
+
     def _check_labels(self) -> None:
         least = _LEAST_LABELS.get(self.kind)
         if least is None and self.labels:
@@ -216,6 +248,13 @@ class Task:
             raise TaskError(f"column {self.label!r} is both text and label; the answer would be read off the text")
         if self.kind == "tagging" and not _is_bare(self.template):
             raise TaskError(f"the template of tagging is one column that holds words, not {self.template.parts!r}")
+        if self.kind == "generation" and self.template.num_slots:
+            raise TaskError(f"a prompt to write from has no slots, but {self.template.parts!r} has; leave {{|}} out")
+        if self.kind == "generation" and len(self.template.parts) != 1:
+            raise TaskError(
+                f"the prompt of a generation has one part, not {self.template.parts!r}; write the columns into one, "
+                'such as template=("{context}\\n{question}",)'
+            )
         if self.kind != "multiple_choice" and self.choices:
             raise TaskError(f"only multiple_choice has choices, not {self.kind}; leave them out")
         if self.kind == "multiple_choice" and (len(self.choices) < 2 or len(self.template.parts) != 1):
@@ -278,3 +317,11 @@ def _named_label(row: Mapping[str, Any], label: str, names: tuple[str, ...]) -> 
 
     value = row[label]
     return {**row, label: [name(item) for item in value] if isinstance(value, list) else name(value)}
+
+
+def joined(value: object) -> object:
+    """A cell as a template takes it: a list's texts with " && " between them, those of a list in it with " | "."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [" | ".join(map(str, item)) if isinstance(item, (list, tuple)) else item for item in value]
+    return " && ".join(map(str, parts)) if all(part is not None for part in parts) else None

@@ -65,9 +65,16 @@ class Spec:
     """Name of the validation split."""
     shipped: bool = False
     """Whether the task comes with the library."""
+    train: str = "train"
+    """Name of the split to learn from."""
+    kind: str = ""
+    """Kind of task, where it cannot be told from the columns: generation."""
+    format: str = ""
+    """Generation only: how prompt and answer are written out, see `Task.format`."""
 
 
 _STANCE = Spec(metric="stance_f1")
+_WRITE = Spec(kind="generation", label="output")
 _TITLED = Spec(template=("title", "content"), label="label")
 
 SPECS: dict[str, Spec] = {
@@ -116,7 +123,45 @@ SPECS: dict[str, Spec] = {
     "tweet_eval/stance_climate": _STANCE,
     "tweet_eval/stance_feminist": _STANCE,
     "tweet_eval/stance_hillary": _STANCE,
+    # table to text
+    "nlg/e2e_nlg": Spec(
+        kind="generation", template=("{meaning_representation}",), label="human_reference", metric="bleu"
+    ),
+    "nlg/webnlg_2017": Spec(kind="generation", template=("{modified_triple_sets}",), label="references", metric="bleu"),
+    # its own training rows are not in the folder of suites: the validation split trains, a tenth of it is held out
+    "nlg/dart": Spec(
+        kind="generation", template=("{tripleset}",), label="references", metric="bleu", train="validation"
+    ),
+    "summarization/dialogsum": Spec(
+        kind="generation", template=("{dialogue}\nSummary:",), label="references", metric="rouge_l"
+    ),
+    "instruction/alpaca": replace(_WRITE, template=("{instruction}\n{input}",), metric="rouge_l", format="auto"),
+    "instruction/self_instruct_seed": replace(
+        _WRITE, template=("{instruction}\n{input}",), metric="rouge_l", format="auto"
+    ),
+    "reasoning/gsm8k": Spec(
+        kind="generation", template=("{question}",), label="answer", metric="number_match", format="auto"
+    ),
+    "reasoning/coin_flip": Spec(kind="generation", template=("{question}",), label="answer", metric="exact_match"),
+    "reasoning/last_letters": Spec(kind="generation", template=("{question}",), label="answer", metric="exact_match"),
+    "code/bug_fix_java": Spec(kind="generation", template=("{buggy}",), label="fixed", metric="bleu"),
+    "code/java_to_cs": Spec(kind="generation", template=("{java}",), label="cs", metric="bleu"),
 }
+
+FAMILIES: dict[str, Spec] = {
+    "commonsense": replace(_WRITE, template=("{instruction}",), metric="exact_match"),
+    "super_natural_instructions": Spec(
+        kind="generation",
+        template=("{definition}\n\n{inputs}",),
+        label="references",
+        metric="rouge_l",
+        format="auto",
+    ),
+    "instruction_induction": Spec(
+        kind="generation", template=("Input: {input}\nOutput:",), label="references", metric="exact_match"
+    ),
+}
+"""Collections all of whose tasks are read in one way, where `SPECS` does not name the task."""
 
 
 def load_task(name: str, data_dir: str | Path | None = None) -> TaskData:
@@ -131,7 +176,7 @@ def load_task(name: str, data_dir: str | Path | None = None) -> TaskData:
     Raises TaskError for a name that is unknown or cannot be inferred, DataError when the folder is not set or
     its files cannot be read.
     """
-    spec = SPECS.get(name, Spec())
+    spec = _spec(name) or Spec()
     if spec.shipped:
         return _load_shipped(name, spec)
     root = _root(data_dir)
@@ -139,19 +184,20 @@ def load_task(name: str, data_dir: str | Path | None = None) -> TaskData:
     if root is None or folder is None or not folder.is_dir():
         raise _unknown(name, root)
     splits = list_splits(folder)
-    if "train" not in splits:
+    if spec.train not in splits:
         raise DataError(f"task {name!r} has nothing to train on; {str(folder)!r} holds {', '.join(splits)}")
-    train = read_table(folder, split="train")
-    if name not in SPECS and not _is_plain(train.features):
+    train = read_table(folder, split=spec.train)
+    if _spec(name) is None and not _is_plain(train.features):
         raise TaskError(
             f"task {name!r} cannot be told from its columns ({columns.named(train.features)}); read it with "
             f"read_table({str(folder)!r}, split='train') and write its Task(…)"
         )
     test = read_table(folder, split="test") if "test" in splits else None
-    if spec.validation in splits:
+    if spec.validation in splits and spec.validation != spec.train:
         validation = read_table(folder, split=spec.validation)
     else:
-        train, validation = split_table(train, _HELD_OUT, seed=0, label=spec.label or None)
+        stratified = None if spec.kind == "generation" else spec.label or None
+        train, validation = split_table(train, _HELD_OUT, seed=0, label=stratified)
     return TaskData(task=_task(name, spec, train), train=train, validation=validation, test=test)
 
 
@@ -161,10 +207,17 @@ def list_tasks(data_dir: str | Path | None = None) -> tuple[str, ...]:
     root = _root(data_dir)
     if root is None:
         return tuple(shipped)
-    told = {name for name, spec in SPECS.items() if not spec.shipped and _trains(root / (spec.folder or name))}
-    files = root.glob("*/*/train.parquet")
-    inferred = {"/".join(file.parts[-3:-1]) for file in files if _is_plain(parquet_features(file))}
+    told = {
+        name for name, spec in SPECS.items() if not spec.shipped and _trains(root / (spec.folder or name), spec.train)
+    }
+    files = {"/".join(file.parts[-3:-1]): file for file in root.glob("*/*/train.parquet")}
+    inferred = {name for name, file in files.items() if _spec(name) or _is_plain(parquet_features(file))}
     return (*shipped, *sorted(told | inferred))
+
+
+def _spec(name: str) -> Spec | None:
+    """What is known of a task beside its columns: of itself, or of all in its collection."""
+    return SPECS.get(name) or FAMILIES.get(name.partition("/")[0])
 
 
 def _load_shipped(name: str, spec: Spec) -> TaskData:
@@ -172,18 +225,21 @@ def _load_shipped(name: str, spec: Spec) -> TaskData:
         if not path.is_file():
             raise DataError(f"the file of task {name!r} is missing: {path}. Reinstall multitune")
         table = read_file(path)
-    held = set(_every_fourth(table, spec.label))
+    held = set(_every_fourth(table, spec.label, spec.kind == "generation"))
     train, validation = (
         table.select([i for i in range(len(table)) if (i in held) is wanted]) for wanted in (False, True)
     )
     return TaskData(task=_task(name, spec, table), train=train, validation=validation)
 
 
-def _every_fourth(table: "Dataset", label: str) -> Iterable[int]:
-    """Every fourth row of each label; counted over all rows, a file with labels in turn would lose some."""
+def _every_fourth(table: "Dataset", label: str, texts: bool) -> Iterable[int]:
+    """Every fourth row of each label; counted over all rows, a file with labels in turn would lose some.
+
+    texts: whether the label is a text to write; then every fourth of all rows.
+    """
     seen: dict[object, int] = {}
     for row, value in enumerate(table[label]):
-        group = None if isinstance(value, float) else value
+        group = None if isinstance(value, float) or texts else value
         seen[group] = seen.get(group, 0) + 1
         if seen[group] % 4 == 0:
             yield row
@@ -199,6 +255,15 @@ def _task(name: str, spec: Spec, table: "Dataset") -> Task:
             label=spec.label,
             choices=spec.choices,
             metric=spec.metric,
+        )
+    if spec.kind:
+        return Task(
+            name=name,
+            kind=spec.kind,  # type: ignore[arg-type]  # the task checks it
+            template=Template(spec.template),
+            label=spec.label,
+            metric=spec.metric,
+            format=spec.format,  # type: ignore[arg-type]
         )
     text, pair = (*spec.template, None, None)[:2]
     task = infer_task(table, text=text, text_pair=pair, label=spec.label or None, name=name)
@@ -229,8 +294,8 @@ def _is_plain(features: "Features") -> bool:
     return bool(columns.class_names(features, label)) and not columns.is_list(features, label) and not worded
 
 
-def _trains(folder: Path) -> bool:
-    return folder.is_dir() and "train" in list_splits(folder)
+def _trains(folder: Path, split: str) -> bool:
+    return folder.is_dir() and split in list_splits(folder)
 
 
 def _unknown(name: str, root: Path | None) -> TaskError | DataError:

@@ -90,6 +90,20 @@ def choice_id(value: object, choices: Sequence[str]) -> int:
     )
 
 
+def answers(value: object) -> tuple[str, ...]:
+    """The texts that are right answers: one, or those of a list; numbers as they are written."""
+    found = value if isinstance(value, (list, tuple)) else [value]
+    if not found:
+        raise DataError("the list of answers is empty. Give at least one or drop the row")
+    for each in found:
+        missing = each is None or (isinstance(each, float) and math.isnan(each))
+        if missing or (isinstance(each, str) and not each.strip()):
+            raise DataError("the answer is empty. Fill it in or drop the row")
+        if not isinstance(each, (str, Real)):
+            raise DataError(f"an answer is a text, not a {type(each).__name__}: {str(each)[:60]!r}")
+    return tuple(str(each).strip() for each in found)
+
+
 def as_integer(value: object) -> int | None:
     """The value of an int, or of a float or text that is one; None for all else (bool included)."""
     if isinstance(value, bool):

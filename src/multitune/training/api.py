@@ -17,14 +17,15 @@ from torch import Tensor
 
 from multitune import heads
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE, Adapter
+from multitune.answers import settle_format
 from multitune.backbone import Backbone
 from multitune.bank import Bank
+from multitune.deltas import Prompt
 from multitune.errors import ConfigError, DataError
 from multitune.files import replace_file
 from multitune.heads import Head
 from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, make_method
-from multitune.plan import DeltaSet
 from multitune.quantized import check_trains
 from multitune.tables import TABLE_FILE
 from multitune.tasks import Task, TaskData, any_split, compute
@@ -33,6 +34,7 @@ from multitune.training.checkpoints import FOLDER, Checkpoints
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.curve import write_curve
 from multitune.training.data import TaskRows, warn_of_empty
+from multitune.training.language import answer_scores
 from multitune.training.model import TuningModel
 from multitune.training.trainer import TuningTrainer, run
 
@@ -52,8 +54,10 @@ class TrainResult:
     """Per logged step: step, epoch, loss, learning_rate, grad_norm, and after an evaluation eval_loss and eval_*."""
     seconds: float
     """Wall time of this call; of a resumed run, the time since it was resumed."""
+    metric: str
+    """Name of the metric that chose the tensors: the task's headline metric, or perplexity where that judges texts."""
     best_metric: float
-    """Best value of the task's headline metric on the validation rows."""
+    """Best value of that metric on the validation rows."""
     best_step: int
     """Step that reached it and is kept: of equal values that with the lowest validation loss, then the latest."""
     num_steps: int
@@ -107,6 +111,8 @@ def train(
     if output is not None:
         _check_folder(output, overwrite)
     _check_backbone(backbone)
+    data = replace(data, task=settle_format(backbone, data.task))
+    _check_smoothing(data.task, config)
     chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
     check_trains(backbone, chosen)
     if backbone.device.type == "cuda":
@@ -118,6 +124,7 @@ def train(
         split: TaskRows(backbone, data.task, table, max_length=max_length, split=split)
         for split, table in (("train", data.train), ("validation", data.validation))
     }
+    _check_prompts(model, rows.values())
     facts = {
         "num_train": len(rows["train"]),
         "num_validation": len(rows["validation"]),
@@ -139,12 +146,13 @@ def train(
     adapter = _adapter(backbone, model, trainer, name or data.task.name, max_length, extra)
     history = _history(trainer)
     if output is not None and checkpoints is not None:
-        adapter = _publish(adapter, history, output, data.task.metric, checkpoints, config.keep_checkpoints)
+        adapter = _publish(adapter, history, output, trainer.metric, checkpoints, config.keep_checkpoints)
     return TrainResult(
         adapter=adapter,
         history=history,
         seconds=time.perf_counter() - start,
-        best_metric=adapter.metrics[data.task.metric],
+        metric=trainer.metric,
+        best_metric=adapter.metrics[trainer.metric],
         best_step=int(trainer.state.best_global_step or 0),
         num_steps=trainer.state.global_step,
         num_method_parameters=model.num_trained,
@@ -178,6 +186,8 @@ def evaluate(
         adapter = Adapter.load(adapter, backbone)
     task = adapter.task
     table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
+    if task.kind == "generation":
+        return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
     examples = task.examples(table)
     warn_of_empty(task, "given", examples)
     targets: list[Any] = [e.target for e in examples]
@@ -286,9 +296,14 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
     params: dict[str, Tensor] = method.init(backbone, torch.Generator().manual_seed(config.seed))
     if method.changes_weights:
         backbone = backbone.clone()
-        backbone.model.float()
+        backbone.to_float32()
         own = dict(backbone.model.named_parameters())
         params = {name: own[name].requires_grad_(True) for name in params}
+    if not head_params and not any(map(method.trains, params)):
+        raise ConfigError(
+            f"{method.title} trains nothing on task '{data.task.name}', whose kind, {data.task.kind}, has no head to "
+            f"train; choose a method that changes the backbone, such as lora"
+        )
     return TuningModel(
         backbone,
         method,
@@ -297,14 +312,37 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
         head_params,
         num_choices=len(data.task.choices) or 1,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        label_smoothing=config.label_smoothing,
     )
+
+
+def _check_smoothing(task: Task, config: TrainConfig) -> None:
+    if config.label_smoothing and task.kind != "generation":
+        raise ConfigError(
+            f"label_smoothing={config.label_smoothing} is for generation, and task '{task.name}' is of kind "
+            f"{task.kind}; leave it out"
+        )
+
+
+def _check_prompts(model: TuningModel, splits: Iterable[TaskRows]) -> None:
+    """Raise `ConfigError` for vectors that training would put elsewhere than generation, which ends with the prompt."""
+    if model.head.kind != "generation":
+        return
+    places = [a for _, d in model.delta_set().of(Prompt) if isinstance(d, Prompt) for a in d.at]
+    if not places:
+        return
+    shortest = min(len(i) - i.target for rows in splits for i in rows.items)
+    if min(places) < 0 or max(places) >= shortest:
+        raise ConfigError(
+            f"{model.method.title} puts vectors behind the text, or as far as token {max(places)} of prompts of which "
+            f"the shortest has {shortest} tokens; where the answer follows, they must stand in front of the prompt's "
+            f"last token: give position=0, or a pattern that ends with {{text}}"
+        )
 
 
 def _room(model: TuningModel, config: TrainConfig) -> int:
     """Tokens a text may have beside the prompt."""
-    params = {n: p.detach() for n, p in model.own().items()}
-    prompt = DeltaSet(model.method.deltas(params, model.backbone)).num_positions
-    return min(config.max_length, model.backbone.max_length - prompt)
+    return min(config.max_length, model.backbone.max_length - model.delta_set().num_positions)
 
 
 def _settings(

@@ -30,7 +30,7 @@ _AT_LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
 }
-_BELOW_ONE = ("warmup_ratio", "head_dropout")
+_BELOW_ONE = ("warmup_ratio", "head_dropout", "label_smoothing")
 _POSITIVE = ("learning_rate", "epochs")
 
 #: What neither changes the tensors nor the metrics of a run, so that a resumed run may change it.
@@ -58,7 +58,8 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Batches whose gradients are added up before one optimizer step."""
     max_length: int = 128
-    """Tokens a text is cut to, special tokens included."""
+    """Tokens a text is cut to, special tokens included; of a generation tokens of prompt and answer together, where the
+    front of the prompt is cut and the answer never."""
     seed: int = 0
     """Seed of the initial tensors, the order of the rows and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -75,6 +76,8 @@ class TrainConfig:
     cls elsewhere."""
     head_dropout: float = 0.1
     """Probability of dropping an entry of the head's input, in training."""
+    label_smoothing: float = 0.0
+    """Generation: share of every token's weight in the loss that goes to all words alike."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, more time, equal gradients."""
     cache_frozen: Literal["auto", "memory", "disk"] | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from multitune.answers import encode_answered
 from multitune.backbone import Backbone
 from multitune.batching import Encoded, encode, pad
 from multitune.errors import DataError, DataWarning
@@ -28,10 +29,11 @@ _POOL = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One row: its sequences (one, or one per choice) and its target."""
+    """One row: its sequences (one, or one per choice) and its target. Generation: a row with one of its answers."""
 
     sequences: tuple[Encoded, ...]
     target: Any
+    """As `Example.target`; generation: how many tokens at the end of the sequence are the answer."""
 
     def __len__(self) -> int:
         return max(len(s) for s in self.sequences)
@@ -66,9 +68,15 @@ class TaskRows(Dataset[Item]):
         if not examples:
             raise DataError(f"task '{task.name}' has no {split} rows; give a table with at least one")
         warn_of_empty(task, split, examples)
+        self.task = task
+        self.examples = examples
+        self.items: list[Item]
+        if task.kind == "generation":
+            answered = encode_answered(backbone, task, examples, max_length=max_length, split=split)
+            self.items = [Item(sequences=(Encoded(input_ids=a.input_ids),), target=a.num_answer) for a in answered]
+            return
         texts = [t for e in examples for t in e.texts]
         encoded = iter(encode(backbone, texts, max_length=max_length, words=task.kind == "tagging"))
-        self.task = task
         self.items = [Item(sequences=tuple(next(encoded) for _ in e.texts), target=e.target) for e in examples]
 
     def __len__(self) -> int:
@@ -123,6 +131,12 @@ class Collator:
                 # Words that were cut off have no start. A word without tokens shares the start of the next, which wins.
                 for start, tag in zip(item.sequences[0].word_starts, item.target, strict=False):
                     row[start] = tag
+            return out
+        if self.kind == "generation":
+            out = torch.full((len(items), width), IGNORED)
+            for row, item in zip(out, items, strict=True):
+                ids = item.sequences[0].input_ids
+                row[len(ids) - item.target : len(ids)] = torch.tensor(ids[-item.target :])
             return out
         dtype = torch.float32 if self.kind in ("regression", "multilabel") else torch.long
         return torch.tensor([item.target for item in items], dtype=dtype)
@@ -185,4 +199,4 @@ class RowLoader(DataLoader[Item]):
 
 def num_targets(kind: str, targets: Tensor) -> int:
     """How many terms the mean loss of a batch has, up to a factor that all batches share."""
-    return int((targets != IGNORED).sum()) if kind == "tagging" else len(targets)
+    return int((targets != IGNORED).sum()) if kind in ("tagging", "generation") else len(targets)

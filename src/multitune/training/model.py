@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from multitune import heads
 from multitune.backbone import Backbone
 from multitune.heads import Head
+from multitune.language_loss import token_losses
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
 from multitune.sharing import first_touched, first_trained
@@ -32,6 +33,7 @@ class TuningModel(nn.Module):
         *,
         num_choices: int = 1,
         autocast: torch.dtype | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         """
         Args:
@@ -39,6 +41,7 @@ class TuningModel(nn.Module):
                 already (full fine-tuning: one of the backbone's own) is trained in place.
             num_choices: multiple choice: sequences per row.
             autocast: dtype of mixed precision, `None` for none.
+            label_smoothing: generation: as `token_losses` takes it, in training only.
         """
         super().__init__()
         self.backbone = backbone  # no nn.Module, so nothing of it is registered here
@@ -46,6 +49,7 @@ class TuningModel(nn.Module):
         self.head = head
         self.num_choices = num_choices
         self.autocast = autocast
+        self.label_smoothing = label_smoothing
         self.frozen_layers = 0
         """Layers, from the bottom, that run without dropout, with all that is in front of them and behind the last."""
         self.names = tuple(params)
@@ -67,12 +71,13 @@ class TuningModel(nn.Module):
 
         Args:
             input_ids: int64 `[B, T]`; B is R times the number of choices.
-            targets: as `heads.loss` takes them.
+            targets: as `heads.loss` takes them; generation as `token_losses` does.
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
             slots: int64 `[B, S]` as `Backbone.run` takes them.
 
         Returns:
-            `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; `loss` scalar.
+            `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; `loss` scalar. Generation: `logits`
+            `[B, T, V]` without targets, and with them `loss` alone, the mean over all tokens that count.
         """
         backbone, device = self.backbone, self.backbone.device
         ids, mask, types = (None if t is None else t.to(device) for t in (input_ids, attention_mask, token_type_ids))
@@ -86,6 +91,8 @@ class TuningModel(nn.Module):
                 hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), ids, mask, types)
             else:
                 hidden, mask = states.to(device), None if self.keeps_one_state else mask
+            if self.head.kind == "generation":
+                return self._written(hidden, targets)
             tensors = dict(zip(self.head_names, self.head_params, strict=True))
             logits = heads.logits(backbone, self.head, tensors, hidden, mask, self.training).float()
         if self.head.kind == "multiple_choice":
@@ -94,10 +101,18 @@ class TuningModel(nn.Module):
             return {"logits": logits}
         return {"logits": logits, "loss": heads.loss(self.head, logits, targets.to(device))}
 
+    def _written(self, hidden: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+        """`forward` for a task of generation, from `hidden [B, T, D]`."""
+        if targets is None:
+            return {"logits": self.backbone.lm_head(hidden)}
+        smoothing = self.label_smoothing if self.training else 0.0
+        losses = token_losses(self.backbone.lm_head, hidden, targets.to(hidden.device), smoothing)
+        return {"loss": losses.mean()}
+
     @property
     def keeps_one_state(self) -> bool:
         """Whether `frozen_outputs` are one vector per sequence: no layer is trained and the head reads no more."""
-        return self.frozen_layers == self.backbone.num_layers and self.head.kind != "tagging"
+        return self.frozen_layers == self.backbone.num_layers and self.head.kind not in ("tagging", "generation")
 
     def frozen_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
         """What the lowest `frozen_layers` give without dropout: what goes into the layer above them.
@@ -149,6 +164,10 @@ class TuningModel(nn.Module):
     def own(self) -> dict[str, nn.Parameter]:
         """The method's tensors by name, in float32 or whole numbers."""
         return dict(zip(self.names, self.params, strict=True))
+
+    def delta_set(self) -> DeltaSet:
+        """The deltas as they are now, detached."""
+        return DeltaSet(self.method.deltas({name: p.detach() for name, p in self.own().items()}, self.backbone))
 
     @property
     def num_trained(self) -> int:

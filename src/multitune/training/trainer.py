@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from multitune import heads
 from multitune.errors import ConfigError
 from multitune.tasks import compute, higher_is_better
+from multitune.tasks.metrics import judge_of_training
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
@@ -67,7 +68,7 @@ class TuningTrainer(Trainer):
         self.train_rows = train
         self.validation_rows = validation
         self.checkpoints = checkpoints
-        self.metric = train.task.metric
+        self.metric = judge_of_training(train.task.metric) if train.task.metric else ""
         self.report = report
         self.best: dict[str, Tensor] | None = None
         self.best_metrics: dict[str, float] = {}
@@ -270,8 +271,12 @@ class TuningTrainer(Trainer):
             items = num_targets(task.kind, batch["targets"])
             if items:
                 loss, count = loss + float(outputs["loss"]) * items, count + items
+            if task.kind == "generation":
+                continue
             for i, values in zip(picked, outputs["logits"], strict=True):
                 predictions[i] = heads.prediction(task, values, rows[i].sequences[0].word_starts)
+        if task.kind == "generation":
+            return perplexity_of(loss / count)
         targets = [item.target for item in rows.items]
         if task.kind == "tagging":  # words that were cut off are not judged
             targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
@@ -357,6 +362,11 @@ class TuningTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: there is no gradient scaler."""
+
+
+def perplexity_of(loss: float) -> dict[str, float]:
+    """Mean loss per token, and perplexity, which is e to that power."""
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 class _Rhythm(TrainerCallback):
