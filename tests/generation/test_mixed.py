@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from multitune import Adapter, Bank, DeltaSet, Plan, PromptTuning, PTuningV2, get_method, method_names
+from multitune import Adapter, Backbone, Bank, DeltaSet, Plan, PromptTuning, PTuningV2, get_method, method_names
 from multitune.generation import GenerationSettings
 from multitune.generation.batch import DecodingBatch
 from multitune.generation.prompts import make_sequence
@@ -217,3 +217,23 @@ def test_a_shared_beginning_is_run_once(lm, make_prompts, monkeypatch):
     shared = Bank(backbone).generate(rows, {"max_new_tokens": 2, "stop_at_eos": False})
     assert sizes == [22, 4 * 5, 4]  # the examples, the ends, a step
     assert [g.token_ids for g in shared] == [tuple(without_cache(backbone, None, row, 2)) for _, row in rows]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_keep_rows_apart_too(language_model, random_params, make_prompts, padded, name, dtype):
+    """One eager, one fused attention; in bfloat16 another sum may be another token, so that shapes are all there is."""
+    backbone = Backbone(language_model(name).to(dtype))
+    methods = [PTuningV2(length=3), get_method("lora")(r=2), PromptTuning(length=2)]
+    with torch.no_grad():
+        deltas = [
+            DeltaSet(m.deltas(random_params(backbone, m, i, std=0.1), backbone)).fused(dtype, backbone.device)
+            for i, m in enumerate(methods)
+        ]
+        plan = Plan([*deltas, None])
+    rows = make_prompts([5, 8, 3, 6])
+    found = backbone.generate(plan, *padded(rows), settings={"max_new_tokens": NEW, "stop_at_eos": False})
+    assert [(len(g.token_ids), g.finish_reason) for g in found] == [(NEW, "length")] * 4
+    if dtype == torch.float64:
+        for one, row, generation in zip([*deltas, None], rows, found, strict=True):
+            assert list(generation.token_ids) == without_cache(backbone, one, row, NEW)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,21 +24,43 @@ def byte_tokenizer():
 @given(
     text=st.text(alphabet="abé€😀 \n", max_size=12), stop=st.lists(st.text("abé ", min_size=1, max_size=3), max_size=2)
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_pieces_add_up_and_never_hold_a_stop_string_or_half_a_character(byte_tokenizer, text, stop):
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.parametrize("window", [(32, 4), (1, 1), (3, 2)])
+def test_pieces_add_up_and_never_hold_a_stop_string_or_half_a_character(
+    byte_tokenizer, monkeypatch, window, text, stop
+):
+    monkeypatch.setattr("multitune.generation.text._WINDOW", window[0])
+    monkeypatch.setattr("multitune.generation.text._CONTEXT", window[1])
     ids = byte_tokenizer(text)["input_ids"]
     stream = TextStream(lambda tokens: byte_tokenizer.decode(list(tokens)), stop)
     pieces, used = [], 0
     for used in range(1, len(ids) + 1):
-        done = stream.stopped(ids[:used]) or used == len(ids)
+        done = stream.stopped(ids[:used], grows=True) or used == len(ids)
         pieces.append(stream.piece(ids[:used], last=done))
         if done:
             break
     joined = "".join(pieces)
     assert joined == stream.text(ids[:used])
     assert "�" not in joined
-    firsts = [text.find(s) for s in stop if s in text]
-    assert joined == (text[: min(firsts)] if firsts else text)
+    come = byte_tokenizer.decode(ids[:used])  # another stop string may be complete first than begins first
+    firsts = [come.find(s) for s in stop if s in come]
+    assert joined == (come[: min(firsts)] if firsts else text)
+
+
+def test_a_long_text_is_not_decoded_from_its_beginning_for_every_token(byte_tokenizer):
+    sizes = []
+
+    def decode(tokens):
+        sizes.append(len(tokens))
+        return byte_tokenizer.decode(list(tokens))
+
+    ids = byte_tokenizer("a long text of é and € " * 20)["input_ids"]
+    stream = TextStream(decode)
+    pieces = [stream.piece(ids[:n], last=n == len(ids)) for n in range(1, len(ids) + 1)]
+    assert "".join(pieces) == byte_tokenizer.decode(ids)
+    assert sum(n > 50 for n in sizes) == 1  # the last
 
 
 def test_a_character_that_never_becomes_whole_comes_at_the_end(byte_tokenizer):

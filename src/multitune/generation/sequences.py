@@ -51,7 +51,7 @@ class Decoded:
         """Why a text of these tokens is at its end, if it is."""
         if self.settings.stop_at_eos and tokens[-1] in self.eos_ids:
             return "eos"
-        if self.stream.stopped(tokens):
+        if self.stream.stopped(tokens, grows=self.num_rows == 1):
             return "stop"
         return "length" if len(tokens) >= self.settings.max_new_tokens else None
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+#: Tokens whose text is certain are not decoded again once they are so many, but for a few that the next ones need:
+#: decoders of some models drop the space in front of a text's first word.
+_WINDOW, _CONTEXT = 32, 4
+
 #: What a decoder puts where the bytes of a character are not all there yet.
 _INCOMPLETE = "�"
 
@@ -20,23 +24,40 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(stop)
         self._given = 0
+        self._settled = ""
+        self._settled_tokens = 0
 
-    def stopped(self, token_ids: Sequence[int]) -> bool:
-        """Whether the text of these tokens holds a stop string."""
-        return bool(self._stop) and any(s in self._decode(token_ids) for s in self._stop)
+    def stopped(self, token_ids: Sequence[int], *, grows: bool = False) -> bool:
+        """Whether the text of these tokens holds a stop string; `grows`: they begin with those of the last call."""
+        if not self._stop:
+            return False
+        whole = self._grown(token_ids) if grows else self._decode(token_ids)
+        return any(s in whole for s in self._stop)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens up to the first stop string."""
-        whole = self._decode(token_ids)
+        return self._cut(self._decode(token_ids))
+
+    def _grown(self, token_ids: Sequence[int]) -> str:
+        """`decode` for tokens that begin with those of the last call, in time that does not grow with them."""
+        done = self._settled_tokens
+        context = token_ids[max(0, done - _CONTEXT) : done]
+        known = len(self._decode(context)) if context else 0
+        whole = self._settled + self._decode([*context, *token_ids[done:]])[known:]
+        if len(token_ids) - done >= _WINDOW and not whole.endswith(_INCOMPLETE):
+            self._settled, self._settled_tokens = whole, len(token_ids)
+        return whole
+
+    def _cut(self, whole: str) -> str:
         ends = [end for s in self._stop if (end := whole.find(s)) >= 0]
         return whole[: min(ends)] if ends else whole
 
     def piece(self, token_ids: Sequence[int], *, last: bool) -> str:
-        """What is new and certain in the text of these tokens, all those so far; all of the rest with `last`.
+        """What is new and certain in the text of these tokens, all those so far; with `last` all that is left.
 
         A character whose bytes are not all there waits, and so does what may be the beginning of a stop string.
         """
-        whole = self.text(token_ids)
+        whole = self.text(token_ids) if last else self._cut(self._grown(token_ids))
         if not last:
             whole = whole.rstrip(_INCOMPLETE)
             waiting = max((_overlap(whole, s) for s in self._stop), default=0)
