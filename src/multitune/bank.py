@@ -310,7 +310,8 @@ class Bank:
 
         Args:
             rows: pairs of an adapter's name (or `None`) and a prompt: a text, a list of chat messages (`role`,
-                `content`), or a list of token ids.
+                `content`), or a list of token ids. With an adapter whose task writes texts, a text or a mapping is a
+                row of that task, put into its template; one that is too long loses words at its front.
             settings: how to decode, for all rows or one per row (`GenerationSettings`, or a mapping); by default
                 greedily.
             batch_size: most rows decoded together; where one is done, the next takes its place.

@@ -1,5 +1,6 @@
 """Continuous batching: requests come and go at random, and each gets the text it would get alone."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -14,12 +15,16 @@ from multitune import (
     ConfigError,
     DataError,
     Engine,
+    Head,
     MixError,
     Plan,
     PlanError,
+    Task,
     get_method,
     method_names,
 )
+from multitune.answers import encode_prompts
+from multitune.errors import DataWarning
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 NAMES = ["gpt2", "opt", "llama", "gemma3_text"]
@@ -283,3 +288,27 @@ def test_a_fully_tuned_adapter_generates_alone_and_is_refused_in_a_mix(lm, rando
 def test_a_bank_of_an_encoder_generates_nothing(bert):
     with pytest.raises(BackboneError, match="has no language-model head: it is no causal model"):
         Bank(bert).generate([(None, "good")])
+
+
+def test_rows_of_a_task_that_writes_start_from_the_ids_of_training(lm, small_method, random_adapter):
+    backbone = lm("llama")
+    task = Task(name="w", kind="generation", template=("{text} to {other}",), label="y", format="plain")
+    adapter = dataclasses.replace(
+        random_adapter(backbone, small_method("prompt", backbone), 1),
+        task=task, head=Head.for_task(task), head_params={},
+    )  # fmt: skip
+    bank = Bank(backbone)
+    bank.add("writer", adapter)
+    row = {"text": "good film", "other": "bad", "y": "never read"}
+    (ids,) = encode_prompts(backbone, task, [row], 40)
+    chosen = {"max_new_tokens": 5, "stop_at_eos": False}
+    by_row, by_ids, bare = bank.generate([("writer", row), ("writer", ids), (None, ids)], chosen)
+    assert by_row == by_ids and by_row.num_prompt_tokens == len(ids)
+    assert by_row.token_ids != bare.token_ids
+    with pytest.raises(DataError, match=r"row 1: task 'w': .*other"):
+        bank.generate([(None, "a"), ("writer", {"text": "good"})], chosen)
+    with pytest.warns(DataWarning, match=r"row 1: its prompt has 45 tokens and there is room for 32"):
+        long = bank.generate([(None, "a"), ("writer", row | {"text": "film " * 40})], chosen)[1]
+    assert long.num_prompt_tokens <= 32
+    with pytest.raises(DataError, match=r"row 0: not a word of its prompt fits into the 0 tokens left"):
+        bank.generate([("writer", row)], {"max_new_tokens": 39})

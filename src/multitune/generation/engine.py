@@ -9,13 +9,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from multitune.errors import ConfigError, MultituneError, PlanError
 from multitune.generation.batch import AnySequence, DecodingBatch, check_room
-from multitune.generation.prompts import AnySettings, encode_prompt, make_sequence, settings_per_row
-from multitune.generation.settings import Generation
+from multitune.generation.prompts import (
+    AnySettings,
+    encode_for_task,
+    encode_prompt,
+    make_sequence,
+    settings_per_row,
+)
+from multitune.generation.settings import Generation, GenerationSettings
+from multitune.plan import DeltaSet
 
 if TYPE_CHECKING:
     from multitune.bank import Bank
@@ -129,7 +136,8 @@ class Engine:
         """Add a request; it enters the batch in a later step.
 
         Args:
-            prompt: a text, a list of chat messages (`role`, `content`), or a list of token ids.
+            prompt: a text, a list of chat messages (`role`, `content`), or a list of token ids. With an adapter whose
+                task writes texts, a text or a mapping is a row of that task, put into its template.
             adapter: the bank's adapter to use; `None` for the bare backbone.
             settings: how to decode; by default greedily.
 
@@ -157,7 +165,7 @@ class Engine:
         for i, ((adapter, prompt), own, of_row) in enumerate(zip(rows, per_row, deltas, strict=True)):
             where = f"{name} {first + i}" if name == "row" else name
             try:
-                ids = encode_prompt(self.bank.backbone, prompt)
+                ids = self._encode(adapter, prompt, of_row, own, where)
                 sequence = make_sequence(self.bank.backbone, ids, of_row, own, adapter)
             except MultituneError as error:
                 raise type(error)(f"{where}: {error}") from error
@@ -167,6 +175,19 @@ class Engine:
         with self._lock:
             self._waiting.extend(made)
         return made
+
+    def _encode(
+        self, adapter: str | None, prompt: Any, deltas: DeltaSet | None, settings: GenerationSettings, where: str
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt; of an adapter trained on a task that writes, the ids training saw for such a row."""
+        backbone = self.bank.backbone
+        task = None if adapter is None else self.bank.adapter(adapter).task
+        if task is not None and task.kind == "generation" and isinstance(prompt, (str, Mapping)):
+            beside = 0 if deltas is None else deltas.num_positions
+            return encode_for_task(
+                backbone, task, prompt, backbone.max_length - beside - settings.max_new_tokens, where
+            )
+        return encode_prompt(backbone, prompt)
 
     def _check_limits(self, sequence: AnySequence, where: str) -> None:
         if sequence.num_rows > self.max_rows:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from multitune.errors import BackboneError, ConfigError, DataError, suggest
+from multitune.answers import PromptFormat
+from multitune.errors import BackboneError, ConfigError, DataError, DataWarning, suggest
 from multitune.generation.sequences import BeamSequence, SingleSequence
 from multitune.generation.settings import GenerationSettings, setting_names
 from multitune.generation.text import TextStream
 from multitune.plan import DeltaSet
+from multitune.tasks import Task
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -18,6 +21,36 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 #: What `settings` arguments take: settings for all rows, or one per row, each as an object or by name.
 AnySettings = GenerationSettings | Mapping[str, Any]
+
+
+def encode_for_task(backbone: Backbone, task: Task, row: Any, room: int, where: str) -> tuple[int, ...]:
+    """Token ids of a row of a generation task, written out as in training; one too long loses words at its front.
+
+    Args:
+        row: a text or a mapping with the task's columns; an answer in it is not read.
+        room: most tokens.
+        where: what messages call the row.
+
+    Raises:
+        DataError: a row that does not fit the task, or of whose prompt not a word fits.
+        BackboneError: the backbone has no tokenizer, or no token that ends a text.
+    """
+    if isinstance(row, Mapping):
+        row = {column: value for column, value in row.items() if column != task.label}
+    writer = PromptFormat(backbone, task)
+    text = task.encode(row).texts[0][0]
+    ids = writer.prompts([text])[0]
+    if len(ids) <= room:
+        return tuple(ids)
+    kept = writer.cut(text, room) if room > 0 else None
+    if kept is None:
+        raise DataError(f"not a word of its prompt fits into the {max(room, 0)} tokens left; lower max_new_tokens")
+    warnings.warn(
+        f"{where}: its prompt has {len(ids)} tokens and there is room for {room}, so words at its front are cut off",
+        DataWarning,
+        stacklevel=5,
+    )
+    return tuple(kept)
 
 
 def encode_prompt(backbone: Backbone, prompt: Any) -> tuple[int, ...]:
