@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -299,6 +299,35 @@ class Bank:
 
     # ---------------------------------------------------------------- generation
 
+    def in_templates(self, rows: Sequence[Row], first: int = 0) -> list[Row]:
+        """Rows whose prompts stand in their adapters' templates, as token ids.
+
+        Only those of adapters that were trained to write; all others, and messages and token ids, are as they were.
+
+        Raises:
+            AdapterError, DataError: a name the bank does not have, or a row that does not fit its adapter's task.
+        """
+        from multitune.answers import encode_prompts
+
+        out = list(rows)
+        by_adapter: dict[str, list[int]] = {}
+        for place, (name, prompt) in enumerate(rows):
+            if name is not None and isinstance(prompt, (str, Mapping)):
+                by_adapter.setdefault(name, []).append(place)
+        for name, places in by_adapter.items():
+            with self._lock:
+                adapter = self._find(name, f"row {first + places[0]}: ").adapter
+            if adapter.task.kind != "generation":
+                continue
+            prompts = [rows[place][1] for place in places]
+            room = (
+                adapter.max_length - 2
+            )  # no row of the training had a longer prompt: an answer has a token and an end
+            ids = encode_prompts(self.backbone, adapter.task, prompts, room, [first + place for place in places])
+            for place, of_row in zip(places, ids, strict=True):
+                out[place] = name, of_row
+        return out
+
     def generate(
         self,
         rows: Sequence[Row],
@@ -310,7 +339,8 @@ class Bank:
 
         Args:
             rows: pairs of an adapter's name (or `None`) and a prompt: a text, a list of chat messages (`role`,
-                `content`), or a list of token ids.
+                `content`), or a list of token ids. For an adapter that was trained to write, a mapping of columns, or
+                a text where its template reads one column, is put into that template, as in training.
             settings: how to decode, for all rows or one per row (`GenerationSettings`, or a mapping); by default
                 greedily.
             batch_size: most rows decoded together; where one is done, the next takes its place.

@@ -129,7 +129,8 @@ class Engine:
         """Add a request; it enters the batch in a later step.
 
         Args:
-            prompt: a text, a list of chat messages (`role`, `content`), or a list of token ids.
+            prompt: a text, a list of chat messages (`role`, `content`), a list of token ids, or a row for the template
+                of an adapter that was trained to write, as `Bank.generate` takes them.
             adapter: the bank's adapter to use; `None` for the bare backbone.
             settings: how to decode; by default greedily.
 
@@ -152,6 +153,7 @@ class Engine:
             AdapterError, BackboneError, ConfigError, DataError, MixError, PlanError: as `submit`, naming the row.
         """
         per_row = settings_per_row(settings, len(rows))
+        rows = self.bank.in_templates(rows, first)
         deltas = self.bank.delta_sets([adapter for adapter, _ in rows], first)
         made: list[Request] = []
         for i, ((adapter, prompt), own, of_row) in enumerate(zip(rows, per_row, deltas, strict=True)):
