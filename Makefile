@@ -14,7 +14,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup adapterhub-env lint format test demo bench docs clean distclean
+.PHONY: help setup adapterhub-env lint format test demo demo-generate bench docs clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test: $(STAMP)  ## run the tests (PYTEST_ARGS='-k lora' narrows them)
 
 demo: $(STAMP)  ## train and serve several tasks on one backbone, offline
 	$(BIN)/multitune demo
+
+demo-generate: $(STAMP)  ## train three adapters that write sentences, and write one batch with all of them, offline
+	$(BIN)/multitune demo --writing --out adapters-writing
 
 bench: $(STAMP)  ## measure a mixed batch
 	$(BIN)/python benchmarks/mixed_batch.py

@@ -20,6 +20,7 @@ DEMOS = {
         "accuracy",
     ),
     "demo/urgency": ("regression", ("text",), (), "pearson_spearman"),
+    "demo/trails": ("generation", ("facts",), (), "bleu"),
 }
 
 
@@ -49,6 +50,8 @@ def test_demo_tasks(name):
     if kind == "classification":
         for part in (train, validation):
             assert {e.target for e in part} == set(range(len(data.task.labels)))
+    elif kind == "generation":
+        assert len(train) + len(validation) == 240 and all(len(e.target) == 1 for e in train + validation)
     else:
         assert all(0 <= e.target <= 1 for e in train + validation)
 

@@ -12,12 +12,17 @@ import typer
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, size
 from multitune.demo import TOLERANCE, DemoResult, DemoRow, run_demo
+from multitune.demo_writing import WritingResult, run_writing_demo
 
 TEXT_WIDTH = 29
 
 
 @app.command()
 def demo(
+    writing: Annotated[
+        bool,
+        typer.Option("--writing", help="Instead: three adapters that put facts into sentences, on smollm2."),
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="One epoch on a few rows, to see that everything runs.")
     ] = False,
@@ -28,6 +33,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train eight adapters with eight methods, then answer one batch that mixes them all; offline, in minutes."""
+    if writing:
+        _write(out, quick, threads, as_json)
+        return
     backbone = shared.load_backbone("minilm")
     result = run_demo(out, quick=quick, threads=threads, backbone=backbone, report=note)
     if as_json:
@@ -38,6 +46,55 @@ def demo(
     if not result.agrees:
         note(f"error: a row of the mixed batch differs from running its task alone by {result.max_difference:.1e}")
         raise typer.Exit(1)
+
+
+def _write(out: Path, quick: bool, threads: int, as_json: bool) -> None:
+    """`multitune demo --writing`."""
+    backbone = shared.load_backbone("smollm2")
+    result = run_writing_demo(out, quick=quick, threads=threads, backbone=backbone, report=note)
+    if as_json:
+        adapters = [
+            {"method": a.method, "parameters": a.parameters, "perplexity": a.perplexity, **a.evaluation.scores}
+            | {"seconds": round(a.seconds, 1), "path": str(a.path)}
+            for a in result.adapters
+        ]
+        print_json({"adapters": adapters, "rows": [asdict(r) for r in result.rows], "agrees": result.agrees})
+    else:
+        _print_writing(result, out)
+    if not result.agrees:
+        note("error: a row of the mixed batch is not written as its adapter writes it alone")
+        raise typer.Exit(1)
+
+
+def _print_writing(result: WritingResult, out: Path) -> None:
+    metrics = list(result.adapters[0].evaluation.scores)
+    adapters = [
+        (
+            a.method,
+            count(a.parameters),
+            *(f"{a.evaluation.scores[m]:.1f}" for m in metrics),
+            f"{a.perplexity:.2f}",
+            f"{a.seconds:.0f}",
+        )
+        for a in result.adapters
+    ]
+    columns = ("method", "trained", *metrics, "perplexity", "seconds")
+    lines = [
+        line
+        for row in result.rows
+        for line in (f"{row.adapter or 'no adapter'}: {row.facts}", *textwrap.wrap(row.text, 96, initial_indent="  "))
+    ]
+    show(
+        f"Three adapters on one frozen backbone, saved in {out} with all they wrote",
+        shared.table(adapters, columns, right=columns[1:]),
+        "",
+        f"One batch of {len(result.rows)} rows, each text equal to the one its adapter writes alone: "
+        f"{'yes' if result.agrees else 'no'}",
+        "",
+        *lines,
+        "",
+        f"All in {result.seconds:.0f} s.",
+    )
 
 
 def _print(result: DemoResult, out: Path) -> None:

@@ -77,7 +77,7 @@ def predict(
         _one_row(bank, texts, as_json, more=len(broken))
         return
     with ExitStack() as stack:
-        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(_open(Path(input_)))
+        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         for answer in answers(bank, lines, batch_size=batch_size, window=window, broken=broken):
             print(json.dumps(answer, ensure_ascii=False), file=sink, flush=window == 1)
@@ -134,7 +134,7 @@ def _is_adapter(text: str) -> bool:
     return any(os.path.isfile(os.path.join(place, CONFIG_FILE)) for place in (text, text.rpartition("=")[2]) if place)
 
 
-def adapter_folders(named: Iterable[str]) -> dict[str, Path]:
+def adapter_folders(named: Iterable[str], command: str = "predict") -> dict[str, Path]:
     """Adapters by name, from `FOLDER`, `NAME=FOLDER`, or a folder that holds adapter folders.
 
     Raises:
@@ -156,11 +156,12 @@ def adapter_folders(named: Iterable[str]) -> dict[str, Path]:
                 raise ConfigError(f"two adapters are called '{key}': {found[key]} and {one}; name one: other={one}")
             found[key] = one
     if not found:
-        raise ConfigError("predict needs adapters: --adapters FOLDER, which may be repeated")
+        raise ConfigError(f"{command} needs adapters: --adapters FOLDER, which may be repeated")
     return found
 
 
-def _open(path: Path) -> BinaryIO:
+def open_rows(path: Path) -> BinaryIO:
+    """A file of JSON lines. Raises DataError when there is none."""
     if not path.is_file():
         raise DataError(f"no file {str(path)!r} to read rows from.{suggest_file(path)}")
     return path.open("rb")
@@ -184,7 +185,7 @@ def answers(
             if not line.strip():
                 continue
             try:
-                rows.append(_row(bank, line, broken or {}))
+                rows.append(row_of_line(bank, line, broken or {}))
             except MultituneError as error:
                 problem = DataError(f"line {number}: {error}")
                 break
@@ -193,7 +194,7 @@ def answers(
             raise problem
 
 
-def _row(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, Any]:
+def row_of_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, Any]:
     """The adapter and the row that a line names, checked."""
     try:
         values = json.loads(line)

@@ -43,6 +43,8 @@ COMMANDS = {
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
                 "out, in order."),
+    "generate": ("generate", "Write texts, each by the adapter its row names, in one mixed batch; or for a task's "
+                 "rows, and judge them."),
     "inspect": ("adapters", "Print what an adapter is: task, method, parameters, score, backbone, recipe, files. "
                 "Loads no backbone."),
     "fuse": ("adapters", "Compute an AoT adapter's table of token rows once, and write it into its folder."),

@@ -181,13 +181,13 @@ class Engine:
     ) -> tuple[int, ...]:
         """Token ids of a prompt; of an adapter trained on a task that writes, the ids training saw for such a row."""
         backbone = self.bank.backbone
-        task = None if adapter is None else self.bank.adapter(adapter).task
-        if task is not None and task.kind == "generation" and isinstance(prompt, (str, Mapping)):
-            beside = 0 if deltas is None else deltas.num_positions
-            return encode_for_task(
-                backbone, task, prompt, backbone.max_length - beside - settings.max_new_tokens, where
-            )
-        return encode_prompt(backbone, prompt)
+        own = None if adapter is None else self.bank.adapter(adapter)
+        if own is None or own.task.kind != "generation" or not isinstance(prompt, (str, Mapping)):
+            return encode_prompt(backbone, prompt)
+        beside = 0 if deltas is None else deltas.num_positions
+        room = backbone.max_length - beside - settings.max_new_tokens
+        # No row of the training had a longer prompt: an answer has a token and an end.
+        return encode_for_task(backbone, own.task, prompt, min(room, own.max_length - 2), where)
 
     def _check_limits(self, sequence: AnySequence, where: str) -> None:
         if sequence.num_rows > self.max_rows:

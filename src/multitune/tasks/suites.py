@@ -92,6 +92,7 @@ SPECS: dict[str, Spec] = {
         shipped=True, template=("sentence1", "sentence2"), label="label", labels=("different", "paraphrase")
     ),
     "demo/urgency": Spec(shipped=True, template=("text",), label="score"),
+    "demo/trails": Spec(shipped=True, kind="generation", template=("facts",), label="text", metric="bleu"),
     "glue/cola": Spec(template=("sentence",), label="label", metric="matthews"),
     "glue/sst2": Spec(template=("sentence",), label="label"),
     "glue/mrpc": Spec(template=("sentence1", "sentence2"), label="label", metric="accuracy_and_f1"),

@@ -29,7 +29,7 @@ def answer_scores(
     examples = adapter.task.examples(table)
     if not examples:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
-    on, deltas = _served(backbone, adapter, drop_layers)
+    on, deltas = served(backbone, adapter, drop_layers)
     room = adapter.max_length if deltas is None else min(adapter.max_length, on.max_length - deltas.num_positions)
     answered = encode_answered(on, adapter.task, examples, max_length=room, split="given")
     losses = [loss for loss, _ in answer_losses(on, deltas, answered, batch_size=batch_size)]
@@ -57,7 +57,7 @@ def answer_losses(
     return found
 
 
-def _served(backbone: Backbone, adapter: Adapter, drop_layers: Sequence[int]) -> tuple[Backbone, DeltaSet | None]:
+def served(backbone: Backbone, adapter: Adapter, drop_layers: Sequence[int] = ()) -> tuple[Backbone, DeltaSet | None]:
     """The backbone to run, and the deltas to run it with; a fully tuned adapter has a backbone of its own."""
     if adapter.method.changes_weights:
         adapter.check_backbone(backbone)

@@ -1,0 +1,230 @@
+"""`multitune generate`: texts for rows of any mix of adapters, or for the rows of a task, beside what is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from multitune.adapter import Adapter
+from multitune.bank import Bank
+from multitune.cli import shared
+from multitune.cli.predict import adapter_folders, open_rows, row_of_line
+from multitune.cli.shared import AsJson, Device, Dtype, OptionalBackboneName, app, note, print_json, score, show
+from multitune.errors import ConfigError, DataError, MultituneError
+from multitune.generation import GenerationSettings, evaluate_texts
+from multitune.generation.evaluation import PAGE_FILE
+from multitune.tasks import any_split, load_task
+
+_DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
+
+
+@app.command()
+def generate(
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", help="One row for one adapter.", show_default=False)
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER...",
+            help="Adapters, or a folder of adapters. An adapter goes by the name of its folder, or by NAME.",
+            show_default=False,
+        ),
+    ] = None,
+    input_: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help='JSON lines such as {"adapter": "e2e", "text": "…"}, or with the columns of the adapter\'s template; '
+            '"adapter": null asks the bare backbone. - reads standard input.',
+        ),
+    ] = "-",
+    output: Annotated[
+        Path | None, typer.Option(help="File for the texts; by default standard output.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task by name, to judge one adapter by.", rich_help_panel=_JUDGING, show_default=False),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows with answers instead of --task: a file, a folder, or a hub data set.",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split to write for, where there are several.", rich_help_panel=_JUDGING)
+    ] = "validation",
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Write for the first so many prompts only.", rich_help_panel=_JUDGING, show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for predictions.jsonl, predictions.html and scores.json.",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", rich_help_panel=_DECODING)] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", rich_help_panel=_DECODING)
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from the k likeliest tokens only; 0 for all.", rich_help_panel=_DECODING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from the likeliest tokens that together have this probability.", rich_help_panel=_DECODING
+        ),
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Scores of tokens seen before are lowered by it.", rich_help_panel=_DECODING)
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of what is drawn.", rich_help_panel=_DECODING, show_default=False)
+    ] = None,
+    beams: Annotated[int, typer.Option(help="Beams of a beam search; 1 for none.", rich_help_panel=_DECODING)] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="String that ends a text; may be repeated.", rich_help_panel=_DECODING, show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Most rows decoded together.")] = 32,
+    backbone: OptionalBackboneName = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Write texts, each by the adapter its row names, in one mixed batch; or for a task's rows, and judge them."""
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        num_beams=beams,
+        stop=tuple(stop or ()),
+    )
+    judged = task is not None or data is not None
+    _check(text, judged, task, data, out, rows, input_, output)
+    bank = _bank(adapters or [], backbone, device, dtype)
+    if judged:
+        _judge(bank, task, data, split, rows, out, settings, batch_size, as_json)
+        return
+    if text is not None:
+        (name,) = _only(bank, "a text on the command line")
+        (written,) = bank.generate([(name, text)], settings)
+        print_json(written.to_dict()) if as_json else print(written.text)
+        return
+    with ExitStack() as stack:
+        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
+        asked: list[tuple[str | None, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    asked.append(row_of_line(bank, line, {}))
+                except MultituneError as error:
+                    raise DataError(f"line {number}: {error}") from error
+        found = _generate(bank, asked, settings, batch_size)
+        sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
+        for written in found:
+            values = {"adapter": written.adapter} | written.to_dict()
+            print(json.dumps(values, ensure_ascii=False), file=sink)
+
+
+def _check(
+    text: str | None,
+    judged: bool,
+    task: str | None,
+    data: str | None,
+    out: Path | None,
+    rows: int | None,
+    input_: str,
+    output: Path | None,
+) -> None:
+    """Refuse options that would not be honoured."""
+    if task is not None and data is not None:
+        raise ConfigError("--task and --data both say which rows to write for; give one of them")
+    if judged and (text is not None or input_ != "-" or output is not None):
+        raise ConfigError("--task and --data bring their own rows; drop the text, --input and --output (--out FOLDER)")
+    if not judged and (out is not None or rows is not None):
+        raise ConfigError("--out and --rows are for the rows of a task; give --task NAME or --data FILE too")
+    if text is not None and (input_ != "-" or output is not None):
+        raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
+
+
+def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Bank:
+    folders = adapter_folders(named, command="generate")
+    loaded = Adapter.load(next(iter(folders.values())))
+    bank = Bank(shared.backbone_of(loaded, backbone, device, dtype))
+    for name, folder in folders.items():
+        bank.add(name, folder)
+    return bank
+
+
+def _only(bank: Bank, what: str) -> tuple[str]:
+    if len(bank) != 1:
+        raise ConfigError(f"{what} is for one adapter, not {len(bank)}; pass rows as JSON lines: --input rows.jsonl")
+    return (bank.names[0],)
+
+
+def _judge(
+    bank: Bank,
+    task: str | None,
+    data: str | None,
+    split: str,
+    rows: int | None,
+    out: Path | None,
+    settings: GenerationSettings,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    (name,) = _only(bank, "judging texts")
+    if data is not None:
+        table: Any = any_split(data, split)
+    else:
+        found = load_task(str(task))
+        tables = {"train": found.train, "validation": found.validation, "test": found.test}
+        if tables.get(split) is None:
+            raise DataError(
+                f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}"
+            )
+        table = tables[split]
+    done = evaluate_texts(bank, name, table, settings, batch_size=batch_size, num_rows=rows)
+    if out is not None:
+        note(f"texts and references stand in {done.save(out) / PAGE_FILE}")
+    shown: dict[str, Any] = dict(done.scores)
+    if done.interval is not None:
+        shown |= {"bleu_low": done.interval.low, "bleu_high": done.interval.high}
+    if as_json:
+        print_json({"adapter": name, "task": done.task.name, "rows": len(done.rows), **shown})
+        return
+    cells = [(name, done.task.name, metric, score(value)) for metric, value in shown.items()]
+    show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
+
+
+def _generate(
+    bank: Bank, rows: list[tuple[str | None, Any]], settings: GenerationSettings, batch_size: int
+) -> list[Any]:
+    """All rows in one mixed batch, but for those of fully tuned adapters, which have a backbone of their own each."""
+    groups: dict[str | None, list[int]] = defaultdict(list)
+    for i, (name, _) in enumerate(rows):
+        alone = name is not None and bank.adapter(name).method.changes_weights
+        groups[name if alone else None].append(i)
+    found: dict[int, Any] = {}
+    for places in groups.values():
+        written = bank.generate([rows[i] for i in places], settings, batch_size=batch_size)
+        found |= zip(places, written, strict=True)
+    return [found[i] for i in range(len(rows))]

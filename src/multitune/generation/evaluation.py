@@ -1,0 +1,182 @@
+"""What an adapter writes beside what it should have written: scores, a file of JSON lines, and a page to browse."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multitune.errors import DataError
+from multitune.files import replace_file
+from multitune.tasks import Task, compute
+from multitune.tasks.text_metrics import Interval, bleu_interval
+
+if TYPE_CHECKING:
+    from multitune.bank import Bank
+    from multitune.generation.prompts import AnySettings
+
+PREDICTIONS_FILE = "predictions.jsonl"
+PAGE_FILE = "predictions.html"
+SCORES_FILE = "scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """One row of an evaluation."""
+
+    prompt: str
+    """The prompt as the template renders it."""
+    text: str
+    """What was written."""
+    references: tuple[str, ...]
+    """What is right: the answers of all rows with this prompt."""
+    finish_reason: str
+    """As `Generation.finish_reason`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEvaluation:
+    """Texts of one adapter, judged."""
+
+    adapter: str
+    """Its name in the bank."""
+    task: Task
+    """What was asked of it."""
+    scores: dict[str, float]
+    """By the task's metric, its parts after it; of a task that names perplexity, by ROUGE-L."""
+    interval: Interval | None
+    """BLEU with a bootstrap confidence interval, where BLEU is the metric."""
+    rows: tuple[Written, ...]
+    seconds: float
+    """Time it took to write."""
+    num_tokens: int
+    """Tokens written."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
+        facts = {"adapter": self.adapter, "task": self.task.name, "rows": len(self.rows), "scores": self.scores}
+        facts |= {"interval": None if self.interval is None else asdict(self.interval)}
+        facts |= {"seconds": round(self.seconds, 2), "tokens": self.num_tokens}
+        for name, text in (
+            (PREDICTIONS_FILE, lines),
+            (SCORES_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n"),
+            (PAGE_FILE, page(self)),
+        ):
+            replace_file(place / name, lambda temporary, text=text: temporary.write_text(text, "utf-8"))  # type: ignore[misc]
+        return place
+
+
+def evaluate_texts(
+    bank: Bank,
+    name: str,
+    table: Any,
+    settings: AnySettings | None = None,
+    *,
+    batch_size: int = 32,
+    num_rows: int | None = None,
+) -> TextEvaluation:
+    """Have an adapter write for the rows of a table, and judge what it writes.
+
+    Rows with one prompt are one row, all of whose answers are right.
+
+    Args:
+        bank: holds the adapter under `name`; a task of kind generation.
+        table: labelled rows, as `Task.examples` takes them.
+        settings: how to decode; by default greedily.
+        num_rows: judge the first so many prompts only.
+
+    Raises:
+        DataError: the adapter does not write, there are no rows, or one does not fit its task.
+        ConfigError: the library that computes the metric is not installed.
+    """
+    task = bank.adapter(name).task
+    if task.kind != "generation":
+        raise DataError(f"adapter '{name}' is for {task.kind} and writes nothing; judge it with evaluate")
+    wanted = references_by_prompt(task, table)
+    prompts = list(wanted)[:num_rows]
+    if not prompts:
+        raise DataError(f"there are no rows to judge adapter '{name}' by; give a table with at least one")
+    rows = {prompt: wanted[prompt][0] for prompt in prompts}
+    metric = "rouge_l" if task.metric == "perplexity" else task.metric
+    compute(metric, ["1"], ["1"])  # says now, and not after an hour of writing, that a library is missing
+    start = time.perf_counter()
+    found = bank.generate([(name, row) for row in rows.values()], settings, batch_size=batch_size)
+    seconds = time.perf_counter() - start
+    texts = [g.text.strip() for g in found]
+    references = [wanted[prompt][1] for prompt in prompts]
+    return TextEvaluation(
+        adapter=name,
+        task=task,
+        scores=compute(metric, texts, references),
+        interval=bleu_interval(texts, references) if metric == "bleu" and len(texts) > 1 else None,
+        rows=tuple(
+            Written(prompt=p, text=t, references=r, finish_reason=g.finish_reason)
+            for p, t, r, g in zip(prompts, texts, references, found, strict=True)
+        ),
+        seconds=seconds,
+        num_tokens=sum(len(g.token_ids) for g in found),
+    )
+
+
+def references_by_prompt(task: Task, table: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """By prompt a row that has it, and the answers of all rows that have it, each once, in order."""
+    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    examples = task.examples(table)
+    for row, example in zip(table, examples, strict=True):
+        assert isinstance(example.target, tuple)
+        prompt = example.texts[0][0]
+        first, answers = found.get(prompt, (row, ()))
+        found[prompt] = first, tuple(dict.fromkeys([*answers, *map(str, example.target)]))
+    return found
+
+
+def page(evaluation: TextEvaluation) -> str:
+    """The evaluation as one HTML page without anything from elsewhere."""
+    e = evaluation
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in e.scores.items())
+    if e.interval is not None:
+        shown += f" (95 % interval of bleu: {e.interval.low:.1f} to {e.interval.high:.1f})"
+    rows = "\n".join(map(_row, range(1, len(e.rows) + 1), e.rows))
+    return _PAGE.format(
+        title=html.escape(f"{e.adapter} on {e.task.name}"),
+        facts=html.escape(f"{len(e.rows)} rows, {shown}; {e.num_tokens} tokens in {e.seconds:.1f} s"),
+        rows=rows,
+    )
+
+
+def _row(number: int, row: Written) -> str:
+    references = "".join(f"<li>{html.escape(r)}</li>" for r in row.references)
+    cut = "" if row.finish_reason in ("eos", "stop") else f" <i>({html.escape(row.finish_reason)})</i>"
+    cells: Sequence[str] = (str(number), html.escape(row.prompt), html.escape(row.text) + cut, f"<ul>{references}</ul>")
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #ddd; }}
+td {{ white-space: pre-wrap; }} ul {{ margin: 0; padding-left: 1rem; }} i {{ color: #a33; }}
+input {{ font: inherit; padding: .3rem; width: 24rem; max-width: 100%; }}
+</style></head><body>
+<h1>{title}</h1><p>{facts}</p>
+<p><input id="find" placeholder="show rows that contain" aria-label="show rows that contain"></p>
+<table><thead><tr><th>row</th><th>prompt</th><th>written</th><th>references</th></tr></thead><tbody>
+{rows}
+</tbody></table>
+<script>
+const rows = [...document.querySelectorAll("tbody tr")];
+document.getElementById("find").addEventListener("input", event => {{
+  const wanted = event.target.value.toLowerCase();
+  for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+}});
+</script></body></html>
+"""

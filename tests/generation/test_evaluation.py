@@ -1,0 +1,114 @@
+"""Adapters that were trained to write: their templates in generation, and what they write judged and kept."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from multitune import Adapter, AdapterError, Bank, DataError, Head, Task, get_method
+from multitune.answers import Answered, encode_prompts
+from multitune.generation import evaluate_texts
+from multitune.training.language import answer_losses, served
+
+WRITE = Task(name="w", kind="generation", template=("{text} :",), label="y", metric="exact_match", format="plain")
+ROWS = [
+    {"text": "good film", "y": "good"},
+    {"text": "bad & <film>", "y": ["bad", "not good"]},
+    {"text": "good film", "y": "very good"},
+]
+SETTINGS = {"max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_backbone):
+    return make_backbone("gpt2")
+
+
+@pytest.fixture(scope="module")
+def writer(gpt2, random_params):
+    def make(name):
+        method = get_method(name)()
+        return Adapter(
+            name=name,
+            method=method,
+            params=random_params(gpt2, method),
+            head=Head.for_task(WRITE, pooling="last"),
+            head_params={},
+            task=WRITE,
+            backbone=gpt2.describe(),
+            max_length=20,
+        )
+
+    return make
+
+
+@pytest.fixture
+def bank(gpt2, writer, random_adapter):
+    bank = Bank(gpt2)
+    for name in ("lora", "prefix", "aot_fc"):
+        bank.add(name, writer(name))
+    bank.add("mood", random_adapter(gpt2, get_method("ia3")(), pooling="last"))
+    return bank
+
+
+def test_rows_are_put_into_the_template_as_in_training(bank, gpt2):
+    (ids,) = encode_prompts(gpt2, WRITE, [ROWS[0]], 18)
+    rows = [("lora", ROWS[0]), ("lora", "good film"), ("prefix", {"text": "good film"}), ("mood", "good film : ")]
+    by_hand = [("lora", ids), ("lora", ids), ("prefix", ids), ("mood", "good film : ")]
+    found, expected = bank.generate(rows, SETTINGS), bank.generate(by_hand, SETTINGS)
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert found[0].token_ids != found[2].token_ids  # the adapters do differ
+
+
+def test_a_row_that_does_not_fit_is_named_before_anything_is_written(bank):
+    with pytest.raises(DataError, match="row 1: task 'w': no column 'text'"):
+        bank.generate([("mood", "x"), ("lora", {"txt": "x"})])
+    with pytest.raises(AdapterError, match="row 1: the bank has no adapter 'lara'"):
+        bank.generate([("lora", "x"), ("lara", {"text": "x"})])
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt", "aot_fc", "houlsby", "full"])
+def test_decoding_and_training_find_a_text_equally_likely(name, gpt2, writer):
+    """Two paths to one number: log-probabilities step by step through the cache, and the loss of the whole row."""
+    adapter = writer(name)
+    bank = Bank(gpt2)
+    bank.add(name, adapter)
+    settings = {"max_new_tokens": 6, "stop_at_eos": False, "logprobs": True}
+    (written,) = bank.generate([(name, ROWS[0])], settings)
+    (ids,) = encode_prompts(gpt2, WRITE, [ROWS[0]], 18)
+    on, deltas = served(gpt2, adapter)
+    whole = Answered(input_ids=[*ids, *written.token_ids], num_answer=6, row=0)
+    ((loss, count),) = answer_losses(on, deltas, [whole], batch_size=1)
+    assert count == 6 and -loss == pytest.approx(sum(written.logprobs), rel=1e-4, abs=1e-4)
+
+
+def test_what_is_written_stands_beside_what_is_right(bank, tmp_path):
+    found = evaluate_texts(bank, "lora", ROWS, SETTINGS)
+    assert [(w.prompt, w.references) for w in found.rows] == [
+        ("good film :", ("good", "very good")),
+        ("bad & <film> :", ("bad", "not good")),
+    ]
+    texts = [g.text.strip() for g in bank.generate([("lora", ROWS[0]), ("lora", ROWS[1])], SETTINGS)]
+    assert [w.text for w in found.rows] == texts and found.scores.keys() == {"exact_match"}
+    folder = found.save(tmp_path / "out")
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [line["text"] for line in lines] == texts and lines[1]["references"] == ["bad", "not good"]
+    assert json.loads((folder / "scores.json").read_text())["scores"] == found.scores
+    cells = []
+
+    class Reader(HTMLParser):
+        def handle_data(self, data):
+            cells.append(data)
+
+    page = (folder / "predictions.html").read_text("utf-8")
+    Reader().feed(page)
+    assert {"bad & <film> :", "not good", "very good"} <= set(cells)
+    assert "http" not in page and "src=" not in page  # nothing from elsewhere
+
+
+def test_only_so_many_rows_and_only_adapters_that_write(bank):
+    assert len(evaluate_texts(bank, "prefix", ROWS, SETTINGS, num_rows=1).rows) == 1
+    with pytest.raises(DataError, match="adapter 'mood' is for classification and writes nothing"):
+        evaluate_texts(bank, "mood", ROWS)
+    with pytest.raises(DataError, match="no rows to judge"):
+        evaluate_texts(bank, "lora", [])
