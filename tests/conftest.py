@@ -263,6 +263,15 @@ def backbone(request, make_backbone):
     return make_backbone(request.param)
 
 
+@pytest.fixture(params=CONFIGS)
+def dropping(request, make_backbone):
+    """One tiny backbone of every architecture, in training, with all the dropout that it can have; not shared."""
+    config = make_backbone(request.param).model.config
+    backbone = make_backbone(request.param, **{key: 0.1 for key in DROPOUTS if hasattr(config, key)})
+    backbone.model.train()
+    return backbone
+
+
 @pytest.fixture(scope="session", params=[*(name for name in CONFIGS if name not in NEWER), "newer"])
 def backbones(request, make_backbone):
     """One tiny backbone, or all of the newer ones, of which each example of a property takes another."""

@@ -665,3 +665,22 @@ def test_what_was_guessed_and_what_is_empty_is_said(tmp_path: Path, short: tuple
     assert "given rows have an empty text" in err
     assert f"held out by its seed is in `multitune inspect {out}`" in err
     assert "reading the text" not in good(*train, "--overwrite", "--text", "text", "--label", "label").err
+
+
+def test_a_recipe_of_many_jobs_is_checked(tmp_path: Path) -> None:
+    recipe = tmp_path / "many.yaml"
+
+    def refused(text: str) -> str:
+        recipe.write_text(text)
+        return bad("train-many", recipe, "--out", tmp_path / "out")
+
+    assert "needs 'jobs', a list" in refused("epochs: 1\n")
+    assert "unknown key 'job'. Did you mean 'jobs'" in refused("job: []\n")
+    assert "job 2: key 'device' is unknown, or the same for all" in refused(
+        "jobs: [{task: demo/topic, method: lora}, {task: demo/topic, method: lora, device: cpu}]\n"
+    )
+    assert "job 1: it names no method" in refused("jobs: [{task: demo/topic}]\n")
+    assert "job 1: train needs data" in refused("jobs: [{method: lora}]\n")
+    recipe.write_text("jobs: [{task: demo/topic, method: lora}]\n")
+    assert "needs --out" in bad("train-many", recipe)
+    assert not (tmp_path / "out").exists()

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import multitune as mt
+from multitune.cli import app
 from multitune.cli.sections import sections_of
 from multitune.methods import Method, registry
 
@@ -78,6 +80,21 @@ def test_the_readme_code_for_your_own_data_runs(minilm, tmp_path, monkeypatch):
         bank.add(name, f"adapters/{name}")
     answers = bank.predict([("reviews", "Good."), ("causes", causes[0])])
     assert [set(a.probabilities) for a in answers] == [{"yes", "no"}, {"0", "1"}]
+
+
+def test_training_many_runs_as_its_page_says(minilm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: minilm)
+    (code,) = blocks("docs/training-many.md", "python")
+    exec(compile(code.replace("epochs=1", "max_steps=1, progress=False"), "training-many.md", "exec"), {})
+    named = ["demo-topic-lora", "topic-small", "demo-sentiment-ptuning_v2"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == named
+    (recipe,) = blocks("docs/training-many.md", "yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(recipe.replace("epochs: 1", "max_steps: 1"))
+    result = CliRunner().invoke(app, ["train-many", "recipe.yaml", "--json"])
+    assert result.exit_code == 0, result.stderr
+    folders = ["demo-topic-lora", "demo-topic-lora-2", "demo-sentiment-ptuning_v2"]
+    assert [job["adapter"] for job in json.loads(result.stdout)] == [str(tmp_path / "adapters" / f) for f in folders]
 
 
 def test_no_document_links_to_a_file_that_is_not_there():

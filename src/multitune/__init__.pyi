@@ -75,10 +75,14 @@ from multitune.tasks import list_tasks as list_tasks
 from multitune.tasks import load_table as load_table
 from multitune.tasks import load_task as load_task
 from multitune.tasks import read_table as read_table
+from multitune.training import FailedJob as FailedJob
 from multitune.training import TrainConfig as TrainConfig
+from multitune.training import TrainJob as TrainJob
 from multitune.training import TrainResult as TrainResult
+from multitune.training import TrainingInterrupted as TrainingInterrupted
 from multitune.training import evaluate as evaluate
 from multitune.training import train as train
+from multitune.training import train_many as train_many
 from multitune.version import __version__ as __version__
 
 __all__ = [
@@ -102,6 +106,7 @@ __all__ = [
     "DeltaSet",
     "DoRA",
     "Engine",
+    "FailedJob",
     "Freeze",
     "FullFineTuning",
     "Generation",
@@ -140,7 +145,9 @@ __all__ = [
     "Template",
     "TopLayers",
     "TrainConfig",
+    "TrainJob",
     "TrainResult",
+    "TrainingInterrupted",
     "UTuning",
     "VeRA",
     "__version__",
@@ -162,4 +169,5 @@ __all__ = [
     "read_table",
     "register",
     "train",
+    "train_many",
 ]

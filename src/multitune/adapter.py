@@ -39,7 +39,7 @@ UNFINISHED = "checkpoints/run.json"
 """What a training run writes first, and removes last."""
 
 #: What an adapter's folder may hold: these two, a fused table, and what training leaves beside them.
-FILES = (CONFIG_FILE, TENSOR_FILE, tables.TABLE_FILE, "history.json", "curve.png")
+FILES = (CONFIG_FILE, TENSOR_FILE, tables.TABLE_FILE, "history.json", "curve.png", "job.json")
 
 _KEYS = (
     "format", "multitune", "name", "method", "head", "task", "max_length", "backbone", "metrics", "recipe", "seed",

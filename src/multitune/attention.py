@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from multitune.call import current_call
 from multitune.deltas import Memory
+from multitune.joint import JointCall, attend_apart
 from multitune.lsg_attention import Dense, Memories, lsg_attention
 from multitune.plan import Group, Step
 
@@ -70,6 +71,8 @@ def _attend(
     else:
         base = ALL_ATTENTION_FUNCTIONS[name]
     call = current_call()
+    if isinstance(call, JointCall):
+        return _attend_joint(call, name, module, query, key, value, attention_mask, kwargs), None
     if call.cache is not None:
         attend_masked = partial(_dense, base, module, kwargs)
         window = kwargs.get("sliding_window")
@@ -97,6 +100,31 @@ def _attend(
         return out
 
     return _by_rows(steps, query.shape[0], attend), None
+
+
+def _attend_joint(
+    call: JointCall,
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    """`_attend` for every part of a joint call by itself; `[B, Q, H, K]`."""
+    windowed = call.backbone.causal or settings.get("sliding_window") is not None
+
+    def attend(part: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = part.square(attention_mask)
+        if not windowed and "attention_mask" not in part.call.inputs:
+            mask = None  # it hid the other parts' padding
+        own = settings
+        if settings.get("position_bias") is not None:
+            own = settings | {"position_bias": part.square(settings["position_bias"])}
+        return _attend(name, module, q, k, v, mask, **own)[0]
+
+    return attend_apart(call, (query, key, value), 2, attend)
 
 
 def _dense(
@@ -206,7 +234,11 @@ def _lengthen(
 
 
 def _or_original(attend: Callable[..., Tensor | None]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`attend` as the attention module's forward, with the model's own forward where it returns `None`."""
+    """`attend` as the attention module's forward, with the model's own forward where it returns `None`.
+
+    Every part of a joint call goes through it by itself, its projections included: the relative embeddings that all
+    rows share are dropped anew for each part, and projected as its own deltas say.
+    """
 
     @wraps(attend)
     def attention(
@@ -217,6 +249,14 @@ def _or_original(attend: Callable[..., Tensor | None]) -> Callable[..., tuple[Te
         output_attentions: bool = False,
         **relative: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        call = current_call()
+        if isinstance(call, JointCall):
+
+            def apart(part: Any, own: Tensor) -> Tensor:
+                cut = {**relative, "relative_pos": part.square(relative.get("relative_pos"))}
+                return attention(module, original, own, part.square(attention_mask), **cut)[0]
+
+            return attend_apart(call, (hidden_states,), 1, apart), None
         attended = attend(module, hidden_states, attention_mask, **relative)
         if attended is None:
             return original(hidden_states, attention_mask, output_attentions, **relative)
@@ -314,6 +354,13 @@ def biased_attention(
     The model's own forward serves every call without a memory here.
     """
     call = current_call()
+    if isinstance(call, JointCall):
+
+        def attend(part: Any, own: Tensor) -> Tensor:
+            out: Tensor = module.forward(own, part.square(attention_mask), part.square(position_bias), **kwargs)[0]
+            return out
+
+        return (attend_apart(call, (hidden_states,), 1, attend),)
     site = call.backbone.attention_names[module](call)
     steps = call.steps(site) or []
     if not steps and call.recorded is None:

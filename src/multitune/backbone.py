@@ -33,6 +33,7 @@ from multitune.architectures import Architecture, AttentionKind, architecture_fo
 from multitune.call import Call, Section, active, check_ids, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
 from multitune.frozen import frozen_view
+from multitune.joint import JointBatch, JointCall
 from multitune.language_head import LanguageHead
 from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
 from multitune.packaged import PACKAGED, quietly, resolve
@@ -725,6 +726,25 @@ class Backbone:
         call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
         call.section = section
         return call
+
+    def run_joint(self, batches: Sequence[JointBatch]) -> list[Tensor]:
+        """The last hidden states of several batches that go through the frozen model together.
+
+        The frozen operations see the rows of all; deltas, attention and dropout work on each batch's own rows in the
+        shapes they have alone. A batch's result is that of `run` up to the rounding of the frozen matrix products, and
+        no value of another batch has a way into it.
+
+        Returns:
+            Per batch `[K, W, D]`, rows and tokens as given.
+
+        Raises:
+            PlanError: as `run`, for any of the batches.
+        """
+        self.check_attached()
+        call = JointCall(self, batches)
+        with active(call):
+            output = self.running(**call.inputs)
+        return call.split(output.last_hidden_state)
 
     def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """What the attention sites of the bare backbone attend to in one row.

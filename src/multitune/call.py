@@ -15,7 +15,7 @@ import copy
 import functools
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +90,12 @@ class active:
         self._tokens: list[Token[Call]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_CURRENT.set(self._call.snapshot() if self._again else self._call))
+        call = self._call.snapshot() if self._again else self._call
+        self._tokens.append(_CURRENT.set(call))
+        call.enter()
 
     def __exit__(self, *exception: object) -> None:
+        current_call().leave()
         _CURRENT.reset(self._tokens.pop())
 
 
@@ -125,6 +128,18 @@ class Section:
         return self.first <= layer < self.stop
 
 
+class Stream(Protocol):
+    """A source of random numbers of one's own."""
+
+    def drawing(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, torch's global random numbers are this stream's, which goes on where it was."""
+        ...
+
+    def copy(self) -> Stream:
+        """A stream that goes on from here by itself."""
+        ...
+
+
 class Call:
     """A plan bound to the token ids of one batch; made anew for every forward pass."""
 
@@ -136,6 +151,7 @@ class Call:
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         slots: Tensor | None = None,
+        stream: Stream | None = None,
     ) -> None:
         """
         Args:
@@ -143,13 +159,14 @@ class Call:
             attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
             token_type_ids: int64 `[B, T]` or `None`.
             slots: int64 `[B, S]` as `Batch.slots`, or `None`.
+            stream: where random numbers come from if this call is a part of a joint one (`multitune.joint`).
 
         Raises:
             PlanError: the batch has another number of rows than the plan, an id outside the vocabulary, or a
                 row that is too long with its prompt, and names the row; or the plan names a site that the
                 backbone lacks.
         """
-        self._begin(backbone, plan)
+        self._begin(backbone, plan, stream)
         assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
         check_ids(plan, backbone, input_ids)
@@ -182,10 +199,12 @@ class Call:
         self.inputs |= _positions(plan, backbone, ids, mask)
         self._bias = self._token_bias(ids)
 
-    def _begin(self, backbone: Backbone, plan: Plan) -> None:
+    def _begin(self, backbone: Backbone, plan: Plan, stream: Stream | None = None) -> None:
         """What every call starts with."""
         self.backbone = backbone
         self.plan = plan
+        self.stream = stream
+        """Where set: this call's own random numbers."""
         self.captured: dict[str, Tensor] = {}
         """Inputs of sub-layers that a parallel bottleneck will read, by site."""
         self.layer = -1
@@ -198,6 +217,12 @@ class Call:
         """Where text is generated: keys and values of what came before, the rows' memories among them."""
         self.section: Section | None = None
         """Where set: the layers that run; by default all."""
+
+    def enter(self) -> None:
+        """This call becomes the current one."""
+
+    def leave(self) -> None:
+        """This call is no longer the current one."""
 
     def enter_layer(self, layers: tuple[int, ...]) -> int:
         """Note that the module that runs as `layers` starts its next pass; returns which layer that is."""
@@ -213,7 +238,12 @@ class Call:
         """This call as it stands, from where a layer can be run again without a trace in this one."""
         copied = copy.copy(self)
         copied.captured, copied._passes = {}, dict(self._passes)
+        copied.stream = None if self.stream is None else self.stream.copy()
         return copied
+
+    def drawing(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, random numbers come from this call's own stream, if it has one."""
+        return contextlib.nullcontext() if self.stream is None else self.stream.drawing()
 
     def record(self, site: str, key: Tensor, value: Tensor) -> None:
         """Note what a site attends to, `key, value [B, H, T, K]`, if this call was made to find that out.
@@ -303,6 +333,10 @@ class Call:
             else:
                 hidden[part.rows if part.rows is not None else slice(None)] += bias
         return hidden
+
+    def insert_prompts(self, embedded: Tensor) -> Tensor:
+        """`embedded [B, T', E]` with the inserted vectors, if there are any, in their places."""
+        return embedded if self.prompts is None else self.prompts.insert(embedded)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """`[B, T', D]` in plan order with prompts to `[B, T, D]` in the caller's order without them.

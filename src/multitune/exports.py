@@ -55,7 +55,16 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "load_task",
         "read_table",
     ),
-    "multitune.training": ("TrainConfig", "TrainResult", "evaluate", "train"),
+    "multitune.training": (
+        "FailedJob",
+        "TrainConfig",
+        "TrainJob",
+        "TrainResult",
+        "TrainingInterrupted",
+        "evaluate",
+        "train",
+        "train_many",
+    ),
     "multitune.version": ("__version__",),
 }
 _HOMES = {name: module for module, names in EXPORTS.items() for name in names}

@@ -290,7 +290,7 @@ def _embedding(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[U
         call = current_call()
         for step in call.plan.steps.get(name, ()):
             output = step(args[0], output, module)
-        return output if call.prompts is None else call.prompts.insert(output)
+        return call.insert_prompts(output)
 
     return [module.register_forward_hook(after).remove]
 

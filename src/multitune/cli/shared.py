@@ -40,6 +40,8 @@ COMMANDS = {
     "plan": ("plan", "Say what each method costs on a backbone, whether it meets the limits, and which to try first."),
     "layers": ("layers", "Measure on a task's rows where hidden states turn, and choose the layers to train."),
     "train": ("train", "Train an adapter for one task with one method, and write it to a folder."),
+    "train-many": ("train_many", "Train many adapters together on one backbone, and write each to a folder of its "
+                   "own."),
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
                 "out, in order."),

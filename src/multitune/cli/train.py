@@ -38,7 +38,7 @@ from multitune.words import in_words
 
 SETTINGS = fields_of(TrainConfig)
 
-_OWN = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
+OWN_DATA = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
 _TRAINING = "Training"
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN"}
@@ -239,8 +239,11 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, known: Sequence[str] = tuple(OPTIONS)) -> dict[str, Any]:
     """The options in a YAML file, by name.
+
+    Args:
+        known: the keys it may have.
 
     Raises:
         ConfigError: no such file, not YAML, not a mapping, or a key that is no option.
@@ -255,9 +258,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} is a mapping of options to values, such as 'method: lora'")
     named = {str(key).replace("-", "_"): value for key, value in read.items()}
     for key in named:
-        if key not in OPTIONS:
-            keys = ", ".join(OPTIONS)
-            raise ConfigError(f"recipe {path} has the unknown key '{key}'.{suggest(key, OPTIONS)} Keys: {keys}")
+        if key not in known:
+            keys = ", ".join(known)
+            raise ConfigError(f"recipe {path} has the unknown key '{key}'.{suggest(key, known)} Keys: {keys}")
     return {key: value for key, value in named.items() if value is not None}
 
 
@@ -265,7 +268,7 @@ def override(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, A
     """The recipe with what the command line says instead; another task or table there replaces the recipe's."""
     kept = dict(recipe)
     if "task" in flags:
-        kept = {k: v for k, v in kept.items() if k not in _OWN}
+        kept = {k: v for k, v in kept.items() if k not in OWN_DATA}
     if "train" in flags:
         kept.pop("task", None)
     if isinstance(kept.get("set"), Mapping) and "set" in flags:
@@ -279,7 +282,7 @@ def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
     Raises:
         ConfigError: neither or both are given.
     """
-    own = {key: str(chosen[key]) for key in _OWN if key in chosen}
+    own = {key: str(chosen[key]) for key in OWN_DATA if key in chosen}
     if "task" in chosen:
         if own:
             flag = next(iter(own)).replace("_", "-")

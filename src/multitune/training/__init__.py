@@ -1,4 +1,4 @@
-"""Training: one adapter for one task, on transformers' Trainer, with checkpoints that survive a kill.
+"""Training: one adapter for one task, on transformers' Trainer, with checkpoints that survive a kill; or many together.
 
 from multitune.training import train, evaluate
 result = train(Backbone.load("minilm"), load_task("demo/sentiment"), "lora", "adapters/sentiment")
@@ -10,13 +10,24 @@ from multitune.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from multitune.training.api import TrainResult, evaluate, train
+    from multitune.training.many import FailedJob, TrainingInterrupted, TrainJob, train_many
 
-__all__ = ["TrainConfig", "TrainResult", "evaluate", "train"]
+_MANY = ("FailedJob", "TrainJob", "TrainingInterrupted", "train_many")
+__all__ = [
+    "FailedJob",
+    "TrainConfig",
+    "TrainJob",
+    "TrainResult",
+    "TrainingInterrupted",
+    "evaluate",
+    "train",
+    "train_many",
+]
 
 
 def __getattr__(name: str) -> Any:  # so that the settings can be read without the Trainer, which takes seconds to load
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from multitune.training import api
+    from multitune.training import api, many
 
-    return globals().setdefault(name, getattr(api, name))
+    return globals().setdefault(name, getattr(many if name in _MANY else api, name))

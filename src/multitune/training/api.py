@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from multitune.methods import Method, make_method
 from multitune.quantized import check_trains
 from multitune.tables import TABLE_FILE
 from multitune.tasks import Task, TaskData, any_split, compute
+from multitune.tasks.metrics import judge_of_training
 from multitune.tasks.readers import Source
-from multitune.training.checkpoints import FOLDER, Checkpoints
+from multitune.training.checkpoints import FOLDER, Checkpoints, differences
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.curve import write_curve
 from multitune.training.data import TaskRows, warn_of_empty
@@ -40,8 +42,10 @@ from multitune.training.trainer import TuningTrainer, run
 
 HISTORY_FILE = "history.json"
 CURVE_FILE = "curve.png"
+JOB_FILE = "job.json"
+"""Which settings the adapter beside it was trained with, as `train_many` tells a finished job."""
 
-_OURS = (CONFIG_FILE, TENSOR_FILE, TABLE_FILE, HISTORY_FILE, CURVE_FILE, FOLDER)
+_OURS = (CONFIG_FILE, TENSOR_FILE, TABLE_FILE, HISTORY_FILE, CURVE_FILE, JOB_FILE, FOLDER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,64 +107,220 @@ def train(
         DataError: a row that does not fit the task.
     """
     start = time.perf_counter()
-    _check_data(data)
-    chosen = make_method(method) if isinstance(method, str) else method
-    config = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides}).resolve(chosen)
-    config = replace(config, pooling=config.pooling or backbone.default_pooling)
-    output = None if output_dir is None else Path(output_dir)
-    if output is not None:
-        _check_folder(output, overwrite)
-    _check_backbone(backbone)
-    data = replace(data, task=settle_format(backbone, data.task))
-    _check_smoothing(data.task, config)
-    chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
-    check_trains(backbone, chosen)
-    if backbone.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(backbone.device)
+    settings = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
+    setup = Setup.check(
+        backbone, data, method, output_dir, config=settings, name=name, overwrite=overwrite, report=report
+    )
+    return train_setup(setup, start, report)
 
-    model = _model(backbone, data, chosen, config)
-    max_length = _room(model, config)
-    rows = {
-        split: TaskRows(backbone, data.task, table, max_length=max_length, split=split)
-        for split, table in (("train", data.train), ("validation", data.validation))
-    }
-    _check_prompts(model, rows.values())
-    facts = {
-        "num_train": len(rows["train"]),
-        "num_validation": len(rows["validation"]),
-        "trained_parameters": model.num_trained,
-    }
-    checkpoints = None
-    if output is not None:
-        checkpoints = Checkpoints(output)
-        settings = _settings(backbone, data, chosen, config, rows) | facts
-        checkpoints.open(settings, restart=overwrite)
+
+def train_setup(setup: Setup, start: float, report: Callable[[str], None] | None, *, job: bool = False) -> TrainResult:
+    """Train what was set up by itself; for `job` see `Setup.close`."""
+    if setup.backbone.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.backbone.device)
+    opened = setup.open()
+    done = setup.finished(opened.settings) if job else None
+    if done is not None:
+        return done
+    opened.claim()
+    config, model = setup.config, opened.model
     if config.gradient_checkpointing:
         model.backbone.enable_gradient_checkpointing()
     try:
-        trainer = run(model, config, rows["train"], rows["validation"], checkpoints, report)
+        trainer = run(model, config, opened.rows["train"], opened.rows["validation"], opened.checkpoints, report)
     finally:
         if config.gradient_checkpointing:
             model.backbone.disable_gradient_checkpointing()
-    extra: dict[str, Any] = facts if choice is None else facts | {"layer_choice": choice.to_dict()}
-    adapter = _adapter(backbone, model, trainer, name or data.task.name, max_length, extra)
-    history = _history(trainer)
-    if output is not None and checkpoints is not None:
-        adapter = _publish(adapter, history, output, trainer.metric, checkpoints, config.keep_checkpoints)
-    return TrainResult(
-        adapter=adapter,
-        history=history,
-        seconds=time.perf_counter() - start,
-        metric=trainer.metric,
-        best_metric=adapter.metrics[trainer.metric],
-        best_step=int(trainer.state.best_global_step or 0),
-        num_steps=trainer.state.global_step,
-        num_method_parameters=model.num_trained,
-        num_head_parameters=adapter.num_head_parameters,
-        peak_memory_bytes=_peak_memory(backbone.device),
-        cached_bytes=trainer.cached_bytes,
-        layer_choice=choice,
-    )
+    return setup.close(opened, trainer, start, job=job)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run that can begin."""
+
+    model: TuningModel
+    rows: dict[str, TaskRows]
+    """By split."""
+    max_length: int
+    checkpoints: Checkpoints | None
+    settings: dict[str, Any]
+    """What a resumed run must share, see `Checkpoints.open`."""
+    facts: dict[str, int]
+    """What a recipe says beside the settings."""
+    overwrite: bool
+
+    def claim(self) -> None:
+        """Take the output folder, new or with the checkpoints of this very run.
+
+        Raises:
+            ConfigError: it holds an unfinished run of other settings.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.open(self.settings, restart=self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What was asked of a run, checked, before anything is made."""
+
+    backbone: Backbone
+    data: TaskData
+    method: Method
+    config: TrainConfig
+    output: Path | None
+    name: str
+    overwrite: bool
+    choice: LayerChoice | None
+    """What the method's layers were chosen by, if they were "semantic"."""
+
+    @classmethod
+    def check(
+        cls,
+        backbone: Backbone,
+        data: TaskData,
+        method: Method | str,
+        output_dir: str | Path | None,
+        *,
+        config: TrainConfig,
+        name: str | None,
+        overwrite: bool,
+        report: Callable[[str], None] | None = None,
+        job: bool = False,
+    ) -> Setup:
+        """The arguments of `train`, refused if they cannot be honoured; the folder of a job may be finished."""
+        _check_data(data)
+        chosen = make_method(method) if isinstance(method, str) else method
+        config = config.resolve(chosen)
+        config = replace(config, pooling=config.pooling or backbone.default_pooling)
+        output = None if output_dir is None else Path(output_dir)
+        if output is not None:
+            _check_folder(output, overwrite or (job and (output / JOB_FILE).exists()))
+        _check_backbone(backbone)
+        data = replace(data, task=settle_format(backbone, data.task))
+        _check_smoothing(data.task, config)
+        chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
+        check_trains(backbone, chosen)
+        return cls(
+            backbone=backbone,
+            data=data,
+            method=chosen,
+            config=config,
+            output=output,
+            name=name or data.task.name,
+            overwrite=overwrite,
+            choice=choice,
+        )
+
+    def open(self, read: Callable[[Task, Any, str, int], TaskRows] | None = None) -> Opened:
+        """Make the tensors and read the rows.
+
+        Args:
+            read: what makes tokenized rows of a task, its table, a split and a length; by default they are made anew.
+        """
+        backbone, data = self.backbone, self.data
+        model = _model(backbone, data, self.method, self.config)
+        max_length = _room(model, self.config)
+        read = read or partial(read_rows, backbone)
+        rows = {
+            split: read(data.task, table, split, max_length)
+            for split, table in (("train", data.train), ("validation", data.validation))
+        }
+        _check_prompts(model, rows.values())
+        facts = {
+            "num_train": len(rows["train"]),
+            "num_validation": len(rows["validation"]),
+            "trained_parameters": model.num_trained,
+        }
+        settings = _settings(backbone, data, self.method, self.config, rows) | facts
+        return Opened(
+            model=model,
+            rows=rows,
+            max_length=max_length,
+            checkpoints=None if self.output is None else Checkpoints(self.output),
+            settings=settings,
+            facts=facts,
+            overwrite=self.overwrite,
+        )
+
+    def close(self, opened: Opened, trainer: TuningTrainer, start: float, *, job: bool = False) -> TrainResult:
+        """Save what a run that has ended leaves.
+
+        Args:
+            start: `time.perf_counter()` when it began.
+            job: note in the folder which settings it was, for `train_many` to know it again.
+        """
+        model = opened.model
+        choice = {} if self.choice is None else {"layer_choice": self.choice.to_dict()}
+        adapter = _adapter(self.backbone, model, trainer, self.name, opened.max_length, opened.facts | choice)
+        history = _history(trainer)
+        if self.output is not None and opened.checkpoints is not None:
+            settings = opened.settings if job else None
+            adapter = _publish(
+                adapter,
+                history,
+                self.output,
+                trainer.metric,
+                opened.checkpoints,
+                keep=self.config.keep_checkpoints,
+                settings=settings,
+            )
+        return TrainResult(
+            adapter=adapter,
+            history=history,
+            seconds=time.perf_counter() - start,
+            metric=trainer.metric,
+            best_metric=adapter.metrics[trainer.metric],
+            best_step=int(trainer.state.best_global_step or 0),
+            num_steps=trainer.state.global_step,
+            num_method_parameters=model.num_trained,
+            num_head_parameters=adapter.num_head_parameters,
+            peak_memory_bytes=_peak_memory(self.backbone.device),
+            cached_bytes=trainer.cached_bytes,
+            layer_choice=self.choice,
+        )
+
+    @staticmethod
+    def history(trainer: TuningTrainer) -> list[dict[str, float]]:
+        """The trainer's log, one entry per step."""
+        return _history(trainer)
+
+    def finished(self, settings: Mapping[str, Any]) -> TrainResult | None:
+        """The result in the output folder, if a job of just these settings ended there.
+
+        Raises:
+            ConfigError: one of other settings did; names them.
+        """
+        if self.output is None or self.overwrite or not (self.output / CONFIG_FILE).exists():
+            return None
+        adapter = Adapter.load(self.output, self.backbone)
+        job = json.loads((self.output / JOB_FILE).read_text("utf-8"))
+        differing = differences(job["settings"], settings)
+        if job["tensors_sha256"] != adapter.digest:
+            differing = ["it was not trained by train_many"]
+        if differing:
+            raise ConfigError(
+                f"{self.output} holds a finished adapter of another run: {'; '.join(differing)}. Give another folder, "
+                f"or overwrite=True to replace it"
+            )
+        recipe = adapter.recipe
+        return TrainResult(
+            adapter=adapter,
+            history=json.loads((self.output / HISTORY_FILE).read_text("utf-8")),
+            seconds=0.0,
+            metric=judge_of_training(adapter.task.metric),
+            best_metric=adapter.metrics[judge_of_training(adapter.task.metric)],
+            best_step=recipe["best_step"],
+            num_steps=recipe["steps"],
+            num_method_parameters=recipe["trained_parameters"],
+            num_head_parameters=adapter.num_head_parameters,
+            peak_memory_bytes=_peak_memory(self.backbone.device),
+            layer_choice=self.choice,
+        )
+
+
+def read_rows(backbone: Backbone, task: Task, table: Any, split: str, max_length: int) -> TaskRows:
+    """The rows of one split, tokenized."""
+    return TaskRows(backbone, task, table, max_length=max_length, split=split)
 
 
 def evaluate(
@@ -404,16 +564,26 @@ def _history(trainer: TuningTrainer) -> list[dict[str, float]]:
 
 
 def _publish(
-    adapter: Adapter, history: list[dict[str, float]], output: Path, metric: str, checkpoints: Checkpoints, keep: bool
+    adapter: Adapter,
+    history: list[dict[str, float]],
+    output: Path,
+    metric: str,
+    checkpoints: Checkpoints,
+    *,
+    keep: bool,
+    settings: Mapping[str, Any] | None,
 ) -> Adapter:
     """Put the finished adapter into the output folder; its `adapter.json` comes last and makes it one."""
     final = checkpoints.folder / "final"
     saved = adapter.save(final)
-    for old in (CONFIG_FILE, TABLE_FILE):  # of the adapter that is replaced
+    for old in (CONFIG_FILE, TABLE_FILE, JOB_FILE):  # of the adapter that is replaced
         (output / old).unlink(missing_ok=True)
     text = json.dumps(history, indent=1) + "\n"
     replace_file(output / HISTORY_FILE, lambda temporary: temporary.write_text(text, "utf-8"))
     replace_file(output / CURVE_FILE, lambda temporary: write_curve(temporary, history, metric, adapter.name))
+    if settings is not None:
+        job = json.dumps({"settings": dict(settings), "tensors_sha256": saved.digest}, indent=1) + "\n"
+        replace_file(output / JOB_FILE, lambda temporary: temporary.write_text(job, "utf-8"))
     for file in (TENSOR_FILE, CONFIG_FILE):
         os.replace(final / file, output / file)
     shutil.rmtree(final)

@@ -49,7 +49,7 @@ class Checkpoints:
         """
         run = self._read_run()
         if run is not None:
-            differing = _differences(run["settings"], settings)
+            differing = differences(run["settings"], settings)
             if not differing and not run["finished"]:
                 for stray in self.folder.glob(".*"):  # left by a kill while a checkpoint was written
                     shutil.rmtree(stray, ignore_errors=True)
@@ -132,7 +132,8 @@ class Checkpoints:
         replace_file(self.folder / RUN_FILE, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Settings in which two runs differ, in words."""
     here = json.loads(json.dumps(here))
     return [
         f"{key} is {there.get(key, _MISSING)!r} there and {here.get(key, _MISSING)!r} here"

@@ -82,24 +82,38 @@ class TuningModel(nn.Module):
         backbone, device = self.backbone, self.backbone.device
         ids, mask, types = (None if t is None else t.to(device) for t in (input_ids, attention_mask, token_type_ids))
         assert ids is not None
-        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
-            plan = Plan([DeltaSet(self.method.deltas(params, backbone))] * len(ids))
+        with self.arithmetic():
+            plan = self.plan(len(ids))
             if states is None:
                 hidden = backbone.run(plan, ids, mask, types, None if slots is None else slots.to(device))
             elif self.frozen_layers < backbone.num_layers:
                 hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), ids, mask, types)
             else:
                 hidden, mask = states.to(device), None if self.keeps_one_state else mask
+        return self.read(hidden, mask, targets)
+
+    def arithmetic(self) -> torch.autocast:
+        """The precision that the forward pass runs in."""
+        return torch.autocast(self.backbone.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def plan(self, num_rows: int) -> Plan:
+        """So many rows with the deltas that the tensors yield now, differentiably; call it within `arithmetic`."""
+        backbone = self.backbone
+        params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
+        return Plan([DeltaSet(self.method.deltas(params, backbone))] * num_rows)
+
+    def read(self, hidden: Tensor, mask: Tensor | None, targets: Tensor | None) -> dict[str, Tensor]:
+        """What `forward` returns, from the backbone's last hidden states `[B, T, D]` and the mask `[B, T]`."""
+        with self.arithmetic():
             if self.head.kind == "generation":
                 return self._written(hidden, targets)
             tensors = dict(zip(self.head_names, self.head_params, strict=True))
-            logits = heads.logits(backbone, self.head, tensors, hidden, mask, self.training).float()
+            logits = heads.logits(self.backbone, self.head, tensors, hidden, mask, self.training).float()
         if self.head.kind == "multiple_choice":
             logits = logits.view(-1, self.num_choices)
         if targets is None:
             return {"logits": logits}
-        return {"logits": logits, "loss": heads.loss(self.head, logits, targets.to(device))}
+        return {"logits": logits, "loss": heads.loss(self.head, logits, targets.to(hidden.device))}
 
     def _written(self, hidden: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         """`forward` for a task of generation, from `hidden [B, T, D]`."""

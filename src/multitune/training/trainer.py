@@ -83,6 +83,7 @@ class TuningTrainer(Trainer):
         )
         self.loader = RowLoader(train, order, self.collator)
         steps_per_epoch = max(1, math.ceil(len(order) / config.gradient_accumulation))
+        self.steps_per_epoch = steps_per_epoch
         self.max_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
         args = TrainingArguments(
             output_dir=str(scratch),
@@ -123,11 +124,20 @@ class TuningTrainer(Trainer):
 
     def train_to_end(self) -> None:
         """Train from the last checkpoint, or from the start, to the last step or an early stop."""
+        last, done = self.open_checkpoint()
+        if not done:
+            self.train(resume_from_checkpoint=None if last is None else str(last))
+
+    def open_checkpoint(self) -> tuple[Path | None, bool]:
+        """Read the last checkpoint, or without one let the method choose its first tensors.
+
+        Returns:
+            The checkpoint's folder, if there is one, and whether the run was at its end by then.
+        """
         steps = self.checkpoints.steps if self.checkpoints is not None else []
         if self.checkpoints is None or not steps:
             self._start()
-            self.train()
-            return
+            return None, False
         last = self.checkpoints.path(steps[-1])
         tensors, state = self.checkpoints.load(last)
         best_tensors, _ = self.checkpoints.load(self.checkpoints.path(state["best_step"]))
@@ -136,10 +146,9 @@ class TuningTrainer(Trainer):
         self._resumed = (tensors, state)
         if self.report is not None:
             self.report(f"resuming at step {steps[-1]} of {self.max_steps}")
-        if not state["done"]:
-            self.train(resume_from_checkpoint=str(last))
-            return
-        self.state = TrainerState.load_from_json(str(last / TRAINER_FILE))
+        if state["done"]:
+            self.state = TrainerState.load_from_json(str(last / TRAINER_FILE))
+        return last, bool(state["done"])
 
     def _start(self) -> None:
         """Let the method choose its first tensors by gradients on the rows of the first batches; they train again."""
@@ -215,7 +224,16 @@ class TuningTrainer(Trainer):
     ) -> Any:
         """The batch's share of the mean over all rows of one optimizer step, so that 2 x 8 equals 1 x 16."""
         outputs = model(**inputs)
-        items = num_targets(self.tuned.head.kind, inputs["targets"])
+        loss = self.share_of_loss(outputs, inputs["targets"], num_items_in_batch).to(self.args.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def share_of_loss(self, outputs: dict[str, Tensor], targets: Tensor, num_items_in_batch: Any) -> Tensor:
+        """A batch's share of the loss of one optimizer step, penalty included.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
+        items = num_targets(self.tuned.head.kind, targets)
         share = items / num_items_in_batch if num_items_in_batch else 1.0
         # Where every word was cut off there is nothing to learn, and the mean of nothing is not a number.
         loss = outputs["loss"] * share if items else outputs["logits"].sum() * 0.0
@@ -223,11 +241,11 @@ class TuningTrainer(Trainer):
         if penalty is not None:
             loss = loss + penalty.to(loss.device) * share  # the shares of one optimizer step add up to one
         if not bool(torch.isfinite(loss)):
-            raise ConfigError(self._diverged(self.state.global_step + 1, f"the loss is {float(loss.detach())}"))
-        loss = loss.to(self.args.device)
-        return (loss, outputs) if return_outputs else loss
+            raise ConfigError(self.diverged(self.state.global_step + 1, f"the loss is {float(loss.detach())}"))
+        return loss
 
-    def _diverged(self, step: int, what: str) -> str:
+    def diverged(self, step: int, what: str) -> str:
+        """The message that ends a run which diverged."""
         rate = self.config.learning_rate
         assert rate is not None
         return (
@@ -247,10 +265,10 @@ class TuningTrainer(Trainer):
         """
         bad = [name for name, t in self.tuned.tensors().items() if not bool(torch.isfinite(t).all())]
         if bad:
-            raise ConfigError(self._diverged(self.state.global_step, f"tensor '{bad[0]}' is not finite"))
+            raise ConfigError(self.diverged(self.state.global_step, f"tensor '{bad[0]}' is not finite"))
         scores = self._scores()
         if not math.isfinite(scores["loss"]):
-            raise ConfigError(self._diverged(self.state.global_step, f"the validation loss is {scores['loss']}"))
+            raise ConfigError(self.diverged(self.state.global_step, f"the validation loss is {scores['loss']}"))
         found = {f"{metric_key_prefix}_{k}": v for k, v in scores.items()}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -455,7 +473,7 @@ def run(
     Raises:
         ConfigError: the loss or a tensor is not finite, or what the frozen layers give cannot be kept as asked.
     """
-    with tempfile.TemporaryDirectory() as scratch, _globals_kept():
+    with tempfile.TemporaryDirectory() as scratch, globals_kept():
         folder = None if checkpoints is None else checkpoints.folder
         sequences = (train.sequences, validation.sequences)
         states = keep_frozen_states(model, config, sequences, folder, report or (lambda line: None))
@@ -471,7 +489,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _globals_kept() -> Iterator[None]:
+def globals_kept() -> Iterator[None]:
     """Undo what transformers and accelerate change for the whole process."""
     verbosity = transformers_logging.get_verbosity()
     python, numpy = random.getstate(), np.random.get_state()

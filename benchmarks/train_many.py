@@ -1,0 +1,167 @@
+"""Is training many adapters together faster than one after the other, and how much memory does it take?
+
+    python benchmarks/train_many.py [--jobs 16] [--steps 40] [--threads 2] [--rounds 1] [--write docs/results.md]
+
+Jobs of 8 methods on 4 tasks of short texts are trained on minilm, each by itself with `train` and all together with
+`train_many`, from the same settings. Both systems run in turns, `--rounds` times, each in a process of its own, which
+loads the backbone and trains one step before the clock starts. Peak memory is that of the process, libraries and
+backbone included (Linux); a single run is the largest of `--singles` of the jobs, each in a process of its own. The
+curves of both are compared too: the largest difference of a logged loss stands in the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _store import environment
+
+import multitune
+from multitune.training.api import _peak_memory as peak_memory
+
+BEGIN, END = "<!-- train_many:begin -->", "<!-- train_many:end -->"
+METHODS = ("lora", "bitfit", "ia3", "ptuning_v2", "prompt", "houlsby", "aot_fc", "adalora")
+TASKS = ("demo/sentiment", "demo/topic", "demo/urgency", "demo/paraphrase")
+#: (tokens of a pass) of the systems in which all jobs train together.
+BUDGETS = (512, 1024, 2048)
+
+
+def jobs_of(count: int, steps: int) -> list[multitune.TrainJob]:
+    """So many jobs: every method in turn, and with each round of them the next task."""
+    data = {name: multitune.load_task(name) for name in TASKS}
+    return [
+        multitune.TrainJob(
+            data=data[TASKS[(i + i // len(METHODS)) % len(TASKS)]],
+            method=METHODS[i % len(METHODS)],
+            settings={"seed": i, "max_steps": steps, "max_length": 64, "progress": False},
+        )
+        for i in range(count)
+    ]
+
+
+def run(system: str, count: int, steps: int, threads: int, sender: Any) -> None:
+    """Train in this process, and send seconds, peak memory and the logged losses of every job.
+
+    Args:
+        system: "alone", "alone:I" for job I only, or "together:BUDGET".
+    """
+    torch.set_num_threads(threads)
+    backbone = multitune.Backbone.load("minilm")
+    jobs = jobs_of(count, steps)
+    what, _, number = system.partition(":")
+    if what == "alone" and number:
+        jobs = [jobs[int(number)]]
+    warm = dict(jobs[0].settings) | {"max_steps": 1}
+    multitune.train(backbone, jobs[0].data, "lora", **warm)
+    start = time.perf_counter()
+    found: list[multitune.TrainResult | multitune.FailedJob]
+    if what == "alone":
+        found = [multitune.train(backbone, job.data, job.method, **job.settings) for job in jobs]
+    else:
+        found = multitune.train_many(backbone, jobs, token_budget=int(number))
+    seconds = time.perf_counter() - start
+    losses = [[entry["loss"] for entry in result.history if "loss" in entry] for result in found]
+    sender.send((seconds, peak_memory(backbone.device), losses))
+
+
+def measure(system: str, options: argparse.Namespace) -> tuple[float, int, list[list[float]]]:
+    """`run` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (system, options.jobs, options.steps, options.threads, sender)
+    process = context.Process(target=run, args=arguments)
+    process.start()
+    sender.close()
+    try:
+        result: tuple[float, int, list[list[float]]] = receiver.recv()
+    finally:
+        process.join()
+    return result
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per system."""
+    systems = ["alone", *(f"together:{budget}" for budget in options.budgets)]
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    memory: dict[str, list[int]] = {system: [] for system in systems}
+    losses: dict[str, list[list[float]]] = {}
+    for _ in range(options.rounds):
+        for system in systems:
+            took, peak, losses[system] = measure(system, options)
+            seconds[system].append(took)
+            memory[system].append(peak)
+    single = max(measure(f"alone:{i}", options)[1] for i in range(min(options.jobs, options.singles)))
+    return [
+        {
+            "system": system,
+            "seconds": statistics.median(seconds[system]),
+            "ratio": statistics.median(
+                mine / alone for mine, alone in zip(seconds[system], seconds["alone"], strict=True)
+            ),
+            "peak_bytes": max(memory[system]),
+            "peak_ratio": max(memory[system]) / single,
+            "largest_difference": max(
+                abs(a - b)
+                for mine, alone in zip(losses[system], losses["alone"], strict=True)
+                for a, b in zip(mine, alone, strict=True)
+            ),
+        }
+        for system in systems
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| system | seconds | of alone | peak memory, MB | of the largest single run | largest difference of a loss |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['system'].replace(':', ', token_budget=')} | {row['seconds']:.1f} | {row['ratio']:.2f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['peak_ratio']:.2f} | {row['largest_difference']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def write(file: Path, text: str) -> None:
+    """Put the text between the document's markers."""
+    document = file.read_text("utf-8")
+    before, begin, rest = document.partition(BEGIN)
+    if not begin or END not in rest:
+        raise SystemExit(f"{file} has no markers {BEGIN} and {END} to write between")
+    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
+
+
+def main() -> None:
+    """Parse the options, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each job")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1, help="how often the systems take turns")
+    parser.add_argument("--singles", type=int, default=len(METHODS), help="jobs whose memory is measured by itself")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="TOKENS")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between this document's markers")
+    options = parser.parse_args()
+    rows = compare(options)
+    where = environment(options.threads)
+    text = (
+        f"{options.jobs} jobs of {options.steps} steps, {options.threads} threads, {where['machine']}.\n\n{table(rows)}"
+    )
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n", "utf-8")
+    if options.write:
+        write(options.write, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Train many adapters together on one backbone: tasks, or settings of one task."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from multitune.backbone import Backbone
+from multitune.errors import ConfigError, DataError, MixError, MultituneError
+from multitune.heads import Head
+from multitune.methods import Method
+from multitune.tasks import Task, TaskData
+from multitune.training.api import Opened, Setup, TrainResult, read_rows, train_setup
+from multitune.training.config import TrainConfig
+from multitune.training.data import TaskRows
+from multitune.training.progress import Progress
+from multitune.training.stepped import SteppedRun
+from multitune.training.together import pack, run_pass
+from multitune.training.trainer import TuningTrainer, globals_kept
+
+Alone = Literal["refuse", "queue"]
+
+#: Settings by which a model leaves whole layers out at random, which would be one draw for all jobs.
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One adapter to train: what `train` takes, for one of many."""
+
+    data: TaskData
+    """The task with its rows. Jobs that share the object share its tokenized rows."""
+    method: Method | str
+    """A method, or the name of one, or of several joined by "+"."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TrainConfig` in which this job differs from the others, such as `{"learning_rate": 1e-3}`."""
+    name: str | None = None
+    """What to call it, and its folder; by default task and method, with a number where that is taken."""
+    output_dir: str | Path | None = None
+    """Its folder; by default its name inside the folder of all."""
+    overwrite: bool = False
+    """Replace a finished adapter, or an unfinished run of other settings, in its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedJob:
+    """A job that ended without an adapter, while the others went on."""
+
+    name: str
+    error: MultituneError
+    """Why; its message names the step and the setting to change."""
+    step: int
+    """Optimizer steps it had taken."""
+    history: list[dict[str, float]]
+    """What it had logged, as in `TrainResult.history`."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C while jobs were running. What had ended is in `results`; the same call goes on with the others."""
+
+    def __init__(self, results: Mapping[str, TrainResult | FailedJob]) -> None:
+        super().__init__(f"interrupted after {len(results)} jobs had ended")
+        self.results = dict(results)
+        """By name of the job."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job that has entered."""
+
+    setup: Setup
+    opened: Opened
+    run: SteppedRun
+    start: float
+
+
+def train_many(
+    backbone: Backbone,
+    jobs: Sequence[TrainJob],
+    output_dir: str | Path | None = None,
+    *,
+    config: TrainConfig | None = None,
+    max_jobs: int = 16,
+    token_budget: int = 1024,
+    alone: Alone = "refuse",
+    report: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> list[TrainResult | FailedJob]:
+    """Train many adapters together. Each result is that of `train` with the same settings.
+
+    The rows of all running jobs go through the frozen backbone in shared forward and backward passes. Everything else
+    is a job's own: rows and their order, random numbers, loss, optimizer, schedule, clipping, evaluation, early
+    stopping and checkpoints. When a job ends, the next of the queue enters.
+
+    Args:
+        output_dir: each job's folder is its name in here; `None` saves nothing but where a job has a folder of its own.
+            The same call after a kill goes on: finished jobs are read, others resume from their last evaluation.
+        config: training settings of all jobs; `overrides` are fields of it, and a job's `settings` come last.
+        max_jobs: most jobs that run at a time; the others wait in the order given.
+        token_budget: most tokens in one pass, padding included: bounds the memory, while more in a pass is faster. A
+            job whose batch exceeds it runs by itself.
+        alone: what to do with jobs whose method changes the backbone's own weights, which cannot share a pass: refuse
+            them, or train them one after the other when all others have ended.
+        report: called with a line when a job begins, resumes, was evaluated or ends; with a progress bar, begins and
+            ends only.
+
+    Returns:
+        In the order of `jobs` what `train` returns (`seconds` counts from entering to leaving, so those of jobs that
+        ran together overlap), or a `FailedJob` for one that diverged or could not begin.
+
+    Raises:
+        ConfigError: an unknown or impossible setting, or two jobs of one name or folder; names the job.
+        DataError: rows that do not fit their task; names the job.
+        MixError: a job whose method cannot share a pass, unless `alone="queue"`.
+        TrainingInterrupted: Ctrl-C; holds the results so far.
+    """
+    shared = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
+    _check_arguments(backbone, jobs, max_jobs, token_budget, alone)
+    names = _names(jobs)
+    setups = [_setup(backbone, job, name, output_dir, shared) for job, name in zip(jobs, names, strict=True)]
+    _check_together(backbone, setups, alone)
+    found: dict[str, TrainResult | FailedJob] = {}
+    together = [s for s in setups if not s.method.changes_weights]
+    with Progress(shared.progress) as progress:
+        crew = _Crew(backbone, together, max_jobs, token_budget, found, progress, report)
+        try:
+            crew.work()
+            for setup in setups:
+                if setup.method.changes_weights:
+                    found[setup.name] = _train_alone(setup, report)
+        except KeyboardInterrupt:
+            raise TrainingInterrupted(found) from None
+    return [found[name] for name in names]
+
+
+class _Crew:
+    """The jobs that run, and those that wait."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        setups: Sequence[Setup],
+        max_jobs: int,
+        token_budget: int,
+        found: dict[str, TrainResult | FailedJob],
+        progress: Progress,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self._backbone = backbone
+        self._waiting = deque(setups)
+        self._running: list[_Running] = []
+        self._max_jobs = max_jobs
+        self._token_budget = token_budget
+        self._found = found
+        self._progress = progress
+        self._report = report
+        self._rows: dict[tuple[int, str, int], TaskRows] = {}
+        self._tables = [setup.data for setup in setups]
+        """Kept, so that the ids in `_rows` stay theirs."""
+
+    def work(self) -> None:
+        """Train all to their ends."""
+        self._progress.expect(len(self._waiting))
+        with tempfile.TemporaryDirectory() as scratch, globals_kept():
+            try:
+                while self._waiting or self._running:
+                    while self._waiting and len(self._running) < self._max_jobs:
+                        self._enter(self._waiting.popleft(), Path(scratch))
+                    self._round()
+            finally:
+                self._backbone.model.eval()
+
+    def _round(self) -> None:
+        """One batch of every running job."""
+        by_run = {job.run: job for job in self._running}
+        for runs in pack(list(by_run), self._token_budget):
+            for run, loss in run_pass(runs):
+                job = by_run[run]
+                try:
+                    if isinstance(loss, MultituneError):
+                        raise loss
+                    run.took(loss)
+                except MultituneError as error:
+                    self._fail(job, error)
+                    continue
+                self._progress.at(job.setup.name, run.trainer.state.global_step)
+                if run.finished:
+                    self._finish(job)
+
+    def _enter(self, setup: Setup, scratch: Path) -> None:
+        start = time.perf_counter()
+        try:
+            opened = setup.open(self._read)
+            done = setup.finished(opened.settings)
+            if done is not None:
+                self._leave(setup, done, "was finished before")
+                return
+            opened.claim()
+            run = self._start(setup, opened, scratch)
+        except MultituneError as error:
+            self._leave(setup, FailedJob(name=setup.name, error=error, step=0, history=[]), f"cannot begin: {error}")
+            return
+        job = _Running(setup, opened, run, start)
+        self._running.append(job)
+        self._progress.begin(setup.name, run.trainer.max_steps)
+        if run.finished:  # killed between its last step and the end of the run
+            self._finish(job)
+
+    def _start(self, setup: Setup, opened: Opened, scratch: Path) -> SteppedRun:
+        def say(line: str) -> None:
+            if self._report is not None:
+                self._report(f"{setup.name}: {line}")
+
+        say(f"{setup.method.name} on {opened.facts['num_train']} rows")
+        config = replace(setup.config, progress=False)  # the bars are those of all jobs together
+        lines = None if self._report is None or self._progress.shown else say
+        rows = opened.rows
+        trainer = TuningTrainer(
+            opened.model, config, rows["train"], rows["validation"], opened.checkpoints, scratch, lines
+        )
+        return SteppedRun(trainer)
+
+    def _read(self, task: Task, table: Any, split: str, max_length: int) -> TaskRows:
+        key = (id(table), f"{split} {task.to_dict()}", max_length)
+        if key not in self._rows:
+            self._rows[key] = read_rows(self._backbone, task, table, split, max_length)
+        return self._rows[key]
+
+    def _finish(self, job: _Running) -> None:
+        self._running.remove(job)
+        result = job.setup.close(job.opened, job.run.trainer, job.start, job=True)
+        self._leave(job.setup, result, f"{result.metric} {result.best_metric:.3f} at step {result.best_step}")
+
+    def _fail(self, job: _Running, error: MultituneError) -> None:
+        self._running.remove(job)
+        state = job.run.trainer.state
+        failed = FailedJob(
+            name=job.setup.name, error=error, step=state.global_step, history=job.setup.history(job.run.trainer)
+        )
+        self._leave(job.setup, failed, str(error))
+
+    def _leave(self, setup: Setup, result: TrainResult | FailedJob, line: str) -> None:
+        self._found[setup.name] = result
+        self._progress.end(setup.name, isinstance(result, FailedJob))
+        if self._report is not None:
+            self._report(f"{setup.name}: {line}")
+
+
+# -------------------------------------------------------------------- checks
+
+
+def _check_arguments(
+    backbone: Backbone, jobs: Sequence[TrainJob], max_jobs: int, token_budget: int, alone: Alone
+) -> None:
+    for name, value in (("max_jobs", max_jobs), ("token_budget", token_budget)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is not possible; give at least 1")
+    if alone not in get_args(Alone):
+        raise ConfigError(f"alone={alone!r} is unknown; choose {' or '.join(map(repr, get_args(Alone)))}")
+    if not jobs:
+        raise ConfigError("train_many has no jobs; give a list with at least one TrainJob")
+    for job in jobs:
+        if not isinstance(job, TrainJob):
+            raise ConfigError(f"train_many takes TrainJob(data=..., method=...), not a {type(job).__name__}")
+    dropped = [name for name in _LAYER_DROPS if getattr(backbone.running.config, name, 0)]
+    if dropped:
+        raise ConfigError(
+            f"backbone '{backbone.name}' leaves layers out at random while it trains ({dropped[0]} of its config), "
+            f"which would be one draw for all jobs; set it to 0, or train each by itself: train(...)"
+        )
+
+
+def _names(jobs: Sequence[TrainJob]) -> list[str]:
+    """A name for every job; those that were given are kept."""
+    taken = {job.name for job in jobs if job.name is not None}
+    given = [job.name for job in jobs if job.name is not None]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two jobs are called '{twice[0]}'; give each a name of its own")
+    names: list[str] = []
+    for job in jobs:
+        if job.name is not None:
+            names.append(job.name)
+            continue
+        task = job.data.task.name if isinstance(job.data, TaskData) else "job"
+        base = f"{task}-{job.method if isinstance(job.method, str) else job.method.name}".replace("/", "-")
+        number, name = 1, base
+        while name in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path | None, shared: TrainConfig) -> Setup:
+    """The job's run, checked as far as that can be done before it begins."""
+    folder = job.output_dir
+    if folder is None and output_dir is not None:
+        folder = Path(output_dir) / name
+    try:
+        config = TrainConfig.from_dict({**shared.to_dict(), **job.settings})
+        setup = Setup.check(
+            backbone,
+            job.data,
+            job.method,
+            folder,
+            config=config,
+            name=name,
+            overwrite=job.overwrite,
+            job=True,
+        )
+        assert setup.config.pooling is not None
+        Head.for_task(job.data.task, pooling=setup.config.pooling).check(backbone)
+        if not setup.method.changes_weights:
+            backbone.shapes_of(setup.method)
+        for split, table in (("training", job.data.train), ("validation", job.data.validation)):
+            if not job.data.task.examples(table):
+                raise DataError(f"task '{job.data.task.name}' has no {split} rows; give a table with at least one")
+    except MultituneError as error:
+        raise type(error)(f"job '{name}': {error}") from error
+    return setup
+
+
+def _check_together(backbone: Backbone, setups: Sequence[Setup], alone: Alone) -> None:
+    folders: dict[Path, str] = {}
+    for setup in setups:
+        if setup.method.changes_weights and alone == "refuse":
+            raise MixError(
+                f"job '{setup.name}': {setup.method.title} changes the backbone's own weights, so that its rows cannot "
+                f"share a pass with other jobs; give alone='queue' to train it by itself after the others, or train it "
+                f"with train(...)"
+            )
+        if setup.config.cache_frozen is not None and not setup.method.changes_weights:
+            raise ConfigError(
+                f"job '{setup.name}': cache_frozen={setup.config.cache_frozen!r} runs the layers above alone, while "
+                f"all jobs of a pass run through the same layers; leave it out, or train this one with train(...)"
+            )
+        if setup.output is None:
+            continue
+        place = setup.output.absolute()
+        if place in folders:
+            raise ConfigError(f"jobs '{folders[place]}' and '{setup.name}' both write to {place}; give each a folder")
+        folders[place] = setup.name
+
+
+def _train_alone(setup: Setup, report: Callable[[str], None] | None) -> TrainResult | FailedJob:
+    """A job that needs a backbone of its own."""
+
+    def say(line: str) -> None:
+        if report is not None:
+            report(f"{setup.name}: {line}")
+
+    say("by itself, because it changes the backbone's own weights")
+    try:
+        return train_setup(setup, time.perf_counter(), say, job=True)
+    except MultituneError as error:
+        say(str(error))
+        return FailedJob(name=setup.name, error=error, step=0, history=[])

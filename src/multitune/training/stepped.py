@@ -1,0 +1,135 @@
+"""One run of a `TuningTrainer`, cut open at its forward and backward pass, so that several can take turns.
+
+Order of the rows, accumulation, clipping, optimizer, schedule, hooks of the method, log, evaluation, early stopping and
+checkpoints are those of the trainer, step by step; only who runs the model is left open.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers.trainer_callback import ExportableState, TrainerState
+
+from multitune.errors import ConfigError
+from multitune.training.checkpoints import TRAINER_FILE
+from multitune.training.streams import RandomStream
+from multitune.training.trainer import TuningTrainer
+
+
+class SteppedRun:
+    """Where a run stands: the batch that it needs gradients of next."""
+
+    def __init__(self, trainer: TuningTrainer) -> None:
+        """
+        Args:
+            trainer: just made, so that the global random numbers are those of its seed.
+        """
+        self.trainer = trainer
+        last, self.finished = trainer.open_checkpoint()
+        self.stream = RandomStream(trainer.tuned.backbone.device)
+        """Every random number of this run."""
+        self._pending: list[dict[str, Tensor]] = []
+        self._num_items = 0
+        if not self.finished:
+            self._begin(last)
+            self._next_step()
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """What the model is to be called with next."""
+        return self._pending[0]
+
+    @property
+    def num_items(self) -> int:
+        """Terms of the loss in all batches of this optimizer step."""
+        return self._num_items
+
+    def took(self, loss: Tensor) -> None:
+        """Go on, after the gradients of `batch` were added up.
+
+        Args:
+            loss: its share of the loss, a scalar.
+
+        Raises:
+            ConfigError: the run has diverged.
+        """
+        self._loss += loss.detach().to(self._loss.device)
+        self._pending.pop(0)
+        if not self._pending:
+            self._step()
+
+    # ---------------------------------------------------------------- inside
+
+    def _begin(self, last: Path | None) -> None:
+        t = self.trainer
+        exported = [cb for cb in [*t.callback_handler.callbacks, t.control] if isinstance(cb, ExportableState)]
+        t.state = TrainerState(stateful_callbacks=exported)  # type: ignore[arg-type]
+        if last is not None:
+            t.state = TrainerState.load_from_json(str(last / TRAINER_FILE))
+            t._load_from_checkpoint(str(last))
+        t.state.max_steps, t.state.train_batch_size = t.max_steps, t.config.batch_size
+        t.state.num_train_epochs = math.ceil(t.max_steps / t.steps_per_epoch)
+        t.create_optimizer()
+        t.create_scheduler(num_training_steps=t.max_steps)
+        if last is not None:
+            t._load_optimizer_and_scheduler(str(last))
+            with self.stream.drawing():
+                t._load_rng_state(str(last))
+        t.control = t.callback_handler.on_train_begin(t.args, t.state, t.control)
+        self._loss = torch.zeros((), device=t.args.device)
+        self._logged_step = t.state.global_step
+
+    def _next_step(self) -> None:
+        """Make the batches of the next optimizer step."""
+        t = self.trainer
+        per_step = t.config.gradient_accumulation
+        epoch, step = divmod(t.state.global_step, t.steps_per_epoch)
+        if step == 0 or not hasattr(self, "_batches"):
+            t.loader.set_epoch(epoch)
+            self._batches = list(t.loader.order)
+        picked = self._batches[step * per_step : (step + 1) * per_step]
+        self._pending = [t.collator([t.train_rows[i] for i in rows]) for rows in picked]
+        self._num_items = t._get_num_items_in_batch(self._pending, t.args.device)
+        self._epoch = epoch + min(len(self._batches), (step + 1) * per_step) / len(self._batches)
+        t.control = t.callback_handler.on_step_begin(t.args, t.state, t.control)
+
+    def _step(self) -> None:
+        """One step of the optimizer, and what is due after it."""
+        t = self.trainer
+        optimizer, scheduler, callbacks = t.optimizer, t.lr_scheduler, t.callback_handler
+        assert optimizer is not None and scheduler is not None
+        norm = clip_grad_norm_(t.tuned.parameters(), t.config.max_grad_norm or math.inf)
+        if not bool(torch.isfinite(norm)):
+            raise ConfigError(t.diverged(t.state.global_step + 1, f"the norm of the gradient is {float(norm)}"))
+        optimizer.step()
+        with self.stream.drawing():
+            t.control = callbacks.on_optimizer_step(t.args, t.state, t.control)
+        rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        optimizer.zero_grad()
+        t.state.global_step += 1
+        t.state.epoch = self._epoch
+        t.control = callbacks.on_step_end(t.args, t.state, t.control)
+        with self.stream.drawing():
+            self._report(norm, float(rate))
+        self.finished = bool(t.control.should_training_stop)
+        if not self.finished:
+            self._next_step()
+
+    def _report(self, norm: Tensor, rate: float) -> None:
+        """Log, evaluate and save where it is time to."""
+        t = self.trainer
+        if t.control.should_log:
+            steps = t.state.global_step - self._logged_step
+            t.log({"loss": self._loss.item() / steps, "grad_norm": norm.item(), "learning_rate": rate})
+            self._loss.zero_()
+            self._logged_step = t.state.global_step
+        if t.control.should_evaluate:
+            t._determine_best_metric(t.evaluate(), None)
+        if t.control.should_save:
+            t._save_checkpoint(t.tuned, None)
+            t.control = t.callback_handler.on_save(t.args, t.state, t.control)

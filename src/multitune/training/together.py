@@ -1,0 +1,112 @@
+"""Batches of several runs in one forward and one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from multitune.backbone import Backbone
+from multitune.errors import MultituneError
+from multitune.joint import JointBatch
+from multitune.training.stepped import SteppedRun
+
+#: A run joins a pass only if the pass is then at most this many times the tokens of its runs by themselves: beyond
+#: that, the padding costs more than sharing a pass gains.
+MOST_PADDING = 1.125
+
+
+def pack(runs: Sequence[SteppedRun], token_budget: int) -> list[list[SteppedRun]]:
+    """Which runs' next batches share a pass: of like precision and like length, as many as the budget holds.
+
+    Depends on the shapes of the batches alone. A batch that exceeds the budget by itself is a pass by itself.
+
+    Args:
+        token_budget: most tokens of a pass, padding included.
+    """
+    alike: dict[tuple[object, ...], list[SteppedRun]] = {}
+    for run in runs:
+        alike.setdefault(_kind(run), []).append(run)
+    passes: list[list[SteppedRun]] = []
+    for same in alike.values():
+        rows = own = 0
+        passes.append([])
+        for run in sorted(same, key=_width):  # stable: of equal widths in the order given
+            ids = run.batch["input_ids"]
+            rows, own = rows + len(ids), own + ids.numel()
+            padded = rows * _width(run)
+            if passes[-1] and padded > min(token_budget, MOST_PADDING * own):
+                passes.append([])
+                rows, own = len(ids), ids.numel()
+            passes[-1].append(run)
+    return passes
+
+
+def _kind(run: SteppedRun) -> tuple[object, ...]:
+    """What the runs of one pass share; those that train a head alone need no gradients through the backbone."""
+    tuned, config = run.trainer.tuned, run.trainer.config
+    return tuned.autocast, config.gradient_checkpointing, tuned.num_trained > 0
+
+
+def _width(run: SteppedRun) -> int:
+    return int(run.batch["input_ids"].shape[1])
+
+
+def run_pass(runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
+    """Add the gradients of every run's batch to its tensors.
+
+    Returns:
+        With each run its loss, or the error that ends it; such a run has no part in the backward pass.
+    """
+    backbone = runs[0].trainer.tuned.backbone
+    backbone.model.train()
+    with _checkpointing(backbone, runs[0].trainer.config.gradient_checkpointing):
+        found = _losses(backbone, runs)
+        good = [loss for _, loss in found if isinstance(loss, Tensor)]
+        if good:
+            torch.autograd.backward(good)
+    return [(run, loss.detach() if isinstance(loss, Tensor) else loss) for run, loss in found]
+
+
+@contextmanager
+def _checkpointing(backbone: Backbone, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    backbone.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        backbone.disable_gradient_checkpointing()
+
+
+def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
+    batches = [_joint_batch(run) for run in runs]
+    with runs[0].trainer.tuned.arithmetic():
+        hidden = backbone.run_joint(batches)
+    found: list[tuple[SteppedRun, Tensor | MultituneError]] = []
+    for run, batch, own in zip(runs, batches, hidden, strict=True):
+        tuned, targets = run.trainer.tuned, run.batch["targets"]
+        tuned.training = True  # an evaluation may have switched it off; the backbone is switched on above
+        with run.stream.drawing():
+            try:
+                outputs = tuned.read(own, batch.attention_mask, targets)
+                found.append((run, run.trainer.share_of_loss(outputs, targets, run.num_items)))
+            except MultituneError as error:
+                found.append((run, error))
+    return found
+
+
+def _joint_batch(run: SteppedRun) -> JointBatch:
+    tuned, inputs = run.trainer.tuned, run.batch
+    device = tuned.backbone.device
+    given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "slots"))
+    ids, mask, types, slots = (None if t is None else t.to(device) for t in given)
+    assert ids is not None
+    with tuned.arithmetic(), run.stream.drawing():
+        plan = tuned.plan(len(ids))
+    return JointBatch(
+        plan=plan, input_ids=ids, attention_mask=mask, token_type_ids=types, slots=slots, stream=run.stream
+    )

@@ -1,0 +1,438 @@
+"""Many jobs in one pass: each ends as if it had trained alone, whatever becomes of the others."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from multitune import (
+    Adapter,
+    ConfigError,
+    DataError,
+    FailedJob,
+    LoRA,
+    MixError,
+    Task,
+    TaskData,
+    TrainConfig,
+    TrainingInterrupted,
+    TrainJob,
+    TrainResult,
+    train,
+    train_many,
+)
+from multitune.training import many
+from multitune.training.together import MOST_PADDING, pack
+
+SHARED = dict(progress=False, batch_size=8, epochs=2, evaluations_per_epoch=2)  # 19 rows: 3 steps an epoch
+METHODS = (
+    "lora", "bitfit", "prompt", "ptuning_v2", "aot_fc", "houlsby", "ia3", "adalora", "head", "sift", "mam", "dora",
+)  # fmt: skip
+KINDS = ("classification", "regression", "multilabel", "multiple_choice", "tagging")
+
+
+@pytest.fixture
+def same_run():
+    """Assert that two results are of the same run, within the rounding of a float."""
+
+    def check(mine: TrainResult, alone: TrainResult) -> None:
+        assert isinstance(mine, TrainResult), mine
+        assert [e["step"] for e in mine.history] == [e["step"] for e in alone.history]
+        for a, b in zip(mine.history, alone.history, strict=True):
+            assert list(a) == list(b)
+            for key, value in b.items():
+                assert math.isclose(a[key], value, rel_tol=1e-3, abs_tol=1e-4), (key, a, b)
+        assert (mine.best_step, mine.num_steps) == (alone.best_step, alone.num_steps)
+        assert (mine.num_method_parameters, mine.num_head_parameters) == (
+            alone.num_method_parameters,
+            alone.num_head_parameters,
+        )
+        one, two = mine.adapter, alone.adapter
+        assert (one.method, one.recipe, one.seed, one.task) == (two.method, two.recipe, two.seed, two.task)
+        for a, b in ((one.params, two.params), (one.head_params, two.head_params)):
+            assert list(a) == list(b)
+            for name, t in b.items():
+                # A key's bias shifts all scores of a query alike: its gradient is rounding alone, which AdamW blows up.
+                if not name.endswith(".key.b"):
+                    torch.testing.assert_close(a[name], t, rtol=1e-3, atol=1e-4, msg=name)
+
+    return check
+
+
+def _alone(backbone, job: TrainJob, **shared) -> TrainResult:
+    return train(backbone, job.data, job.method, **(SHARED | shared | dict(job.settings)))
+
+
+class Halt(KeyboardInterrupt):
+    """Raised in the middle of a run."""
+
+
+def _stopping(after, error=Halt):
+    """LoRA, registered name and all, that fails after some calls."""
+    calls = 0
+
+    @dataclass(frozen=True, kw_only=True)
+    class Stopping(LoRA):
+        def deltas(self, params, backbone):
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise error
+            return super().deltas(params, backbone)
+
+    return Stopping()
+
+
+def _blowing_up(step, where):
+    """LoRA whose loss, or whose gradient alone, is no number from one of its steps on."""
+    steps = 0
+
+    @dataclass(frozen=True, kw_only=True)
+    class BlowingUp(LoRA):
+        def deltas(self, params, backbone):
+            nonlocal steps
+            training = torch.is_grad_enabled() and any(t.requires_grad for t in params.values())
+            steps += training
+            if training and steps >= step and where == "loss":
+                params = {k: t * math.nan for k, t in params.items()}
+            return super().deltas(params, backbone)
+
+        def penalty(self, params):
+            if steps >= step and where == "gradient":
+                return torch.stack([(t * 0).sqrt().sum() for t in params.values()]).sum()
+            return None
+
+    return BlowingUp()
+
+
+# -------------------------------------------------------------------- as if alone
+
+
+def test_every_job_ends_as_if_it_had_trained_alone(tiny, make_data, same_run):
+    data = {kind: make_data(kind, train=19) for kind in KINDS}
+    jobs = [
+        TrainJob(
+            data=data[KINDS[i % 5]],
+            method=method,
+            settings={
+                "seed": i,
+                "gradient_accumulation": 1 + i % 2,
+                "scheduler": ("linear", "cosine", "constant")[i % 3],
+                "pooling": ("cls", "mean")[i % 2],
+            },
+        )
+        for i, method in enumerate(METHODS)
+    ]
+    found = train_many(tiny, jobs, max_jobs=7, token_budget=600, **SHARED)  # some enter when others have left
+    for job, mine in zip(jobs, found, strict=True):
+        same_run(mine, _alone(tiny, job))
+    assert not tiny.model.training and not any(p.requires_grad for p in tiny.model.parameters())
+
+
+def test_settings_of_one_task_share_its_rows(tiny, make_data, same_run):
+    data = make_data(train=19)
+    jobs = [
+        TrainJob(data=data, method=LoRA(r=2, dropout=0.3), settings={"learning_rate": 1e-2}),
+        TrainJob(data=data, method=LoRA(r=3), settings={"weight_decay": 0.1, "batch_size": 5}),
+        TrainJob(data=data, method=LoRA(r=3), settings={"max_grad_norm": 0.0, "seed": 4}),
+        TrainJob(data=data, method="lora+bitfit", settings={"gradient_checkpointing": True}),
+        TrainJob(data=data, method="vera", settings={"gradient_checkpointing": True, "max_length": 6}),
+        TrainJob(data=data, method="bitfit", settings={"precision": "bf16", "max_steps": 2}),
+        TrainJob(data=data, method="lora", settings={"precision": "bf16", "max_steps": 2}),
+    ]
+    for job, mine in zip(jobs, train_many(tiny, jobs, token_budget=4000, **SHARED), strict=True):
+        if job.settings.get("precision") != "bf16":  # whose rounding is coarser than the check
+            same_run(mine, _alone(tiny, job))
+        assert mine.adapter.name.startswith(data.task.name)
+    assert len({r.adapter.name for r in [*train_many(tiny, jobs[:3], **SHARED)]}) == 3
+
+
+def test_a_job_that_shares_no_pass_is_bit_equal_to_one_alone(tiny, make_data, same_tensors):
+    jobs = [TrainJob(data=make_data(kind), method="lora", settings={"seed": 7}) for kind in KINDS]
+    for job, mine in zip(jobs, train_many(tiny, jobs, token_budget=1, **SHARED), strict=True):
+        alone = _alone(tiny, job)
+        same_tensors(mine.adapter, alone.adapter)
+        assert mine.history == alone.history
+
+
+@pytest.mark.parametrize("name", ["deberta-v2/v3", "t5"])
+def test_other_architectures_keep_jobs_apart_too(name, make_backbone, one_thread, make_data, same_run):
+    drops = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout_rate", "dropout")
+    config = make_backbone(name).model.config
+    backbone = make_backbone(name, **{key: 0.1 for key in drops if hasattr(config, key)})
+    jobs = [
+        TrainJob(data=make_data(kind), method=method, settings={"max_steps": 2, "seed": i})
+        for i, (kind, method) in enumerate(
+            zip(KINDS, ("lora", "prompt", "ptuning_v2", "bitfit", "aot_fc"), strict=True)
+        )
+    ]
+    for job, mine in zip(jobs, train_many(backbone, jobs, token_budget=2000, **SHARED), strict=True):
+        same_run(mine, _alone(backbone, job))
+
+
+def test_writing_and_reading_share_passes(make_backbone, one_thread, make_data, same_run):
+    backbone = make_backbone("gpt2", attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
+    task = Task(name="name it", kind="generation", template=("{text} :",), label="answer")
+    rows = [{"text": "good film", "answer": "good"}, {"text": "bad bad film x1", "answer": "bad bad"}] * 5
+    write = TaskData(task=task, train=rows, validation=rows[:2], test=None)
+    jobs = [
+        TrainJob(data=write, method="lora", settings={"label_smoothing": 0.1}),
+        TrainJob(data=write, method="ptuning_v2", settings={"seed": 1}),
+        TrainJob(data=make_data(), method="bitfit", settings={"seed": 2}),
+    ]
+    for job, mine in zip(jobs, train_many(backbone, jobs, token_budget=2000, **SHARED), strict=True):
+        same_run(mine, _alone(backbone, job))
+        assert mine.metric == ("perplexity" if job.data is write else "accuracy")
+
+
+@given(
+    picked=st.lists(
+        st.tuples(st.sampled_from(METHODS), st.sampled_from(KINDS), st.integers(0, 3), st.integers(3, 8)),
+        min_size=2,
+        max_size=4,
+    ),
+    max_jobs=st.integers(1, 4),
+    token_budget=st.sampled_from([1, 150, 5000]),
+)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_mix_of_jobs(tiny, make_data, same_run, picked, max_jobs, token_budget):
+    jobs = [
+        TrainJob(data=make_data(kind, train=9), method=method, settings={"seed": seed, "batch_size": batch_size})
+        for method, kind, seed, batch_size in picked
+    ]
+    shared = dict(epochs=1, evaluations_per_epoch=1)
+    found = train_many(tiny, jobs, max_jobs=max_jobs, token_budget=token_budget, **(SHARED | shared))
+    for job, mine in zip(jobs, found, strict=True):
+        same_run(mine, _alone(tiny, job, **shared))
+
+
+# -------------------------------------------------------------------- whatever becomes of the others
+
+
+def _others(data):
+    return [
+        TrainJob(data=data["classification"], method="houlsby", name="a", settings={"seed": 1}),
+        TrainJob(data=data["tagging"], method="bitfit", name="b", settings={"seed": 2}),
+        TrainJob(data=data["multiple_choice"], method="adalora", name="c", settings={"seed": 3}),
+    ]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_job_that_diverges_leaves_the_others_bit_equal(where, tiny, make_data, same_tensors):
+    """Against a run with the same rows up to there, in which that job just ends."""
+    data = {kind: make_data(kind, train=19) for kind in KINDS}
+    lines = []
+    bad = TrainJob(data=data["classification"], method=_blowing_up(3, where), name="bad")
+    broken = train_many(tiny, [bad, *_others(data)], token_budget=4000, report=lines.append, **SHARED)
+    good = TrainJob(data=data["classification"], method="lora", name="bad", settings={"max_steps": 3})
+    whole = train_many(tiny, [good, *_others(data)], token_budget=4000, **SHARED)
+    failed = broken[0]
+    assert isinstance(failed, FailedJob) and (failed.name, failed.step) == ("bad", 2)
+    assert "diverged at step 3" in str(failed.error) and where in str(failed.error)
+    assert isinstance(failed.error, ConfigError) and failed.history[0]["step"] == 1
+    assert any(line.startswith("bad: training diverged at step 3") for line in lines)
+    for mine, theirs in zip(broken[1:], whole[1:], strict=True):
+        same_tensors(mine.adapter, theirs.adapter)
+        assert mine.history == theirs.history
+
+
+def test_a_job_that_stops_early_leaves_the_others_bit_equal(tiny, make_data, same_tensors):
+    data = {kind: make_data(kind, train=19, validation=2) for kind in KINDS}
+    shared = SHARED | dict(epochs=5)
+
+    def run(**stop):
+        first = TrainJob(data=data["classification"], method="lora", name="first", settings=stop)
+        return train_many(tiny, [first, *_others(data)], token_budget=4000, **shared)
+
+    early = run(early_stopping=1, learning_rate=1e-5)
+    assert early[0].num_steps < 15
+    by_count = run(max_steps=early[0].num_steps)
+    assert by_count[0].num_steps == early[0].num_steps
+    for mine, theirs in zip(early[1:], by_count[1:], strict=True):
+        same_tensors(mine.adapter, theirs.adapter)
+        assert mine.history == theirs.history
+
+
+def test_other_values_of_one_job_change_no_bit_of_the_others(tiny, make_data, same_tensors):
+    data = {kind: make_data(kind, train=19) for kind in KINDS}
+
+    def run(rate):
+        first = TrainJob(data=data["regression"], method="ia3", name="first", settings={"learning_rate": rate})
+        return train_many(tiny, [first, *_others(data)], token_budget=4000, **SHARED)
+
+    low, high = run(1e-4), run(3e-1)
+    assert not torch.equal(low[0].adapter.head_params["weight"], high[0].adapter.head_params["weight"])
+    for mine, theirs in zip(low[1:], high[1:], strict=True):
+        same_tensors(mine.adapter, theirs.adapter)
+
+
+def test_jobs_enter_when_others_leave(tiny, make_data, same_run):
+    data, lines = make_data(train=19), []
+    jobs = [
+        TrainJob(data=data, method="lora", name=f"job{i}", settings={"max_steps": steps, "seed": i})
+        for i, steps in enumerate([1, 5, 2, 4, 3])
+    ]
+    found = train_many(tiny, jobs, max_jobs=2, report=lines.append, **SHARED)
+    assert [r.num_steps for r in found] == [1, 5, 2, 4, 3]
+    for job, mine in zip(jobs, found, strict=True):
+        same_run(mine, _alone(tiny, job))
+    begun = [line.split(":")[0] for line in lines if "rows" in line]
+    ended = [line.split(":")[0] for line in lines if "at step" in line and "accuracy" in line and ", loss" not in line]
+    assert begun == ["job0", "job1", "job2", "job3", "job4"] and ended == ["job0", "job2", "job1", "job3", "job4"]
+    both = 0
+    for line in lines:  # never more than two at a time
+        both += ("rows" in line) - (", loss" not in line and "at step" in line)
+        assert both <= 2
+
+
+def test_passes_hold_the_budget_and_little_padding():
+    class Run:
+        def __init__(self, rows, width, depth=1):
+            self.batch = {"input_ids": torch.zeros(rows, width)}
+            self.trainer = type("T", (), {})()
+            self.trainer.tuned = type("M", (), {"autocast": None, "num_trained": depth})()
+            self.trainer.config = TrainConfig()
+
+    runs = [Run(8, w) for w in (30, 10, 11, 10, 29, 90, 11)] + [Run(8, 10, depth=0)]
+    passes = pack(runs, 400)
+    assert sorted(id(r) for p in passes for r in p) == sorted(map(id, runs))
+    for same in passes:
+        width = max(r.batch["input_ids"].shape[1] for r in same)
+        padded = sum(len(r.batch["input_ids"]) for r in same) * width
+        assert len(same) == 1 or padded <= min(400, MOST_PADDING * sum(r.batch["input_ids"].numel() for r in same))
+        assert len({r.trainer.tuned.num_trained for r in same}) == 1
+    assert [len(p) for p in passes] == [4, 1, 1, 1, 1]
+
+
+# -------------------------------------------------------------------- folders
+
+
+def test_an_interrupted_run_goes_on_to_the_same_tensors(tiny, make_data, same_tensors, tmp_path):
+    data = make_data(train=19)
+
+    def jobs(method):
+        return [
+            TrainJob(data=data, method="bitfit", name="short", settings={"max_steps": 2}),
+            TrainJob(data=data, method="houlsby", name="long"),
+            TrainJob(data=data, method=method, name="stopped"),
+        ]
+
+    whole = train_many(tiny, jobs("lora"), tmp_path / "whole", max_jobs=2, **SHARED)
+    with pytest.raises(TrainingInterrupted) as stop:
+        train_many(tiny, jobs(_stopping(4)), tmp_path / "broken", max_jobs=2, **SHARED)
+    assert list(stop.value.results) == ["short"] and not tiny.model.training
+    assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == ["long", "short", "stopped"]
+    lines = []
+    again = train_many(tiny, jobs("lora"), tmp_path / "broken", max_jobs=2, report=lines.append, **SHARED)
+    assert "short: was finished before" in lines
+    assert any("long: resuming at step" in line for line in lines)
+    assert any("stopped: resuming at step" in line for line in lines)
+    for mine, theirs in zip(again, whole, strict=True):
+        same_tensors(mine.adapter, theirs.adapter)
+        assert mine.history == theirs.history
+        assert (mine.best_step, mine.best_metric, mine.num_steps) == (
+            theirs.best_step,
+            theirs.best_metric,
+            theirs.num_steps,
+        )
+        assert mine.num_method_parameters == theirs.num_method_parameters
+        same_tensors(Adapter.load(tmp_path / "broken" / mine.adapter.name, tiny), theirs.adapter)
+
+
+def test_a_job_and_a_run_alone_resume_each_other(tiny, make_data, same_tensors, tmp_path):
+    data = make_data(train=19)
+    whole = train(tiny, data, "lora", **SHARED)
+    with pytest.raises(TrainingInterrupted):
+        job = TrainJob(data=data, method=_stopping(5), name="x")
+        train_many(tiny, [job], tmp_path, token_budget=1, **SHARED)
+    assert list((tmp_path / "x" / "checkpoints").glob("step-*"))
+    same_tensors(train(tiny, data, "lora", tmp_path / "x", **SHARED).adapter, whole.adapter)
+    with pytest.raises(Halt):
+        train(tiny, data, _stopping(5), tmp_path / "y", **SHARED)
+    job = TrainJob(data=data, method="lora", name="y")
+    same_tensors(train_many(tiny, [job], tmp_path, **SHARED)[0].adapter, whole.adapter)
+
+
+def test_a_finished_job_of_other_settings_is_not_taken_for_this_one(tiny, make_data, tmp_path):
+    data = make_data()
+    shared = SHARED | dict(max_steps=1)
+    job = TrainJob(data=data, method="lora", name="x")
+    train_many(tiny, [job], tmp_path, **shared)
+    assert set(json.loads((tmp_path / "x" / "job.json").read_text())) == {"settings", "tensors_sha256"}
+    other = TrainJob(data=data, method=LoRA(r=2), name="x")
+    (failed,) = train_many(tiny, [other], tmp_path, **shared)
+    assert isinstance(failed, FailedJob) and "method.r is 8 there and 2 here" in str(failed.error)
+    (replaced,) = train_many(
+        tiny, [TrainJob(data=data, method=LoRA(r=2), name="x", overwrite=True)], tmp_path, **shared
+    )
+    assert Adapter.load(tmp_path / "x", tiny).method == replaced.adapter.method == LoRA(r=2)
+    train(tiny, data, "bitfit", tmp_path / "x", overwrite=True, **shared)
+    assert not (tmp_path / "x" / "job.json").exists()
+    with pytest.raises(ConfigError, match="job 'x': output_dir .* holds a finished adapter"):
+        train_many(tiny, [other], tmp_path, **shared)
+
+
+# -------------------------------------------------------------------- refusals
+
+
+def test_a_method_that_changes_the_backbone_is_refused_by_name_or_queued(tiny, make_data, same_run):
+    data = make_data()
+    jobs = [
+        TrainJob(data=data, method="top_layers", name="top"),
+        TrainJob(data=data, method="lora", name="low"),
+    ]
+    shared = SHARED | dict(max_steps=2)
+    with pytest.raises(MixError, match="job 'top': .*cannot share a pass.*alone='queue'"):
+        train_many(tiny, jobs, **shared)
+    lines = []
+    found = train_many(tiny, jobs, alone="queue", report=lines.append, **shared)
+    for job, mine in zip(jobs, found, strict=True):
+        same_run(mine, train(tiny, data, job.method, **shared))
+    assert [line.split(":")[0] for line in lines][-1] == "top"
+
+
+def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(many, "run_pass", lambda runs: pytest.fail("a pass was run"))
+    data = make_data()
+    fine = TrainJob(data=data, method="lora", name="fine")
+
+    def refused(error, match, *jobs, **settings):
+        with pytest.raises(error, match=match):
+            train_many(tiny, [fine, *jobs], tmp_path, **settings)
+
+    refused(ConfigError, "two jobs are called 'fine'", fine)
+    refused(ConfigError, "both write to", TrainJob(data=data, method="lora", output_dir=tmp_path / "fine"))
+    refused(
+        ConfigError,
+        "job 'x': no training setting 'lr'",
+        TrainJob(data=data, method="lora", name="x", settings={"lr": 1}),
+    )
+    refused(ConfigError, "job 'x': .*loar", TrainJob(data=data, method="loar", name="x"))
+    refused(DataError, "job 'x': a Task .'mood'. says", TrainJob(data=data.task, method="lora", name="x"))
+    refused(ConfigError, "job 'x': .*99", TrainJob(data=data, method=LoRA(layers=(99,)), name="x"))
+    kept = TrainJob(data=data, method="head", name="x", settings={"cache_frozen": "memory"})
+    refused(ConfigError, "job 'x': cache_frozen='memory'", kept)
+    refused(ConfigError, "max_jobs=0", max_jobs=0)
+    refused(ConfigError, "token_budget=0", token_budget=0)
+    refused(ConfigError, "alone='later'", alone="later")
+    refused(ConfigError, "takes TrainJob", ("a", "b"))
+    with pytest.raises(ConfigError, match="no jobs"):
+        train_many(tiny, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_left_out_at_random_are_refused(make_backbone, make_data):
+    backbone = make_backbone("bart", encoder_layerdrop=0.1)
+    with pytest.raises(ConfigError, match="encoder_layerdrop"):
+        train_many(backbone, [TrainJob(data=make_data(), method="lora")])
+
+
+def test_global_state_is_left_alone(tiny, make_data):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train_many(tiny, [TrainJob(data=make_data(), method="lora")], **(SHARED | dict(max_steps=1)))
+    assert torch.equal(torch.get_rng_state(), before)
