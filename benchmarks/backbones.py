@@ -2,10 +2,10 @@
 
     python benchmarks/backbones.py [--rounds 20] [--write docs/backbones.md]
 
-Each batch has rows of LoRA, (IA)³ and AoT adapters with random tensors and a row of the bare backbone. The difference is
-the largest of the last hidden states from float32's, by the largest of those. Times are medians of interleaved rounds,
-as multiples of float32's own, so that what else the machine does meanwhile matters less. `compiled` is machine code
-(`backbone.compile()`), for whose making the first batch waits: the seconds are in the last column.
+Each batch has rows of LoRA, (IA)³ and AoT adapters with random tensors and a row of the bare backbone. The difference
+is the largest of the last hidden states from float32's, by the largest of those. Times are medians of interleaved
+rounds, as multiples of float32's own, so that what else the machine does meanwhile matters less. `compiled` is machine
+code (`backbone.compile()`), for whose making the first batch waits: the seconds are in the last column.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     base = statistics.median(times["float32"])
     where = environment(args.threads)
     lines = [
-        f"{args.rows} rows of {args.length} tokens, {args.rounds} rounds, {args.threads} thread(s); {where['machine']}; "
+        f"{args.rows} rows of {args.length} tokens; {args.rounds} rounds, {args.threads} threads; {where['machine']}, "
         f"torch {where['versions']['torch']}, torchao {importlib.metadata.version('torchao')}, {where['date']}.",
         "",
         "| backbone | weights | largest difference | time of a batch | first batch |",
