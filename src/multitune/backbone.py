@@ -505,7 +505,7 @@ class Backbone:
     def compile(
         self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None, max_graphs: int = 64
     ) -> None:
-        """Have `torch.compile` compile the forward pass; every plan runs, and gives the result it gave before.
+        """Have `torch.compile` compile the pass of `run`; every plan runs, and gives the result it gave before.
 
         A plan is data of the compiled code and not part of it: plans of one structure (as many rows per group, the
         same kinds of delta and shapes at the same sites, the same number of tokens or after the second any) share one
