@@ -33,11 +33,12 @@ MAY_IMPORT = {
     "language_head": set(),
     "kv_cache": set(),
     "packaged": {"errors", "files"},
+    "pruned": {"errors"},
     "quantized": {"errors", "sites"},
     "compiled": {"call", "errors"},
     "backbone": {
         *("architectures", "attention", "call", "errors", "frozen", "hooks", "language_head", "lsg", "packaged"),
-        *("plan", "quantized", "sites"),
+        *("plan", "pruned", "quantized", "sites"),
     },
     "sharing": {"plan", "workspace"},
     "generation": {

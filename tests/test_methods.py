@@ -59,7 +59,7 @@ from multitune import (
 from multitune.deltas import Bias
 from multitune.merging import merge_deltas
 from multitune.methods import registry
-from multitune.methods.dsee import flops_saved, sparse_part
+from multitune.methods.dsee import sparse_part
 from multitune.methods.sparse_update import largest_places, random_places
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
@@ -704,8 +704,6 @@ def test_dsee_shuts_the_heads_that_were_updated_least(bert, random_params, rando
             weights[f"{site.module}.weight"][:, 8 * head : 8 * head + 8] = 0
     rows = random_rows(bert, [5, 5])
     close(run(bert, [deltas] * 2, rows), run(bert.with_weights(weights), [None] * 2, rows))
-    per_layer = 4 * 32 * 32 + 2 * 32 * 48
-    assert flops_saved(method, bert) == pytest.approx(0.5 * 4 * 32 * 32 / per_layer)
 
 
 def test_dsee_shuts_query_heads_that_share_a_value_head(make_backbone, random_params, random_rows):

@@ -344,6 +344,8 @@ def test_an_encoder_for_long_inputs_is_quantised_after_it_is_converted(make_back
     long = convert_to_lsg(make_backbone("bert"), block=4, sparse=2, max_length=64)
     backbone = quantize(long, "int8")
     assert backbone.name.endswith("+int8")
+    with pytest.raises(BackboneError, match="quantised, which comes last"):
+        convert_to_lsg(quantize(make_backbone("bert"), "int8"))
     torch.testing.assert_close(run_bare(backbone), run_bare(long), rtol=0.1, atol=0.1)
 
 

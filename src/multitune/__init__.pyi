@@ -66,6 +66,7 @@ from multitune.methods.u_tuning import UTuning as UTuning
 from multitune.methods.vera import VeRA as VeRA
 from multitune.plan import DeltaSet as DeltaSet
 from multitune.plan import Plan as Plan
+from multitune.pruned import prune as prune
 from multitune.quantized import quantize as quantize
 from multitune.tasks import Task as Task
 from multitune.tasks import TaskData as TaskData
@@ -165,6 +166,7 @@ __all__ = [
     "make_method",
     "merge",
     "method_names",
+    "prune",
     "quantize",
     "read_table",
     "register",

@@ -38,6 +38,7 @@ from multitune.language_head import LanguageHead
 from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
 from multitune.packaged import PACKAGED, quietly, resolve
 from multitune.plan import Plan
+from multitune.pruned import Pruned, prune, split_share
 from multitune.quantized import Quantized, bytes_of, check_weights, quantize_in_place, split_scheme
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
@@ -112,7 +113,8 @@ class Backbone:
         Args:
             name: `"minilm"` or `"smollm2"` (ship as packages, need no network), a local folder, or a hub id; with
                 `+lsg` behind it, and perhaps settings, converted to LSG attention:
-                `"minilm+lsg:kind=pooling,block=64"`.
+                `"minilm+lsg:kind=pooling,block=64"`; with `+pruned:0.3` behind that, so many of its weights zero; with
+                `+int8` or `+nf4` at its end, quantised.
             dtype: `float32`, `bfloat16` or `float16`.
             device: where the weights live, as torch names devices.
             quantize: "int8" or "nf4" to hold the weights of the layers' linear maps in 8 or 4 bits, as `quantize` does.
@@ -127,6 +129,9 @@ class Backbone:
             backbone = cls.load(name, dtype=dtype, device=device)
             quantize_in_place(backbone, scheme)
             return backbone
+        name, share = split_share(name)
+        if share is not None:
+            return prune(cls.load(name, dtype=dtype, device=device), share)
         base, lsg = split_name(str(name))
         if lsg is not None:
             return convert_to_lsg(cls.load(base, dtype=dtype, device=device), **asdict(lsg))
@@ -392,6 +397,11 @@ class Backbone:
         return Quantized.of(self.model)
 
     @property
+    def pruned(self) -> Pruned | None:
+        """How the linear maps' smallest weights were set to zero, if they were."""
+        return Pruned.of(self.model)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model's tensors in memory."""
         return bytes_of(self.model)
@@ -496,7 +506,7 @@ class Backbone:
     def compile(
         self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None, max_graphs: int = 64
     ) -> None:
-        """Have `torch.compile` compile the forward pass; every plan runs, and gives the result it gave before.
+        """Have `torch.compile` compile the pass of `run`; every plan runs, and gives the result it gave before.
 
         A plan is data of the compiled code and not part of it: plans of one structure (as many rows per group, the
         same kinds of delta and shapes at the same sites, the same number of tokens or after the second any) share one
@@ -820,6 +830,7 @@ class Backbone:
             "fingerprint": self.fingerprint,
         }
         found |= {} if self.lsg is None else {"lsg": asdict(self.lsg)}
+        found |= {} if self.pruned is None else {"pruned": asdict(self.pruned)}
         return found | ({} if self.quantized is None else {"quantized": asdict(self.quantized)})
 
     def __repr__(self) -> str:

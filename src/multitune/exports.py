@@ -44,6 +44,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "register",
     ),
     "multitune.plan": ("DeltaSet", "Plan"),
+    "multitune.pruned": ("prune",),
     "multitune.quantized": ("quantize",),
     "multitune.tasks": (
         "Task",

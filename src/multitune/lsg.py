@@ -222,6 +222,8 @@ def _check(backbone: Backbone, lsg: LSG) -> None:
     problem = None
     if backbone.lsg is not None:
         problem = "it is converted already; convert the original"
+    elif backbone.quantized is not None:
+        problem = "it is quantised, which comes last; convert the original, then quantise"
     elif backbone.causal:
         problem = "its tokens see only what stands before them, and LSG here is for encoders"
     elif backbone.architecture.positions is None:

@@ -131,6 +131,8 @@ def _show_warning(before: Callable[..., None], message: Warning | str, category:
 
 def main() -> None:
     """Run the command line."""
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, and it has much to say
+        logging.getLogger(name).setLevel(logging.ERROR)
     app(prog_name="multitune")
 
 
@@ -147,8 +149,6 @@ def _options(
     ] = False,
 ) -> None:
     """One frozen backbone, every parameter-efficient tuning method, any mix of tasks in one batch."""
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, and it has much to say
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # -------------------------------------------------------------------- options

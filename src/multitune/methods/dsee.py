@@ -5,7 +5,6 @@ Legend: I in, O out, R rank, N entries of S₂, H heads, K head width.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +38,9 @@ class DSEE(Method):
     goes on without them. A shut head is a mask of the adapter's own, so the adapter still mixes with every other; its
     arithmetic is saved only in a checkpoint of its own whose heads are cut out.
 
-    Left out: the unstructured mask S₁ of the paper, which zeroes single pretrained weights. It saves nothing on dense
-    kernels, and rows of other tasks need those weights.
+    The unstructured mask S₁ of the paper, which zeroes single pretrained weights, is a backbone of its own, such as
+    `minilm+pruned:0.3`, that all its tasks share (`multitune.prune`): as an update of one adapter it would take 8 bytes
+    a masked weight, and more arithmetic instead of less. `multitune.pruned.flops` counts what either mask saves.
 
     Shapes:
         Per query and value `U [I, R]`, `V [R, O]`, `values [N]`, all trained, and `indices [N]`, int32, places in the
@@ -174,15 +174,3 @@ def sparse_part(weight: Tensor, rank: int, count: int, generator: torch.Generato
         sparse = torch.zeros_like(weight)
         sparse.view(-1)[places.long()] = residual.flatten()[places.long()]
     return places
-
-
-def flops_saved(method: DSEE, backbone: Backbone) -> float:
-    """Share of a layer's products per token that cutting the shut heads out would save; attention scores not counted.
-
-    A head's share of query, key, value and attention output goes, of the feed-forward linears nothing.
-    """
-    roles = ("query", "key", "value", "attention_output")
-    sizes = {s.name: s.in_features * s.out_features for s in backbone.find_sites("linear")}
-    attention = sum(sizes[s.name] for s in backbone.find_sites("linear", roles, method.layers))
-    heads = int(backbone.model.config.num_attention_heads)
-    return math.floor(method.pruned_heads * heads) / heads * attention / sum(sizes.values())
