@@ -5,6 +5,8 @@ Legend: B rows, T tokens, D width, N tokens that count, V words.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,3 +59,8 @@ def per_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     row = counts.nonzero()[:, 0]
     sums = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
     return sums.index_add(0, row, losses), counts.sum(1)
+
+
+def perplexity_of(loss: float) -> dict[str, float]:
+    """Mean loss per token, and perplexity, which is e to that power."""
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}

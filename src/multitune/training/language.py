@@ -12,10 +12,9 @@ from multitune.answers import Answered, encode_answered
 from multitune.backbone import Backbone
 from multitune.batching import Encoded
 from multitune.errors import DataError
-from multitune.language_loss import per_row, token_losses
+from multitune.language_loss import per_row, perplexity_of, token_losses
 from multitune.plan import DeltaSet, Plan
 from multitune.training.data import Collator, Item
-from multitune.training.trainer import perplexity_of
 
 
 def answer_scores(

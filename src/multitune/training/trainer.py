@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from multitune import heads
 from multitune.errors import ConfigError
+from multitune.language_loss import perplexity_of
 from multitune.tasks import compute, higher_is_better
 from multitune.tasks.metrics import judge_of_training
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
@@ -380,11 +381,6 @@ class TuningTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: there is no gradient scaler."""
-
-
-def perplexity_of(loss: float) -> dict[str, float]:
-    """Mean loss per token, and perplexity, which is e to that power."""
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 class _Rhythm(TrainerCallback):

@@ -1,0 +1,15 @@
+"""Prompting: a frozen language model answers by which choice it finds likeliest, from a pattern and some examples.
+
+    from multitune.prompting import BM25Examples, Pattern, rank
+    pattern = Pattern("{premise}\\n{hypothesis} True, false or neither?\\nAnswer:", {"entailment": "true", ...})
+    found = rank(backbone, data.task, pattern, data.validation, examples=BM25Examples(data.train, k=4))
+    found.metrics
+
+Nothing is trained.
+"""
+
+from multitune.prompting.pattern import Pattern
+from multitune.prompting.ranking import Ranking, rank
+from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
+
+__all__ = ["BM25Examples", "Examples", "NeighbourExamples", "Pattern", "RandomExamples", "Ranking", "rank"]

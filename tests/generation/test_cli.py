@@ -1,0 +1,100 @@
+"""`multitune train --kind generation`, `multitune evaluate` and `multitune generate`, in process on a tiny model."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from multitune.cli import app
+
+ROWS = [{"facts": f"film {c}", "said": f"good {c}"} for c in "abcdefghij"]
+
+
+def run(*args, code=0, input=None):
+    result = CliRunner().invoke(app, [str(a) for a in args], input=input)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, make_backbone):
+    """A tiny language model in a folder, a table, and two adapters that write, one of them fully tuned."""
+    root = tmp_path_factory.mktemp("writing")
+    tiny = make_backbone("gpt2", tie_word_embeddings=True)
+    tiny.detach()
+    tiny.model.save_pretrained(root / "model")
+    tiny.tokenizer.save_pretrained(root / "model")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+    for method in ("lora", "full"):
+        done = run(
+            *(
+                "train",
+                "--train",
+                root / "rows.jsonl",
+                "--kind",
+                "generation",
+                "--text",
+                "{facts} :",
+                "--label",
+                "said",
+            ),
+            *("--metric", "exact_match", "--format", "plain", "--method", method, "--out", root / "adapters" / method),
+            *("--backbone", root / "model", "--max-steps", "2", "--batch-size", "4", "--max-length", "24"),
+            *("--progress", "false", "--json"),
+        )
+        assert json.loads(done.stdout)["metric"] == "perplexity"
+        assert "judged by perplexity on 1" in done.stderr
+    return root
+
+
+def test_rows_of_any_adapter_are_written_in_order(made):
+    rows = [
+        {"adapter": "lora", "facts": "film a", "said": "never read"},
+        {"adapter": "full", "facts": "film b"},
+        {"adapter": None, "text": "the film"},
+        {"adapter": "lora", "text": "film a"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    done = run("generate", "--adapters", made / "adapters", "--max-new-tokens", "4", input=lines)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f["adapter"] for f in found] == ["lora", "full", None, "lora"]
+    assert found[0] == found[3] and all(len(f["token_ids"]) <= 4 for f in found)
+    alone = run("generate", "film a", "--adapters", made / "adapters/lora", "--max-new-tokens", "4", "--json")
+    assert json.loads(alone.stdout)["token_ids"] == found[0]["token_ids"]
+
+
+def test_texts_stand_beside_references(made, tmp_path):
+    given = ("generate", "--adapters", made / "adapters/lora", "--data", made / "rows.jsonl", "--max-new-tokens", "3")
+    done = run(*given, "--rows", "3", "--out", tmp_path / "out", "--json")
+    scores = json.loads(done.stdout)
+    assert scores["rows"] == 3 and "exact_match" in scores and "predictions.html" in done.stderr
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()) == 3
+    assert "exact_match" in run(*given).stdout
+
+
+def test_evaluate_measures_perplexity(made):
+    done = run("evaluate", made / "adapters/lora", "--data", made / "rows.jsonl", "--json")
+    (found,) = json.loads(done.stdout)
+    assert found["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--task", "x", "--data", "y"), "give one of them"),
+        (("--data", "y", "--input", "z"), "bring their own rows"),
+        (("--out", "z"), "--out and --rows are for the rows of a task"),
+        (("--temperature", "-1"), "temperature=-1.0"),
+        (("text",), "for one adapter, not 2"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(made, args, words):
+    done = run("generate", *args, "--adapters", made / "adapters", code=1)
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_predict_says_to_generate(made):
+    done = run("predict", "film a", "--adapters", made / "adapters/lora", code=1)
+    assert "writes texts and predicts no label; use Bank.generate" in done.stderr

@@ -1,0 +1,186 @@
+"""Rank classification: scores by a slow twin, a prefix read once, examples that are never the row."""
+
+import pytest
+import torch
+
+from multitune import Adapter, BackboneError, ConfigError, DataError, Head, Plan, Task, TaskError, get_method
+from multitune.prompting import BM25Examples, NeighbourExamples, Pattern, RandomExamples, rank
+from multitune.training.choices import Candidates
+
+MOOD = Task(name="mood", kind="classification", template=("text",), label="y", labels=("bad", "good"))
+CAUSE = Task(
+    name="cause", kind="multiple_choice", template=("{text}",), label="y", choices=("{one}", "{two}", "{three}")
+)
+PATTERN = Pattern("text {text} is :", {"good": "very good"})
+ROWS = [
+    {"text": "good film", "y": "good"},
+    {"text": "the bad bad film", "y": "bad"},
+    {"text": "not a good film at all", "y": "bad"},
+    {"text": "x", "y": "good"},
+]
+POOL = [
+    {"text": f"film {word}", "y": label} for word, label in [("a", "bad"), ("b", "good"), ("c", "bad"), ("d", "good")]
+]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def model(request, make_backbone):
+    return make_backbone(request.param, tie_word_embeddings=True)
+
+
+def by_hand(backbone, prompt, answer, deltas=None):
+    """Log-probabilities of an answer's tokens, one row alone, from the whole row's logits."""
+    ids, own = (backbone.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, answer))
+    logits = backbone.logits(Plan([deltas]), torch.tensor([ids + own]))[0].double().log_softmax(-1)
+    return [float(logits[len(ids) + i - 1, token].detach()) for i, token in enumerate(own)]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_scores_are_log_probabilities_of_the_answers(model, normalised):
+    found = rank(model, MOOD, PATTERN, ROWS, normalised=normalised, batch_size=3)
+    for row, scores in zip(ROWS, found.scores, strict=True):
+        for score, word in zip(scores, (" bad", " very good"), strict=True):
+            chances = by_hand(model, f"text {row['text']} is :", word)
+            assert score == pytest.approx(sum(chances) / (len(chances) if normalised else 1), rel=1e-4)
+    assert found.predictions == tuple(int(s[1] > s[0]) for s in found.scores)
+    hits = [p == MOOD.labels.index(r["y"]) for p, r in zip(found.predictions, ROWS, strict=True)]
+    assert found.metrics == {"accuracy": sum(hits) / 4} and found.num_shared == 0
+
+
+def test_scores_are_those_of_the_loss_functions(model):
+    """The scores that T-Few's losses compare, from the same logits."""
+    (scores,) = rank(model, MOOD, PATTERN, ROWS[:1]).scores
+    rows = [
+        [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("text good film is :", word)]
+        for word in ("bad", "very good")
+    ]
+    width = max(len(a) + len(b) for a, b in rows)
+    ids = torch.tensor([(a + b + [0] * width)[:width] for a, b in rows])
+    mask = torch.tensor([[len(a) <= i < len(a) + len(b) for i in range(width)] for a, b in rows])
+    there = (torch.arange(width) < torch.tensor([len(a) + len(b) for a, b in rows])[:, None]).long()
+    with torch.no_grad():
+        logits = model.logits(Plan([None] * 2), ids, there)
+    expected = Candidates.from_logits(logits, ids, mask, [2], shift=True).scores()
+    torch.testing.assert_close(torch.tensor(scores), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_read_once_equals_one_read_with_every_row(model, monkeypatch):
+    pattern = Pattern(PATTERN.prompt, PATTERN.verbalizer, instruction="film")
+    once = rank(model, MOOD, pattern, ROWS, examples=RandomExamples(POOL, 2))
+    assert once.num_shared == len(ROWS)
+    monkeypatch.setattr("multitune.prompting.ranking._Reader._shares", False)
+    each = rank(model, MOOD, pattern, ROWS, examples=RandomExamples(POOL, 2))
+    assert each.num_shared == 0
+    torch.testing.assert_close(torch.tensor(once.scores), torch.tensor(each.scores), rtol=1e-4, atol=1e-5)
+    without = rank(model, MOOD, PATTERN, ROWS)
+    assert not torch.allclose(torch.tensor(without.scores), torch.tensor(each.scores), atol=1e-3)
+
+
+def test_a_few_shot_prompt_reads_as_it_should():
+    pattern = Pattern("{text} :", {"good": "yes", "bad": "no"}, instruction="Is it good?", separator="\n")
+    assert pattern.prefix(MOOD, ROWS[:2]) == "Is it good?\ngood film : yes\nthe bad bad film : no\n"
+    assert pattern.answers(MOOD, ROWS[0]) == (" no", " yes")
+    assert Pattern("{text}:\n").answers(MOOD, ROWS[0]) == ("bad", "good")  # white space stands there already
+
+
+def test_choices_of_their_own(model):
+    row = {"text": "the film", "one": "good", "two": "bad bad", "three": "x", "y": "two"}
+    found = rank(model, CAUSE, Pattern("{text} so"), [row, {**row, "y": 0}])
+    chances = [by_hand(model, "the film so", f" {row[name]}") for name in ("one", "two", "three")]
+    assert found.scores[0] == pytest.approx([sum(c) / len(c) for c in chances], rel=1e-4)
+    hits = [found.predictions[0] == 1, found.predictions[1] == 0]
+    assert found.metrics["accuracy"] == sum(hits) / 2
+
+
+def test_an_adapter_scores_in_place_of_the_bare_model(model, random_params):
+    method = get_method("lora")()
+    write = Task(name="w", kind="generation", template=("text",), label="y")
+    adapter = Adapter(
+        name="w",
+        method=method,
+        params=random_params(model, method),
+        head=Head.for_task(write, pooling="last"),
+        head_params={},
+        task=write,
+        backbone=model.describe(),
+    )
+    found = rank(model, MOOD, PATTERN, ROWS[:2], adapter=adapter, examples=RandomExamples(POOL, 1))
+    chances = by_hand(
+        model, f"{PATTERN.example(MOOD, RandomExamples(POOL, 1).rows[found_first(POOL)])} text good film is :", " bad",
+        adapter.delta_set(model),
+    )  # fmt: skip
+    assert found.num_shared == 0
+    assert found.scores[0][0] == pytest.approx(sum(chances) / len(chances), rel=1e-4)
+
+
+def found_first(pool):
+    """The place of the row that `RandomExamples(pool, 1)` draws."""
+    examples = RandomExamples(pool, 1)
+    examples.prepare(PATTERN)
+    return pool.index(examples.choose("nothing like it")[0])
+
+
+def test_random_examples_are_the_same_for_all_rows_and_another_where_one_is_the_row():
+    examples = RandomExamples(POOL, 3, seed=1)
+    examples.prepare(PATTERN)
+    usual = examples.choose("text anything is :")
+    assert len(usual) == 3 and usual == examples.choose("text else is :")
+    asked = PATTERN.text(usual[1]).upper()
+    assert usual[1] not in examples.choose(asked) and len(examples.choose(asked)) == 3
+    other = RandomExamples(POOL, 3, seed=2)
+    other.prepare(PATTERN)
+    assert other.choose("text anything is :") != usual
+
+
+def test_bm25_finds_the_words_of_the_question():
+    pytest.importorskip("bm25s", reason="pip install 'multitune[generation]'")
+    pool = [
+        {"text": t, "y": "good"} for t in ("red apples grow", "blue rivers flow", "apples fall", "RED  apples grow")
+    ]
+    examples = BM25Examples(pool, 2)
+    examples.prepare(Pattern("{text}"))
+    assert [e["text"] for e in examples.choose("do apples fall")] == ["red apples grow", "apples fall"]
+    assert [e["text"] for e in examples.choose("red apples grow")] == ["blue rivers flow", "apples fall"]  # not itself
+    assert len(examples.choose("zebra")) == 2  # no word in common
+
+
+def test_neighbours_are_near_in_meaning(minilm):
+    pool = [{"text": t, "y": "good"} for t in ("The cat sleeps.", "Shares fell sharply.", "It rained all day.")]
+    examples = NeighbourExamples(pool, 2, minilm)
+    examples.prepare(Pattern("{text}"))
+    assert examples.choose("Stock prices dropped.")[-1]["text"] == "Shares fell sharply."
+    assert examples.choose("A kitten is napping.")[-1]["text"] == "The cat sleeps."
+
+
+@pytest.mark.parametrize(
+    ("pattern", "task", "words"),
+    [
+        (Pattern("{text}", {"god": "yes"}), MOOD, "the label 'god', which task 'mood' has not. Did you mean 'good'"),
+        (Pattern("{text}", {"good": "bad"}), MOOD, "says 'bad' for two labels"),
+        (Pattern("{text} {y}"), MOOD, "reads the answer"),
+        (Pattern("{text}"), Task(name="s", kind="regression", template=("text",), label="y"), "of kind regression"),
+    ],
+)
+def test_patterns_that_do_not_fit(pattern, task, words, model):
+    with pytest.raises(TaskError, match=words):
+        rank(model, task, pattern, ROWS)
+
+
+def test_what_cannot_be_ranked(model, bert):
+    with pytest.raises(DataError, match="row 1: no column 'text'"):
+        rank(model, MOOD, PATTERN, [ROWS[0], {"txt": "x"}])
+    with pytest.raises(DataError, match=r"row 0: its examples, prompt and answer are \d+ tokens.*40 positions"):
+        rank(model, MOOD, PATTERN, [{"text": "film " * 50}])
+    with pytest.raises(DataError, match="4 rows are too few for 5 examples"):
+        RandomExamples(POOL, 5)
+    with pytest.raises(ConfigError, match="k=0"):
+        RandomExamples(POOL, 0)
+    with pytest.raises(BackboneError, match="no language-model head"):
+        rank(bert, MOOD, PATTERN, ROWS)
+
+
+def test_smollm2_knows_a_capital(smollm2):
+    task = Task(name="capitals", kind="classification", template=("q",), label="y", labels=("Paris", "Berlin", "Rome"))
+    rows = [{"q": c, "y": y} for c, y in [("France", "Paris"), ("Germany", "Berlin"), ("Italy", "Rome")]]
+    found = rank(smollm2, task, Pattern("The capital of {q} is the city of"), rows)
+    assert found.metrics["accuracy"] == 1.0
