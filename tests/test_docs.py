@@ -66,8 +66,21 @@ def test_the_readme_code_uses_names_that_exist():
     assert used and all(hasattr(mt, name) for name in used), used
 
 
+def test_the_readme_code_that_writes_runs(make_backbone, tmp_path, monkeypatch, capsys):
+    (code,) = (b for b in blocks("README.md", "python") if "facts.csv" in b)
+    monkeypatch.chdir(tmp_path)
+    Path("facts.csv").write_text("facts,sentence\n" + "name[Aromi],Aromi is a place.\n" * 10, "utf-8")
+    small = code.replace('mt.Backbone.load("smollm2")', "tiny").replace(
+        '"adapters/facts")', '"adapters/facts", **few)', 1
+    )
+    assert small.count("tiny") == small.count("few") == 1
+    few = {"max_steps": 1, "progress": False}
+    exec(compile(small, "README.md", "exec"), {"mt": mt, "tiny": make_backbone("gpt2", n_positions=128), "few": few})
+    assert {line[0] for line in capsys.readouterr().out.splitlines()} == {"0", "1"}
+
+
 def test_the_readme_code_for_your_own_data_runs(minilm, tmp_path, monkeypatch):
-    (code,) = (b for b in blocks("README.md", "python") if "load_table" in b)
+    (code,) = (b for b in blocks("README.md", "python") if "reviews.csv" in b)
     rows = [f"Row {i} is {word}.,{label}" for i, (word, label) in enumerate([("good", "yes"), ("bad", "no")] * 10)]
     causes = [{"premise": f"Lamp {i} is dark.", "first": "No power.", "second": "Red.", "answer": 0} for i in range(9)]
     monkeypatch.chdir(tmp_path)
