@@ -3,8 +3,9 @@
 import pytest
 
 from multitune import ConfigError, DataError, Task
-from multitune.answers import PromptFormat, encode_answered, encode_prompts, settle_format
+from multitune.answers import PromptFormat, encode_answered, settle_format
 from multitune.errors import DataWarning
+from multitune.generation.prompts import encode_for_task
 
 PLAIN = Task(name="w", kind="generation", template=("{text}",), label="y", format="plain")
 CHAT = Task(name="w", kind="generation", template=("{text}",), label="y", format="chat")
@@ -41,7 +42,7 @@ def test_auto_is_a_chat_where_the_tokenizer_has_a_template(gpt2, talking):
 
 def test_a_chat_is_written_by_the_template(talking):
     task = Task(name="w", kind="generation", template=("{text}",), label="y", format="chat", system="be good")
-    (ids,) = encode_prompts(talking, task, [{"text": " bad film ", "y": "never read"}], 40)
+    ids = list(encode_for_task(talking, task, {"text": " bad film ", "y": "never read"}, 40, "row 0"))
     assert words(talking, ids) == "s be good x u bad film x a"
     (row,) = encode_answered(talking, task, task.examples([{"text": "bad", "y": "no"}]), max_length=40, split="train")
     assert words(talking, row.input_ids) == "s be good x u bad x a no [SEP]" and row.num_answer == 3
@@ -50,7 +51,7 @@ def test_a_chat_is_written_by_the_template(talking):
 def test_a_line_break_stands_between_prompt_and_answer_unless_there_is_white_space(smollm2):
     tokenizer = smollm2.tokenizer
     for text in ("Data: a", "Data: a ", "Data: a\n"):
-        (ids,) = encode_prompts(smollm2, PLAIN, [text], 40)
+        ids = list(encode_for_task(smollm2, PLAIN, text, 40, "row 0"))
         assert tokenizer.decode(ids) == (text if text[-1].isspace() else text + "\n")
     (row,) = encode_answered(
         smollm2, PLAIN, PLAIN.examples([{"text": "Data: a", "y": " Yes. "}]), max_length=40, split="x"
@@ -60,7 +61,7 @@ def test_a_line_break_stands_between_prompt_and_answer_unless_there_is_white_spa
 
 def test_smollm2_reads_a_chat_as_its_own_template_gives_it(smollm2):
     messages = [{"role": "user", "content": "Two plus two?"}]
-    (ids,) = encode_prompts(smollm2, CHAT, ["Two plus two?"], 100)
+    ids = list(encode_for_task(smollm2, CHAT, "Two plus two?", 100, "row 0"))
     theirs = smollm2.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     assert ids == theirs["input_ids"]
     rows = CHAT.examples([{"text": "Two plus two?", "y": "Four."}])
@@ -86,17 +87,19 @@ def test_as_few_words_are_cut_as_must_be(task, talking):
     (whole,) = writer.prompts([text])
     frame = len(whole) - 24
     for room in range(frame + 1, len(whole)):
-        with pytest.warns(DataWarning, match=rf"1 of 1 given rows .* max_length={room}.*needs {len(whole)}"):
-            (ids,) = encode_prompts(talking, task, [text], room)
+        with pytest.warns(
+            DataWarning, match=rf"row 0: its prompt has {len(whole)} tokens and there is room for {room}"
+        ):
+            ids = list(encode_for_task(talking, task, text, room, "row 0"))
         assert len(ids) == room
         assert ids[-(room - frame + 1) :] == whole[-(room - frame + 1) :]
-    with pytest.raises(DataError, match="row 0: not a word of its prompt fits"):
-        encode_prompts(talking, task, [text], frame)
+    with pytest.raises(DataError, match="not a word of its prompt fits"):
+        encode_for_task(talking, task, text, frame, "row 0")
 
 
 def test_a_text_without_spaces_is_cut_between_characters(gpt2):
-    with pytest.warns(DataWarning, match="front of their prompts is cut"):
-        (ids,) = encode_prompts(gpt2, PLAIN, ["abcdefgh"], 6)
+    with pytest.warns(DataWarning, match="words at its front are cut off"):
+        ids = list(encode_for_task(gpt2, PLAIN, "abcdefgh", 6, "row 0"))
     assert words(gpt2, ids) == "[CLS] efgh [SEP]"
 
 

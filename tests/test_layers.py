@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "call",
         "deltas",
         "errors",
+        "files",
         "generation",
         "kv_cache",
         "plan",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -144,44 +144,6 @@ class PromptFormat:
         return [list(ids) for ids in found["input_ids"]]
 
 
-def encode_prompts(
-    backbone: Backbone, task: Task, rows: Sequence[Any], max_length: int, numbers: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Token ids of the prompts of rows, as generation takes them.
-
-    Args:
-        task: of kind generation, as an adapter has it.
-        rows: as `Task.encode` takes them; answers in them are not read.
-        max_length: most tokens; a longer prompt loses words at its front, with a `DataWarning`.
-        numbers: what messages call the rows; by default they count from 0.
-
-    Raises:
-        DataError: a row that does not fit the task, or of whose prompt not a word fits; names it.
-    """
-    writer = PromptFormat(backbone, task)
-    numbers = range(len(rows)) if numbers is None else numbers
-    texts = []
-    for number, row in zip(numbers, rows, strict=True):
-        try:
-            texts.append(task.encode(_without(task, row)).texts[0][0])
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-    found = writer.prompts(texts)
-    shortened = []
-    for i, (text, ids) in enumerate(zip(texts, found, strict=True)):
-        if len(ids) > max_length:
-            cut = writer.cut(text, max_length)
-            if cut is None:
-                raise DataError(
-                    f"row {numbers[i]}: not a word of its prompt fits into {max_length} tokens, which are what rows of "
-                    f"task '{task.name}' had in training; shorten it"
-                )
-            found[i] = cut
-            shortened.append((numbers[i], len(ids)))
-    _warn_of_cut(task, "given", shortened, len(texts), max_length)
-    return found
-
-
 def encode_answered(
     backbone: Backbone, task: Task, examples: Sequence[Example], *, max_length: int, split: str
 ) -> list[Answered]:
@@ -227,10 +189,6 @@ def encode_answered(
 def _references(example: Example) -> tuple[Any, ...]:
     assert isinstance(example.target, tuple)
     return example.target
-
-
-def _without(task: Task, row: Any) -> Any:
-    return {k: v for k, v in row.items() if k != task.label} if isinstance(row, Mapping) else row
 
 
 def _warn_of_cut(task: Task, split: str, cut: list[tuple[int, int]], count: int, max_length: int) -> None:

@@ -187,6 +187,24 @@ class Backbone:
         copied.tokenizer_lock = self.tokenizer_lock  # one tokenizer, one lock
         return copied
 
+    def language_model(self) -> PreTrainedModel:
+        """A causal language model of transformers' with copies of these weights and the head; not instrumented.
+
+        Raises:
+            BackboneError: no causal language model, or one without its head.
+        """
+        head = self.lm_head
+        config = copy.deepcopy(self.model.config)
+        config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
+        model = AutoModelForCausalLM.from_config(config)
+        model.base_model.load_state_dict(self.model.state_dict())
+        if head.linear is not None:
+            model.get_output_embeddings().load_state_dict(head.linear.state_dict())
+        if self.eos_ids:
+            model.generation_config.eos_token_id = list(self.eos_ids)
+        found: PreTrainedModel = model.to(device=self.device, dtype=self.dtype).eval()
+        return found
+
     def to_float32(self) -> None:
         """Make all weights float32, the head's own too; only a copy's, for full fine-tuning."""
         self.model.float()

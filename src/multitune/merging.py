@@ -20,7 +20,8 @@ HEAD_FILE = "head.safetensors"
 
 #: Files of an earlier merge, which a new one may replace.
 _MERGED = (
-    HEAD_FILE, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    HEAD_FILE, "config.json", "generation_config.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "spm.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 
@@ -79,7 +80,8 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
     """Write the merged model as a plain transformers checkpoint, with tokenizer and head beside it.
 
     The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with the tensors
-    of the adapter's head as `Head.shapes` names them, which a base model has no place for.
+    of the adapter's head as `Head.shapes` names them, which a base model has no place for. Of an adapter that writes it
+    is a causal language model with its head.
 
     Args:
         adapter: a trained adapter of this backbone.
@@ -116,7 +118,8 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
     merged.detach()  # a checkpoint must not record the instrumented attention
 
     def write(temporary: Path) -> None:
-        merged.model.save_pretrained(temporary)
+        model = merged.language_model() if adapter.head.kind == "generation" else merged.model
+        model.save_pretrained(temporary)
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
         if adapter.head_params:

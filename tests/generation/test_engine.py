@@ -23,8 +23,8 @@ from multitune import (
     get_method,
     method_names,
 )
-from multitune.answers import encode_prompts
 from multitune.errors import DataWarning
+from multitune.generation.prompts import encode_for_task
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 NAMES = ["gpt2", "opt", "llama", "gemma3_text"]
@@ -300,7 +300,7 @@ def test_rows_of_a_task_that_writes_start_from_the_ids_of_training(lm, small_met
     bank = Bank(backbone)
     bank.add("writer", adapter)
     row = {"text": "good film", "other": "bad", "y": "never read"}
-    (ids,) = encode_prompts(backbone, task, [row], 40)
+    ids = encode_for_task(backbone, task, row, 40, "row 0")
     chosen = {"max_new_tokens": 5, "stop_at_eos": False}
     by_row, by_ids, bare = bank.generate([("writer", row), ("writer", ids), (None, ids)], chosen)
     assert by_row == by_ids and by_row.num_prompt_tokens == len(ids)

@@ -4,10 +4,13 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+import torch
+import transformers
 
-from multitune import Adapter, AdapterError, Bank, DataError, Head, Task, get_method
-from multitune.answers import Answered, encode_prompts
+from multitune import Adapter, AdapterError, Backbone, Bank, DataError, Head, Task, get_method, merge
+from multitune.answers import Answered
 from multitune.generation import evaluate_texts
+from multitune.generation.prompts import encode_for_task
 from multitune.training.language import answer_losses, served
 
 WRITE = Task(name="w", kind="generation", template=("{text} :",), label="y", metric="exact_match", format="plain")
@@ -52,7 +55,7 @@ def bank(gpt2, writer, random_adapter):
 
 
 def test_rows_are_put_into_the_template_as_in_training(bank, gpt2):
-    (ids,) = encode_prompts(gpt2, WRITE, [ROWS[0]], 18)
+    ids = encode_for_task(gpt2, WRITE, ROWS[0], 18, "row 0")
     rows = [("lora", ROWS[0]), ("lora", "good film"), ("prefix", {"text": "good film"}), ("mood", "good film : ")]
     by_hand = [("lora", ids), ("lora", ids), ("prefix", ids), ("mood", "good film : ")]
     found, expected = bank.generate(rows, SETTINGS), bank.generate(by_hand, SETTINGS)
@@ -62,9 +65,9 @@ def test_rows_are_put_into_the_template_as_in_training(bank, gpt2):
 
 def test_a_row_that_does_not_fit_is_named_before_anything_is_written(bank):
     with pytest.raises(DataError, match="row 1: task 'w': no column 'text'"):
-        bank.generate([("mood", "x"), ("lora", {"txt": "x"})])
+        bank.generate([("mood", "x"), ("lora", {"txt": "x"})], SETTINGS)
     with pytest.raises(AdapterError, match="row 1: the bank has no adapter 'lara'"):
-        bank.generate([("lora", "x"), ("lara", {"text": "x"})])
+        bank.generate([("lora", "x"), ("lara", {"text": "x"})], SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["lora", "prefix", "prompt", "aot_fc", "houlsby", "full"])
@@ -75,7 +78,7 @@ def test_decoding_and_training_find_a_text_equally_likely(name, gpt2, writer):
     bank.add(name, adapter)
     settings = {"max_new_tokens": 6, "stop_at_eos": False, "logprobs": True}
     (written,) = bank.generate([(name, ROWS[0])], settings)
-    (ids,) = encode_prompts(gpt2, WRITE, [ROWS[0]], 18)
+    ids = encode_for_task(gpt2, WRITE, ROWS[0], 18, "row 0")
     on, deltas = served(gpt2, adapter)
     whole = Answered(input_ids=[*ids, *written.token_ids], num_answer=6, row=0)
     ((loss, count),) = answer_losses(on, deltas, [whole], batch_size=1)
@@ -112,3 +115,33 @@ def test_only_so_many_rows_and_only_adapters_that_write(bank):
         evaluate_texts(bank, "mood", ROWS)
     with pytest.raises(DataError, match="no rows to judge"):
         evaluate_texts(bank, "lora", [])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_merged_writer_is_a_language_model_that_writes_the_same(
+    name, tied, make_model, make_backbone, random_params, tmp_path
+):
+    body = make_model("llama", tie_word_embeddings=tied, eos_token_id=3)
+    whole = transformers.LlamaForCausalLM(body.config).eval()
+    whole.base_model.load_state_dict(body.state_dict())
+    backbone = Backbone(whole, make_backbone("llama").tokenizer)
+    method = get_method(name)()
+    adapter = Adapter(
+        name=name,
+        method=method,
+        params=random_params(backbone, method),
+        head=Head.for_task(WRITE, pooling="last"),
+        head_params={},
+        task=WRITE,
+        backbone=backbone.describe(),
+        max_length=20,
+    )
+    bank = Bank(backbone)
+    bank.add(name, adapter)
+    (written,) = bank.generate([(name, ROWS[0])], {"max_new_tokens": 8})
+    merge(adapter, backbone, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([encode_for_task(backbone, WRITE, ROWS[0], 18, "row 0")])
+    theirs = merged.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert tuple(theirs.tolist()) == written.token_ids

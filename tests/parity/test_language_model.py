@@ -1,12 +1,13 @@
 """Law 3 in training: loss and gradients are those of transformers' causal language model and Hugging Face PEFT."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
 
-from multitune import Backbone, LoRA, Task, get_method
+from multitune import Adapter, AdapterError, Backbone, LoRA, Plan, Task, export_adapter, get_method
 from multitune.heads import Head
 from multitune.training.data import Collator, TaskRows
 from multitune.training.model import TuningModel
@@ -127,3 +128,37 @@ def test_unequal_batches_weigh_as_transformers_weighs_them(pair):
     )
     model = TuningModel(backbone, LoRA(), LoRA().init(backbone, torch.Generator()), Head.for_task(TASK), {}).eval()
     torch.testing.assert_close(model(**batch_of(backbone))["loss"], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt", "ia3"])
+def test_an_exported_writer_computes_in_peft_what_it_computes_here(name, pair, random_params, random_rows, tmp_path):
+    whole, backbone = pair
+    settings = {"prefix": dict(length=3, reparametrise=False, shift_positions=True)}
+    if whole.config.model_type == "gpt2":  # PEFT adapts query, key and value there as one map
+        settings |= {
+            "lora": dict(targets=("attention_output", "ffn_out")),
+            "ia3": dict(outputs=(), inputs=("ffn_out",)),
+        }
+    method = get_method(name)(**settings.get(name, {}))
+    adapter = Adapter(
+        name="w",
+        method=method,
+        params=random_params(backbone, method, std=0.1),
+        head=Head.for_task(TASK, pooling="last"),
+        head_params={},
+        task=TASK,
+        backbone=backbone.describe(),
+    )
+    if (whole.config.model_type, name) == ("gemma2", "prefix"):  # its window hides the prefix there, and never here
+        with pytest.raises(AdapterError, match="does not compute the same"):
+            export_adapter(adapter, backbone, tmp_path / "peft")
+        return
+    done = export_adapter(adapter, backbone, tmp_path / "peft")
+    assert done.check is not None
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(whole), str(tmp_path / "peft")).eval()
+    ids, _ = random_rows(backbone, [7, 7]).padded()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -7:]
+        found = backbone.logits(Plan([adapter.delta_set(backbone)] * 2), ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -149,7 +149,7 @@ def export_adapter(
     def write(temporary: Path) -> None:
         if target == "peft":
             task = export_peft(adapter, backbone, temporary)
-            head = task != "FEATURE_EXTRACTION"
+            head = task not in ("FEATURE_EXTRACTION", "CAUSAL_LM")
             check = check_peft(adapter, backbone, temporary, head=head)
         else:
             task = export_adapterhub(adapter, backbone, temporary)

@@ -113,7 +113,8 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     """Write an adapter as a PEFT checkpoint into a folder that exists.
 
     Returns:
-        The task it was written for; `FEATURE_EXTRACTION` where transformers has no head like ours.
+        The task it was written for: `CAUSAL_LM` of an adapter that writes; `FEATURE_EXTRACTION` where transformers has
+        no head like ours.
 
     Raises:
         AdapterError: PEFT cannot express it; says why.
@@ -130,6 +131,8 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     fits = write_head(adapter.head, adapter.head_params, backbone)
     if fits is not None and not (one.prompt and not _reads_tokens(adapter.head, one)):
         task, head = fits
+    if adapter.head.kind == "generation":
+        task = "CAUSAL_LM"
     prefix = f"{names.prefix}." if task != "FEATURE_EXTRACTION" else ""
     start = "base_model." if one.prompt else "base_model.model."
     tensors = {k if one.prompt else f"{start}{prefix}{k}": t for k, t in written.tensors.items()}
