@@ -130,6 +130,7 @@ def test_unequal_batches_weigh_as_transformers_weighs_them(pair):
     torch.testing.assert_close(model(**batch_of(backbone))["loss"], theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT's own, of its own default
 @pytest.mark.parametrize("name", ["lora", "prefix", "prompt", "ia3"])
 def test_an_exported_writer_computes_in_peft_what_it_computes_here(name, pair, random_params, random_rows, tmp_path):
     whole, backbone = pair
