@@ -71,7 +71,7 @@ def test_the_readme_code_that_writes_runs(make_backbone, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("facts.csv").write_text("facts,sentence\n" + "name[Aromi],Aromi is a place.\n" * 10, "utf-8")
     small = code.replace('mt.Backbone.load("smollm2")', "tiny").replace(
-        '"adapters/facts")', '"adapters/facts", **few)', 1
+        '"adapters/facts"\n)', '"adapters/facts", **few\n)', 1
     )
     assert small.count("tiny") == small.count("few") == 1
     few = {"max_steps": 1, "progress": False}
