@@ -136,7 +136,7 @@ def test_help_and_version_load_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert all(text.split()[0] in done.stdout for _, text in COMMANDS.values())
-    assert "Did you mean 'train'?" in done.stderr
+    assert "Did you mean" in done.stderr and "'train'" in done.stderr
 
 
 def test_listings_and_reports_take_json() -> None:
@@ -207,7 +207,7 @@ def test_one_method_shows_its_settings_with_their_documentation() -> None:
     found = good("methods", "lora", "--json").json
     settings = {s["name"]: s for s in found["settings"]}
     assert settings["r"] == {"name": "r", "type": "whole number", "default": 8, "doc": "Rank of the update."}
-    assert settings["layers"]["type"] == "list of whole numbers or none"
+    assert settings["layers"]["type"] == "list of whole numbers or semantic or none"
     out = good("methods", "lora").out
     assert "Rank of the update." in out
     assert "query,value" in out

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "lsg": {"errors"},
     "lsg_sparse": set(),
     "lsg_attention": {"lsg", "lsg_sparse"},
-    "attention": {"call", "deltas", "lsg_attention", "plan"},
+    "joint": {"call", "deltas", "plan"},
+    "attention": {"call", "deltas", "joint", "lsg_attention", "plan"},
     "language_head": set(),
     "kv_cache": set(),
     "packaged": {"errors", "files"},
@@ -37,8 +38,8 @@ MAY_IMPORT = {
     "quantized": {"errors", "sites"},
     "compiled": {"call", "errors"},
     "backbone": {
-        *("architectures", "attention", "call", "errors", "frozen", "hooks", "language_head", "lsg", "packaged"),
-        *("plan", "pruned", "quantized", "sites"),
+        *("architectures", "attention", "call", "errors", "frozen", "hooks", "joint", "language_head", "lsg"),
+        *("packaged", "plan", "pruned", "quantized", "sites"),
     },
     "sharing": {"plan", "workspace"},
     "generation": {
