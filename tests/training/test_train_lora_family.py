@@ -9,7 +9,7 @@ from multitune import AdaLoRA, Adapter, BitFit, Combined, DoRA, LoRA, LoRAPlus, 
 from multitune.heads import Head
 from multitune.training.data import TaskRows
 from multitune.training.model import TuningModel
-from multitune.training.trainer import TuningTrainer, _globals_kept
+from multitune.training.trainer import TuningTrainer, globals_kept
 
 # 20 rows in batches of 8: 3 steps an epoch, 12 in all. Pruned after steps 2, 4 and 6, and left alone from 7 on.
 ADALORA = AdaLoRA(r=4, target_r=2, initial_share=0.1, final_share=0.5, interval=2)
@@ -25,7 +25,7 @@ def test_each_matrix_has_its_own_rate_in_the_optimizer(tiny, make_data, tmp_path
     model = TuningModel(tiny, method, method.init(tiny, g), head, head.init(tiny, g))
     rows = TaskRows(tiny, data.task, data.train, max_length=32, split="train")
     config = TrainConfig(learning_rate=1e-3, weight_decay=0.1).resolve(method)
-    with _globals_kept():
+    with globals_kept():
         groups = TuningTrainer(model, config, rows, rows, None, tmp_path).create_optimizer().param_groups
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
     rates = {name: rate_of[id(p)] for name, p in model.own().items()}
