@@ -1,6 +1,6 @@
 """What a batch costs whose rows use many adapters: time by the bare backbone's, loading, and memory.
 
-    python benchmarks/mixed_batch.py [--quick] [--cases a,c,f] [--json FILE] [--plot FILE] [--device cuda]
+    python benchmarks/mixed_batch.py [--quick] [--cases a,c,f] [--json FILE] [--plot FILE] [--write docs/results.md]
 
 All on the backbone `minilm`, float32, in one process. The systems of a case are timed in turn, round after round,
 on the same token ids (drawn evenly from the vocabulary, other ones each round; no padding):
@@ -40,6 +40,8 @@ from _harness import (
     synchronise,
     write_json,
 )
+from _markdown import markdown
+from _store import check_markers, write_between
 from _systems import (
     BANK_SIZE,
     EVERY_LINEAR,
@@ -285,7 +287,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this document")
     options = parser.parse_args()
+    check_markers(options.write, "mixed_batch")
     cases = [c.strip() for c in options.cases.split(",")]
     if unknown := [c for c in cases if c not in CASES]:
         parser.error(f"no case is called {', '.join(unknown)}; choose from {', '.join(CASES)}")
@@ -323,6 +327,8 @@ def main() -> None:
     print("; ".join(f"{r.case} {r.system} {r.ratio:.3f} > {r.limit}" for r in missed))
     if options.json:
         write_json(options.json, found)
+    if options.write:
+        write_between(options.write, "mixed_batch", markdown(found, {c: title_of(c) for c in CASES}, options.threads))
     if options.plot:
         subtitle = "minilm, float32, " + machine(options.threads, backbone.device).split(";")[0]
         plot(options.plot, found, {c: title_of(c) for c in CASES}, subtitle)
