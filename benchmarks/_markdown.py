@@ -9,7 +9,7 @@ from _store import environment
 
 INTRODUCTION = """\
 Medians of rounds in which the systems take turns in one process on the same inputs; banks of 128 adapters, those of a
-batch drawn at random; "new batch" makes the plan anew each time; "of rounds" is the median of the ratios within a round.
+batch drawn at random; "new batch" makes the plan anew each time; "of rounds" is the median of ratios within a round.
 PEFT is its LoRA with `adapter_names` per row, on the same tensors.
 {machine}, {threads} threads, Python {python}, {versions}, {date}; `python benchmarks/mixed_batch.py`."""
 
