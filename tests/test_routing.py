@@ -503,6 +503,15 @@ def test_batches_that_follow_each_other_in_one_workspace_are_as_in_none(batches,
             assert torch.equal(run_site(lent, x[: len(rows)], module), run_site(fresh, x[: len(rows)], module))
 
 
+def test_what_is_in_its_place_is_not_copied_again(monkeypatch):
+    monkeypatch.setattr(multitune.workspace, "SMALL_BYTES", 0)
+    workspace, owner = Workspace(), Owner()
+    a, b, c = Slot(1.0), Slot(2.0), Slot(3.0)
+    buffer = workspace.lend("vectors", [a, b], owner)
+    buffer.fill([a, b])[0].fill_(7.0)  # what a second copy would put right
+    assert buffer.fill([a, c])[0].tolist() == [[[7.0], [3.0]]]
+
+
 def test_a_dropped_adapter_is_never_taken_for_a_new_one_in_its_place():
     workspace, owner = Workspace(), Owner()
     a, b = Slot(1.0), Slot(2.0)
