@@ -1,0 +1,118 @@
+"""The same start, batches and settings in PEFT and here train to the same tensors.
+
+PEFT's side is a plain loop over AdamW. Dropout is off: the two draw its numbers in another order. Prompt tuning is left
+out: PEFT's classifier reads the first prompt token, which no adapter exported from here asks for.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import multitune as mt
+from multitune.convert.heads import SEQUENCE, model_with_head
+from multitune.tasks import Task, TaskData
+from multitune.training.data import BatchOrder, Collator, TaskRows
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type"),
+    pytest.mark.filterwarnings("ignore:The PEFT config.s"),
+]
+peft = pytest.importorskip("peft", reason="PEFT is not installed; pip install 'multitune[parity]'")
+
+WORDS = ["good", "bad", "film", "the", "not", "very", "a", "b", "cat", "dog"]
+METHODS = {
+    "lora": mt.LoRA(r=4, alpha=8, targets=("query", "value", "ffn_in")),
+    "rslora": mt.RsLoRA(r=4, alpha=8),
+    "ia3": mt.IA3(),
+    "layernorm": mt.LayerNormTuning(),
+}
+#: One epoch, so that the only evaluation is after the last step and the best checkpoint is the last.
+CONFIG = mt.TrainConfig(
+    epochs=1.0, batch_size=8, learning_rate=5e-3, weight_decay=0.0, warmup_ratio=0.1, max_grad_norm=0.5, seed=3,
+    pooling="pooler", head_dropout=0.0, progress=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(make_backbone):
+    """A tiny BERT with a pretrained pooler and no dropout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_backbone("bert")
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator).tolist())
+        for n in torch.randint(2, 9, (130,), generator=generator).tolist()
+    ]
+    table = Dataset.from_list([{"text": text, "y": ["no", "yes"]["good" in text]} for text in texts])
+    task = Task(name="toy", kind="classification", template=mt.Template("{text}"), label="y", labels=("no", "yes"))
+    return TaskData(task=task, train=table.select(range(120)), validation=table.select(range(120, 130)))
+
+
+def peft_trained(backbone, data, method, folder):
+    """PEFT's adapter after the same steps, as our adapter."""
+    task = data.task
+    head = mt.Head.for_task(task, pooling=CONFIG.pooling, dropout=0.0)
+    start = mt.Adapter(
+        name="start",
+        method=method,
+        params=method.init(backbone, torch.Generator().manual_seed(CONFIG.seed)),
+        backbone=backbone.describe(),
+        task=task,
+        head=head,
+        head_params=head.init(backbone, torch.Generator().manual_seed(CONFIG.seed + 2**32)),
+    )
+    mt.export_adapter(start, backbone, folder / "start")
+    base = model_with_head(backbone, SEQUENCE, len(task.labels))
+    config = peft.PeftConfig.from_pretrained(folder / "start")
+    config.inference_mode = False
+    model = peft.get_peft_model(base, config)
+    peft.set_peft_model_state_dict(model, load_file(folder / "start" / "adapter_model.safetensors"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=CONFIG.learning_rate, weight_decay=0.0)
+    rows = TaskRows(backbone, task, data.train, max_length=CONFIG.max_length, split="train")
+    collate = Collator(task.kind, backbone.pad_id)
+    order = BatchOrder([len(i) for i in rows.items], CONFIG.batch_size, accumulation=1, seed=CONFIG.seed, grouped=True)
+    steps = len(order)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, math.ceil(steps * CONFIG.warmup_ratio), steps)
+    model.train()
+    for numbers in order:
+        batch = collate([rows.items[i] for i in numbers])
+        targets = batch.pop("targets")
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        F.cross_entropy(model(**batch).logits, targets).backward()
+        torch.nn.utils.clip_grad_norm_(trained, CONFIG.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "trained")
+    mt.import_adapter(folder / "trained", backbone, folder / "ours", labels=task.labels)
+    return start, mt.Adapter.load(folder / "ours", backbone)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_takes_the_same_steps_as_peft(tiny, data, tmp_path, name):
+    method = METHODS[name]
+    start, theirs = peft_trained(tiny, data, method, tmp_path)
+    ours = mt.train(tiny, data, method, tmp_path / "run", config=CONFIG)
+    last = ours.adapter
+    for found, expected, first in (
+        (last.params, theirs.params, start.params),
+        (last.head_params, theirs.head_params, start.head_params),
+    ):
+        assert set(found) == set(expected)
+        for key, tensor in found.items():
+            moved = (expected[key] - first[key]).norm()
+            assert moved > 0
+            assert (tensor - expected[key]).norm() <= 1e-4 * moved, key
