@@ -15,7 +15,18 @@ from multitune.adapter import Adapter
 from multitune.bank import Bank
 from multitune.cli import shared
 from multitune.cli.predict import adapter_folders, open_rows, row_of_line
-from multitune.cli.shared import AsJson, Device, Dtype, OptionalBackboneName, app, note, print_json, score, show
+from multitune.cli.shared import (
+    AdapterFolders,
+    AsJson,
+    Device,
+    Dtype,
+    OptionalBackboneName,
+    app,
+    note,
+    print_json,
+    score,
+    show,
+)
 from multitune.errors import ConfigError, DataError, MultituneError
 from multitune.generation import GenerationSettings, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
@@ -29,14 +40,7 @@ def generate(
     text: Annotated[
         str | None, typer.Argument(metavar="[TEXT]", help="One row for one adapter.", show_default=False)
     ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FOLDER...",
-            help="Adapters, or a folder of adapters. An adapter goes by the name of its folder, or by NAME.",
-            show_default=False,
-        ),
-    ] = None,
+    adapters: AdapterFolders = None,
     input_: Annotated[
         str,
         typer.Option(

@@ -17,7 +17,7 @@ import typer
 from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.bank import Bank, Prediction
 from multitune.cli import shared
-from multitune.cli.shared import AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
+from multitune.cli.shared import AdapterFolders, AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
 from multitune.errors import AdapterError, BackboneError, ConfigError, DataError, MultituneError, suggest, suggest_file
 
 
@@ -27,14 +27,7 @@ def predict(
         list[str] | None,
         typer.Argument(metavar="[TEXT] [TEXT_PAIR]", help="One row for one adapter.", show_default=False),
     ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FOLDER...",
-            help="Adapters, or a folder of adapters. An adapter goes by the name of its folder, or by NAME.",
-            show_default=False,
-        ),
-    ] = None,
+    adapters: AdapterFolders = None,
     input_: Annotated[
         str,
         typer.Option(

@@ -171,6 +171,15 @@ Device = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="WORD", help="Number type of the backbone: float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AdapterFolders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapters",
+        metavar="[NAME=]FOLDER...",
+        help="Adapters, or a folder of adapters. An adapter goes by the name of its folder, or by NAME.",
+        show_default=False,
+    ),
+]
 AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.", show_default=False)]
 
 

@@ -7,14 +7,15 @@ Legend: D width, M bottleneck, N terms, R rank of the factors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from multitune.deltas import Delta
-from multitune.methods.base import check, check_positive
-from multitune.methods.serial_adapter import SerialAdapter
+from multitune.methods.base import Layers, check, check_positive
+from multitune.methods.serial_adapter import Activation, Reads, SerialAdapter
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -24,12 +25,25 @@ SHARED = "A"
 """Name of the shared tensor `[N, N, N]`."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class PHMAdapter(SerialAdapter):
     """A serial adapter both of whose matrices are sums of Kronecker products; made dense before they are used."""
 
-    bottleneck: int
-    phm_dim: int
-    rank: int
+    bottleneck: int = 24
+    """Width M of the bottleneck; a multiple of phm_dim. The paper divides the width by 32."""
+    phm_dim: int = 4
+    """Number N of Kronecker products; divides the bottleneck and the backbone's width."""
+    rank: int = 1
+    """Rank R of their second factors."""
+    activation: Activation = "gelu_new"
+    """Non-linearity between the two matrices."""
+    layers: Layers = None
+    """Layers to adapt; none stands for all."""
+    layer_norms: bool = False
+    """Also train the layer norms, as the released code does."""
+    reads: Reads = "output"
+    """What it reads: the sub-layer's output, or what the frozen norm behind the residual sum makes of it (AdapterHub's
+    library)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "bottleneck", "phm_dim", "rank")
