@@ -33,6 +33,7 @@ from multitune import (
 )
 from multitune.call import _CURRENT, Call, active, current_call
 from multitune.deltas import Bias, LowRank
+from multitune.inputs import Batch
 from multitune.workspace import Buffer, Workspace
 
 METHODS = [
@@ -214,12 +215,12 @@ def test_the_model_called_without_a_plan_raises(backbone):
 
 
 def test_a_thread_does_not_inherit_the_call_of_its_parent(bert):
-    call = Call(bert, Plan([None]), torch.tensor([[5]]), None, None)
+    call = Call(bert, Plan([None]), Batch(input_ids=torch.tensor([[5]])))
     with active(call):
         assert current_call() is call
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(leftover).result() is None
-        inner = Call(bert, Plan([None]), torch.tensor([[6]]), None, None)
+        inner = Call(bert, Plan([None]), Batch(input_ids=torch.tensor([[6]])))
         with pytest.raises(KeyError), active(inner):
             raise KeyError
         assert current_call() is call
@@ -331,7 +332,7 @@ def test_recomputation_gives_the_same_gradients(
         handle = backbone.model.get_submodule(first.module).register_forward_hook(lambda *_: forwards.append(1))  # noqa: B023
         hidden = backbone.run(Plan([s for _, s in made]), ids, mask)
         handle_count = len(forwards)
-        other = Call(backbone, Plan(others[::-1]), ids, mask, None)
+        other = Call(backbone, Plan(others[::-1]), Batch(input_ids=ids, attention_mask=mask))
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
         loss = (hidden * weights * mask.unsqueeze(-1)).sum()
         backward(loss, other)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import multitune as mt
 from multitune import Plan
+from multitune.inputs import Batch
 from multitune.sharing import WORTH, find_cut, first_touched, first_trained
 
 TEXTS = ["good film", "not the very bad film", "x"]
@@ -36,11 +37,11 @@ def test_a_pass_cut_in_two_is_the_whole_pass(backbone, delta_set, random_rows, c
     upper = backbone.num_layers - 1
     sets = [delta_set(backbone, mt.LoRA(layers=(upper,)), seed) for seed in (0, 1)]
     assert {first_touched(s, backbone) for s in sets} == {upper}
-    plan = Plan([sets[1], None, sets[0], sets[1]])
+    plan, batch = Plan([sets[1], None, sets[0], sets[1]]), Batch(input_ids=ids, attention_mask=mask)
     with torch.no_grad():
         whole = backbone.run(plan, ids, mask)
-        states = backbone.run_below(Plan([None] * 4), upper, ids, mask)
-        cut = backbone.run_above(plan, upper, states, ids, mask)
+        states = backbone.run_below(Plan([None] * 4), upper, batch)
+        cut = backbone.run_above(plan, upper, states, batch)
     close(cut[mask.bool()], whole[mask.bool()])
 
 
@@ -48,7 +49,7 @@ def test_a_pass_cut_in_two_is_the_whole_pass(backbone, delta_set, random_rows, c
 def test_a_cut_that_is_none_is_refused(layer, bert, random_rows):
     ids, _ = random_rows(bert, [4]).padded()
     with pytest.raises(mt.PlanError, match=f"cannot be cut at layer {layer} of 3; cut between layer 1 and 2"):
-        bert.run_below(Plan([None]), layer, ids)
+        bert.run_below(Plan([None]), layer, Batch(input_ids=ids))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from multitune.call import Call, active, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.files import replace_file
 from multitune.hooks import Undo, wrap_forward
+from multitune.inputs import Batch
 from multitune.lsg import LSG
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
@@ -202,7 +203,7 @@ class Attached:
         _check_given(given, deltas)
         if deltas.num_positions:
             given.pop("position_ids", None)  # ordinary ones, as was checked; the call has others
-        call = Call(self.backbone, plan, ids, flat, _types(given))
+        call = Call(self.backbone, plan, Batch(input_ids=ids, attention_mask=flat, token_type_ids=_types(given)))
         inputs = {k: v for k, v in call.inputs.items() if k not in given or k in _FROM_CALL}
         if _past(given) and "position_ids" not in given:
             inputs.pop("position_ids", None)  # of the whole row; the model itself counts on from its cache

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from multitune import attention, hooks
-from multitune.architectures import Architecture, AttentionKind, architecture_for
-from multitune.call import Call, Section, active, check_ids, recompute_context
-from multitune.errors import BackboneError, ConfigError, PlanError, suggest, suggest_file
+from multitune import copies, hooks, instrument, passes
+from multitune.architectures import Architecture, architecture_for
+from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.frozen import frozen_view
-from multitune.joint import JointBatch, JointCall
+from multitune.inputs import Batch
+from multitune.joint import JointBatch
 from multitune.language_head import LanguageHead
-from multitune.lsg import GLOBALS, LSG, convert_to_lsg, split_name
-from multitune.packaged import PACKAGED, quietly, resolve
+from multitune.loading import load, split
+from multitune.lsg import LSG
 from multitune.plan import Plan
-from multitune.pruned import Pruned, prune, split_share
-from multitune.quantized import Quantized, bytes_of, check_weights, quantize_in_place, split_scheme
+from multitune.pruned import Pruned
+from multitune.quantized import Quantized, bytes_of, check_weights
 from multitune.sites import Site, SiteKind, find_sites, select_sites
 
 if TYPE_CHECKING:
@@ -47,15 +35,6 @@ if TYPE_CHECKING:
     from multitune.generation.prompts import AnySettings
     from multitune.generation.settings import Generation
     from multitune.methods import Method
-
-#: Attention that does not go through transformers' attention interface: kind -> its form with deltas.
-_OWN_ATTENTION: dict[AttentionKind, Callable[..., Any]] = {
-    "biased": attention.biased_attention,
-    "disentangled": attention.disentangled_attention,
-    "disentangled_fused": attention.disentangled_fused_attention,
-}
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Backbone:
@@ -75,10 +54,11 @@ class Backbone:
             BackboneError: unsupported architecture, or a model that another `Backbone` already instruments.
         """
         self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
-        model, linear, self.eos_ids = _split(model, self.architecture)
+        model, linear, self.eos_ids = split(model, self.architecture)
         self.model = model
         self.tokenizer = tokenizer
-        self._lm_linear = linear
+        self.lm_linear = linear
+        """The head's own map; `None` where it is tied to the word embeddings, or absent."""
         self.name = name or model.config.name_or_path or model.config.model_type
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
         self.lsg: LSG | None = LSG.of(model.config)
@@ -90,9 +70,11 @@ class Backbone:
         """DeBERTa: the sites whose deltas need the row-wise attention."""
         self.tokenizer_lock = threading.Lock()
         self._shapes: dict[Method, dict[str, torch.Size]] = {}
-        self._undo: list[hooks.Undo] = []
+        self.undo: list[hooks.Undo] = []
+        """What takes the instruments off again, run last to first."""
         self._checkpointed: list[hooks.Undo] = []
-        self._compiled: Compiled | None = None
+        self.compiled: Compiled | None = None
+        """What `compile` made, if it was called."""
         model.requires_grad_(False)
         model.eval()
         self.attach()
@@ -124,68 +106,11 @@ class Backbone:
             ConfigError: an unknown dtype or way to quantise, a device that this machine does not have, or impossible
                 settings of LSG attention.
         """
-        name, scheme = split_scheme(str(name), quantize)
-        if scheme is not None:
-            backbone = cls.load(name, dtype=dtype, device=device)
-            quantize_in_place(backbone, scheme)
-            return backbone
-        name, share = split_share(name)
-        if share is not None:
-            return prune(cls.load(name, dtype=dtype, device=device), share)
-        base, lsg = split_name(str(name))
-        if lsg is not None:
-            return convert_to_lsg(cls.load(base, dtype=dtype, device=device), **asdict(lsg))
-        wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-        if wanted is None:
-            raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
-        _check_device(device)
-        source = resolve(str(name))
-        try:
-            config = AutoConfig.from_pretrained(source)
-            architecture_for(config.model_type)
-            # float16 is cast to below: see fingerprint
-            load_as = torch.float32 if wanted is torch.float16 else wanted
-            loader = _loader(config)
-            with quietly():
-                model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except BackboneError:
-            raise
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            place = Path(source)
-            near = suggest(str(name), PACKAGED) or suggest_file(place)
-            absent = "" if place.exists() else f"there is no folder '{name}'.{near} As a hub id: "
-            raise BackboneError(
-                f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0]}. Give "
-                f"{', '.join(map(repr, PACKAGED))}, a folder with config.json, model.safetensors and the tokenizer, "
-                f"or a hub id that this machine can reach"
-            ) from error
-        _check_complete(str(name), model, report["missing_keys"])
-        backbone = cls(model, tokenizer, name=str(name))
-        if "lm_head.weight" in report["missing_keys"]:  # the checkpoint of a base model alone: its head is random
-            backbone._lm_linear = None
-        if wanted is torch.float16:
-            _ = backbone.fingerprint
-        model.to(device=device, dtype=wanted)
-        return backbone
+        return load(cls, str(name), dtype, device, quantize)
 
     def clone(self) -> Backbone:
         """An independent copy of the model; only full fine-tuning and merging need one."""
-        model = copy.deepcopy(self.model)  # wrappers and all: other threads may be running batches, which need them
-        hooks.strip(model)
-        for site in self.sites:
-            if site.kind == "attention" and self.architecture.attention_kind in _OWN_ATTENTION:
-                model.get_submodule(site.module).__dict__.pop("forward", None)
-        config = model.get_submodule(self.architecture.runs).config
-        assert isinstance(config, PretrainedConfig)
-        config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
-        model.__dict__.pop("_multitune_owner", None)
-        copied = Backbone(model, self.tokenizer, self.name)
-        copied._lm_linear = copy.deepcopy(self._lm_linear)
-        copied.eos_ids = self.eos_ids
-        copied.__dict__["fingerprint"] = self.fingerprint
-        copied.tokenizer_lock = self.tokenizer_lock  # one tokenizer, one lock
-        return copied
+        return copies.clone(self)
 
     def language_model(self) -> PreTrainedModel:
         """A causal language model of transformers' with copies of these weights and the head; not instrumented.
@@ -193,23 +118,13 @@ class Backbone:
         Raises:
             BackboneError: no causal language model, or one without its head.
         """
-        head = self.lm_head
-        config = copy.deepcopy(self.model.config)
-        config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
-        model = AutoModelForCausalLM.from_config(config)
-        model.base_model.load_state_dict(self.model.state_dict())
-        if head.linear is not None:
-            model.get_output_embeddings().load_state_dict(head.linear.state_dict())
-        if self.eos_ids:
-            model.generation_config.eos_token_id = list(self.eos_ids)
-        found: PreTrainedModel = model.to(device=self.device, dtype=self.dtype).eval()
-        return found
+        return copies.language_model(self)
 
     def to_float32(self) -> None:
         """Make all weights float32, the head's own too; only a copy's, for full fine-tuning."""
         self.model.float()
-        if self._lm_linear is not None:
-            self._lm_linear.float()
+        if self.lm_linear is not None:
+            self.lm_linear.float()
 
     # ---------------------------------------------------------------- shape
 
@@ -278,7 +193,7 @@ class Backbone:
     @property
     def has_lm_head(self) -> bool:
         """Whether this is a causal language model with its head, so that it can generate text."""
-        return self.causal and (self._lm_linear is not None or bool(self.model.config.tie_word_embeddings))
+        return self.causal and (self.lm_linear is not None or bool(self.model.config.tie_word_embeddings))
 
     @cached_property
     def lm_head(self) -> LanguageHead:
@@ -295,7 +210,7 @@ class Backbone:
             )
         softcap = self.architecture.logit_softcap
         return LanguageHead(
-            self._lm_linear,
+            self.lm_linear,
             embeddings=lambda: self.word_embeddings,
             softcap=None if softcap is None else getattr(self.model.config, softcap, None),
         )
@@ -458,68 +373,19 @@ class Backbone:
     @property
     def attached(self) -> bool:
         """Whether the sites are instrumented."""
-        return bool(self._undo)
+        return bool(self.undo)
 
     def attach(self) -> None:
         """Instrument the sites; harmless when they are."""
         if self.attached:
             return
-        if getattr(self.model, "_multitune_owner", None):
-            raise BackboneError("this model already belongs to another Backbone; use that one, or detach() it first")
-        self._undo = hooks.install(self.model, self.sites)
-        try:
-            self._attach_attention()
-            self._attach_globals()
-        except BackboneError:
-            self.detach()
-            raise
-        self.model.__dict__["_multitune_owner"] = True
-        self._undo.append(lambda: self.model.__dict__.pop("_multitune_owner", None))
+        instrument.attach(self)
 
     def detach(self) -> None:
         """Undo `attach`: the model is bit for bit what it was before `attach`."""
-        for undo in reversed(self._undo):
+        for undo in reversed(self.undo):
             undo()
-        self._undo = []
-
-    def _attach_attention(self) -> None:
-        sites = [s for s in self.sites if s.kind == "attention"]
-        here = hooks.by_module(sites)
-        self.attention_names = {self.model.get_submodule(path): hooks.name_at(s) for (_, path), s in here.items()}
-        if self.architecture.attention_kind == "disentangled":
-            for site in sites:
-                prefix = site.name.rsplit(".", 1)[0]
-                module = self.model.get_submodule(site.module)
-                self.disentangled_sites[module] = (f"{prefix}.query", f"{prefix}.key", site.name)
-        own = _OWN_ATTENTION.get(self.architecture.attention_kind)
-        if own is not None:
-            for module in self.attention_names:
-                self._undo.append(hooks.wrap_forward(module, partial(partial, own, module)))
-            return
-        attention.register_attention()
-        config = self.running.config  # an encoder-decoder's encoder may have a config of its own
-        assert isinstance(config, PretrainedConfig)
-        before = config._attn_implementation
-        if before not in attention.WRAPPED:
-            raise BackboneError(
-                f"attention implementation '{before}' cannot carry per-row memories; load the model with "
-                f"attn_implementation='sdpa' or 'eager'"
-            )
-        config._attn_implementation = attention.PREFIX + before
-        self._undo.append(lambda: setattr(config, "_attn_implementation", before))
-
-    def _attach_globals(self) -> None:
-        """LSG: the global tokens go in front of every row where the embeddings are summed up and not yet normed."""
-        if self.lsg is None or not self.lsg.num_global:
-            return
-        states = self.running._parameters.get(GLOBALS)
-        if states is None:
-            raise BackboneError(
-                f"the configuration of '{self.name}' says that it was converted to LSG attention, but the model has no "
-                f"global tokens; load the original by the name of the converted one: Backbone.load('NAME+lsg')"
-            )
-        (norm,) = self.architecture.embedding_norms.values()
-        self._undo.append(hooks.prepend(self.model.get_submodule(norm), states))
+        self.undo = []
 
     def compile(
         self, *, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None, max_graphs: int = 64
@@ -546,11 +412,11 @@ class Backbone:
             )
         from multitune.compiled import Compiled  # which imports the compiler: as long as all else together
 
-        self._compiled = Compiled(self.running, self.name, max_graphs, backend=backend, mode=mode, dynamic=dynamic)
+        self.compiled = Compiled(self.running, self.name, max_graphs, backend=backend, mode=mode, dynamic=dynamic)
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        self._compiled = None
+        self.compiled = None
 
     @property
     def _is_checkpointed(self) -> bool:
@@ -563,32 +429,20 @@ class Backbone:
         Raises:
             ConfigError: the backbone is compiled.
         """
-        if self._compiled is not None:
+        if self.compiled is not None:
             raise ConfigError(
                 "gradient checkpointing: this backbone is compiled, and the compiler cannot be told which call a "
                 "recomputed layer belongs to; switch one of them off: Backbone.uncompile()"
             )
-        if not self.model.supports_gradient_checkpointing:
-            layers = next(s.layers for s in self.sites if s.kind == "layers")
-            self._checkpointed = self._checkpointed or hooks.checkpoint_layers(self.model, layers)
-            return
-        settings = {"use_reentrant": False, "context_fn": recompute_context}
-        if hasattr(self.model, "activation_checkpointing_enable"):  # its name since transformers 5.23
-            self.model.activation_checkpointing_enable(settings)
-        else:
-            self.model.gradient_checkpointing_enable(settings)
+        if not self._checkpointed:
+            self._checkpointed = instrument.recompute_layers(self)
 
     def disable_gradient_checkpointing(self) -> None:
         """Undo `enable_gradient_checkpointing`."""
         for undo in self._checkpointed:
             undo()
         self._checkpointed = []
-        if not self.model.supports_gradient_checkpointing:
-            return
-        if hasattr(self.model, "activation_checkpointing_disable"):
-            self.model.activation_checkpointing_disable()
-        else:
-            self.model.gradient_checkpointing_disable()
+        instrument.keep_layers(self)
 
     def train_above(self, layer: int) -> None:
         """Training mode for the layers from `layer` on; dropout everywhere else stays off."""
@@ -624,13 +478,8 @@ class Backbone:
             PlanError: the plan does not fit the batch, an id is outside the vocabulary, a row is too long, or
                 the backbone is detached.
         """
-        self.check_attached()
-        if plan.parts:
-            return self._run_parts(plan, input_ids, attention_mask, token_type_ids, slots)
-        call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
-        with active(call):
-            hidden = self._compiled(call) if self._compiled else self.running(**call.inputs).last_hidden_state
-        return call.restore(hidden)
+        batch = Batch(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, slots=slots)
+        return passes.run(self, plan, batch)
 
     def logits(self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token that follows each token of one batch under a plan: `lm_head(run(...))`.
@@ -678,21 +527,12 @@ class Backbone:
 
         return generate(self, plan, input_ids, attention_mask, settings_per_row(settings, plan.num_rows))
 
-    def run_below(
-        self,
-        plan: Plan,
-        layer: int,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        slots: Tensor | None = None,
-    ) -> Tensor:
+    def run_below(self, plan: Plan, layer: int, batch: Batch) -> Tensor:
         """What goes into a layer under a plan; that layer and those above it do not run.
 
         Args:
             plan: which rows use which deltas, not in pieces.
             layer: from 1 to the uppermost, counted from 0.
-            input_ids, attention_mask, token_type_ids, slots: as `run` takes them.
 
         Returns:
             `[B, T', D]`, rows as given. T' counts what stands in the rows beside their tokens: inserted prompt vectors,
@@ -701,24 +541,9 @@ class Backbone:
         Raises:
             PlanError: as `run`, and for a layer that does not exist.
         """
-        section = Section(stop=layer)
-        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids, slots)
-        with active(call):
-            self.running(**call.inputs)
-        assert section.reached is not None
-        inverse = plan.inverse
-        return section.reached if inverse is None else section.reached.index_select(0, inverse.to(self.device))
+        return passes.run_below(self, plan, layer, batch)
 
-    def run_above(
-        self,
-        plan: Plan,
-        layer: int,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        slots: Tensor | None = None,
-    ) -> Tensor:
+    def run_above(self, plan: Plan, layer: int, states: Tensor, batch: Batch) -> Tensor:
         """`run`, from a layer on: the layers below it do not run, and `states` goes into it.
 
         With the `states` of `run_below` on the same batch that is `run`, as long as the plan's deltas below `layer` are
@@ -727,33 +552,7 @@ class Backbone:
         Args:
             states: `[B, T', D]`, as `run_below` gives it.
         """
-        ordered = states if plan.order is None else states.index_select(0, plan.order.to(states.device))
-        section = Section(stop=self.num_layers, first=layer, states=ordered)
-        call = self._call_in(section, plan, layer, input_ids, attention_mask, token_type_ids, slots)
-        with active(call):
-            output = self.running(**call.inputs)
-        return call.restore(output.last_hidden_state)
-
-    def _call_in(
-        self,
-        section: Section,
-        plan: Plan,
-        layer: int,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        slots: Tensor | None,
-    ) -> Call:
-        """A call that runs the layers of a section."""
-        self.check_attached()
-        if plan.parts or not 0 < layer < self.num_layers:
-            problem = "a plan in pieces" if plan.parts else f"layer {layer} of {self.num_layers}"
-            raise PlanError(
-                f"a pass cannot be cut at {problem}; cut between layer 1 and {self.num_layers - 1}, or run()"
-            )
-        call = Call(self, plan, input_ids, attention_mask, token_type_ids, slots)
-        call.section = section
-        return call
+        return passes.run_above(self, plan, layer, states, batch)
 
     def run_joint(self, batches: Sequence[JointBatch]) -> list[Tensor]:
         """The last hidden states of several batches that go through the frozen model together.
@@ -768,11 +567,7 @@ class Backbone:
         Raises:
             PlanError: as `run`, for any of the batches.
         """
-        self.check_attached()
-        call = JointCall(self, batches)
-        with active(call):
-            output = self.running(**call.inputs)
-        return call.split(output.last_hidden_state)
+        return passes.run_joint(self, batches)
 
     def keys_and_values(self, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """What the attention sites of the bare backbone attend to in one row.
@@ -787,12 +582,7 @@ class Backbone:
         Raises:
             PlanError: an id is outside the vocabulary, the row is too long, or the backbone is detached.
         """
-        self.check_attached()
-        call = Call(self, Plan([None]), torch.tensor([list(token_ids)], device=self.device), None, None)
-        call.recorded = {}
-        with torch.no_grad(), active(call):
-            self.running(**call.inputs)
-        return call.recorded
+        return passes.keys_and_values(self, token_ids)
 
     def check_attached(self) -> None:
         """Raise `PlanError` unless the sites are instrumented."""
@@ -801,41 +591,13 @@ class Backbone:
                 f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"
             )
 
-    def _run_parts(
-        self,
-        plan: Plan,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        slots: Tensor | None,
-    ) -> Tensor:
-        """`run` for a plan in pieces."""
-        check_ids(plan, self, input_ids)
-        pieces = []
-        for rows, part in plan.parts:
-            inputs = (input_ids, attention_mask, token_type_ids, slots)
-            ids, mask, types, places = (None if t is None else t[rows] for t in inputs)
-            assert ids is not None
-            pieces.append(self.run(part, ids, mask, types, places))
-        order = torch.tensor([row for rows, _ in plan.parts for row in rows], device=input_ids.device)
-        return torch.cat(pieces).index_select(0, order.argsort())
-
     def with_weights(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of this backbone with some weights replaced (full fine-tuning).
 
         Raises:
             BackboneError: a weight this backbone does not have, or a quantised backbone.
         """
-        if self.quantized is not None:
-            raise BackboneError(self.quantized.refusal(self.name, "have its weights replaced"))
-        copied = self.clone()
-        del copied.__dict__["fingerprint"]
-        state = copied.model.state_dict()
-        for name, tensor in weights.items():
-            if name not in state:
-                raise BackboneError(f"the adapter changes weight '{name}', which {self.name} does not have")
-            state[name].copy_(tensor)
-        return copied
+        return copies.with_weights(self, weights)
 
     def describe(self) -> dict[str, Any]:
         """What an adapter file records about the backbone it was trained on."""
@@ -853,51 +615,3 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # how torch refuses a device that it does not have
-        raise ConfigError(
-            f"cannot use device '{device}': {str(error).splitlines()[0]}. Leave it out to use the CPU; a GPU needs its "
-            f"driver and a build of torch for it (https://pytorch.org/get-started)"
-        ) from error
-
-
-def _loader(config: PretrainedConfig) -> Any:
-    """transformers' class that loads a checkpoint: a causal model with its head, an encoder alone without a decoder."""
-    if architecture_for(config.model_type, config).causal:
-        return AutoModelForCausalLM
-    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    alone = isinstance(encoder, type) and encoder.__name__ in (config.architectures or ())
-    return AutoModelForTextEncoding if alone else AutoModel
-
-
-def _split(
-    model: PreTrainedModel, architecture: Architecture
-) -> tuple[PreTrainedModel, nn.Linear | None, tuple[int, ...]]:
-    """The base model, of a causal language model its own head unless that is tied, and the ids that end a text."""
-    settings = getattr(model, "generation_config", None) or model.config
-    ends = settings.eos_token_id
-    eos_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
-    base, linear = model.base_model, model.get_output_embeddings()
-    if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
-        return model, None, eos_ids
-    assert isinstance(base, PreTrainedModel)
-    return base, None if model.config.tie_word_embeddings else linear, eos_ids
-
-
-def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Refuse a model some of whose weights are not from its checkpoint but random, other each time.
-
-    Checkpoints of masked language models lack a pooler, so the model goes without one.
-    """
-    pooler = architecture_for(model.config.model_type, model.config).pooler
-    lacking = sorted(key for key in missing if key != "lm_head.weight")
-    if pooler is not None and any(key.startswith(f"{pooler}.") for key in lacking):
-        setattr(model, pooler, None)
-        lacking = [key for key in lacking if not key.startswith(f"{pooler}.")]
-    if lacking:
-        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        raise BackboneError(f"cannot load backbone '{name}': its checkpoint lacks the weights {shown}")

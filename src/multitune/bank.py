@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from multitune import heads
+from multitune import heads, passes
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
-from multitune.batching import Batch, Encoded, encode, pad
+from multitune.batching import Encoded, encode, pad
 from multitune.errors import AdapterError, ConfigError, DataError, MixError, MultituneError, PlanError, suggest
+from multitune.inputs import Batch
 from multitune.plan import DeltaSet, Plan
 from multitune.sharing import find_cut, first_touched, run_cut
 from multitune.workspace import Workspace
@@ -445,7 +446,7 @@ class Bank:
 
     def _hidden(self, sequences: Sequence[_Sequence], batch: Batch) -> Tensor:
         """The last hidden states `[B, T, D]`; what rows of one text have in common runs once."""
-        backbone, inputs = self.backbone, (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.slots)
+        backbone = self.backbone
         rows = [s.served.delta_set if s.served else None for s in sequences]
         plan = Plan(rows, self.workspace)
         cut = None
@@ -453,8 +454,8 @@ class Bank:
             touched = [s.served.touched if s.served else backbone.num_layers for s in sequences]
             cut = find_cut([s.text for s in sequences], touched, backbone.num_layers)
         if cut is None:
-            return backbone.run(plan, *inputs)
-        return run_cut(backbone, cut, plan, rows, *inputs, self.workspace)
+            return passes.run(backbone, plan, batch)
+        return run_cut(backbone, cut, plan, rows, batch, self.workspace)
 
     def _check_idle(self) -> None:
         """Checked before every pass: a run that starts meanwhile would put dropout into the answers."""

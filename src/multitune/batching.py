@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from multitune.errors import BackboneError
+from multitune.inputs import Batch
 from multitune.tasks.templates import SlottedText
 
 if TYPE_CHECKING:
@@ -29,28 +29,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Padded sequences."""
-
-    input_ids: Tensor
-    """int64 `[B, T]`"""
-    attention_mask: Tensor | None
-    """int64 `[B, T]`, 1 for real tokens; `None` when nothing is padded."""
-    token_type_ids: Tensor | None
-    """int64 `[B, T]` or `None`."""
-    slots: Tensor | None = None
-    """int64 `[B, S]`: the token in front of which each slot of a row stands, counted from the row's first real token;
-    -1 where a row has fewer; `None` where no row has any."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        mask, types, slots = (
-            None if t is None else t.to(device) for t in (self.attention_mask, self.token_type_ids, self.slots)
-        )
-        return Batch(input_ids=self.input_ids.to(device), attention_mask=mask, token_type_ids=types, slots=slots)
 
 
 def encode(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from multitune.deltas import Prompt, TokenBias
 from multitune.deltas.prompt import FIRST_SLOT
 from multitune.errors import PlanError, suggest
+from multitune.inputs import Batch
 from multitune.plan import Group, Plan, Step
 
 if TYPE_CHECKING:
@@ -147,18 +148,12 @@ class Call:
         self,
         backbone: Backbone,
         plan: Plan,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        slots: Tensor | None = None,
+        batch: Batch,
         stream: Stream | None = None,
     ) -> None:
         """
         Args:
-            input_ids: int64 `[B, T]`, in the caller's order of rows.
-            attention_mask: `[B, T]`, 1 for real tokens; `None` for no padding.
-            token_type_ids: int64 `[B, T]` or `None`.
-            slots: int64 `[B, S]` as `Batch.slots`, or `None`.
+            batch: its rows in the caller's order.
             stream: where random numbers come from if this call is a part of a joint one (`multitune.joint`).
 
         Raises:
@@ -169,18 +164,16 @@ class Call:
         self._begin(backbone, plan, stream)
         assert not plan.parts, "a batch in pieces is run piece by piece"
         _check_sites(plan, backbone)
-        check_ids(plan, backbone, input_ids)
-        ordered = [_in_order(t, plan.order) for t in (input_ids, attention_mask, token_type_ids)]
-        ids, mask, types = ordered
-        assert ids is not None
+        check_ids(plan, backbone, batch.input_ids)
+        batch = batch.map(lambda t: _in_order(t, plan.order))
+        ids, mask, types = batch.input_ids, batch.attention_mask, batch.token_type_ids
         self._unshift: Tensor | None = None
         """LSG: where each token `[B, T]` stands now that padding on the left is taken off; `None` if there was none."""
         if backbone.lsg is not None:
             ids, mask, types = self._to_the_left(ids, mask, types)
         self.prompts: Prompts | None = None
         if any(r is not None and r.prompt_length for r in plan.ordered):
-            places = _in_order(slots, plan.order)
-            self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types, places)
+            self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types, batch.slots)
             ids, mask, types = (
                 self.prompts.input_ids,
                 self.prompts.attention_mask,
@@ -354,7 +347,7 @@ class Call:
             hidden = torch.cat([first, hidden[:, 1:]], dim=1)
         if self._unshift is not None:
             hidden = hidden.gather(1, self._unshift.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return _in_order(hidden, self.plan.inverse)  # type: ignore[return-value]
+        return _in_order(hidden, self.plan.inverse)
 
 
 class StepCall(Call):
@@ -387,8 +380,8 @@ def cache_inputs(cache: RowCache, input_ids: Tensor, position_ids: Tensor) -> di
     }
 
 
-def _in_order(t: Tensor | None, order: Tensor | None) -> Tensor | None:
-    return t if t is None or order is None else t.index_select(0, order.to(t.device))
+def _in_order(t: Tensor, order: Tensor | None) -> Tensor:
+    return t if order is None else t.index_select(0, order.to(t.device))
 
 
 def _check_sites(plan: Plan, backbone: Backbone) -> None:

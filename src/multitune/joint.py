@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from multitune.call import Call, Stream, active, current_call
 from multitune.deltas import Bottleneck, Delta
+from multitune.inputs import Batch
 from multitune.plan import Group, Plan, Step
 
 if TYPE_CHECKING:
@@ -49,6 +50,16 @@ class JointBatch:
     """int64 `[K, S]` as `Backbone.run` takes them."""
     stream: Stream | None = None
     """Where its random numbers come from; `None` where none are drawn."""
+
+    @property
+    def batch(self) -> Batch:
+        """What its forward pass reads."""
+        return Batch(
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            token_type_ids=self.token_type_ids,
+            slots=self.slots,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +152,7 @@ class JointCall(Call):
         for b in batches:
             assert not b.plan.parts and b.plan.order is None, "one slot for all rows has no order and no pieces"
             with nullcontext() if b.stream is None else b.stream.drawing():  # token rows may draw masks
-                call = Call(backbone, b.plan, b.input_ids, b.attention_mask, b.token_type_ids, b.slots, b.stream)
+                call = Call(backbone, b.plan, b.batch, b.stream)
             ids = call.inputs["input_ids"]
             self.parts.append(_Part(call, start, ids.shape[0], ids.shape[1] + extra))
             start += ids.shape[0]

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multitune.backbone import Backbone
-from multitune.batching import Batch, Encoded, encode, pad
+from multitune.batching import Encoded, encode, pad
 from multitune.errors import ConfigError, DataError
+from multitune.inputs import Batch
 from multitune.plan import Plan
 from multitune.tasks import Task
 

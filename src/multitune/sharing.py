@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from multitune import passes
+from multitune.inputs import Batch
 from multitune.plan import DeltaSet, Plan
 from multitune.workspace import Workspace
 
@@ -101,10 +103,7 @@ def run_cut(
     cut: Cut,
     plan: Plan,
     rows: Sequence[DeltaSet | None],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    slots: Tensor | None = None,
+    batch: Batch,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """`Backbone.run` with the rows of one text run once below the cut: `[B, T, D]`.
@@ -114,12 +113,10 @@ def run_cut(
         rows: `[B]`: per row its deltas.
         workspace: as `Plan` takes it.
     """
-    index, expand = (torch.tensor(i, device=input_ids.device) for i in (cut.rows, cut.expand))
-    inputs = (input_ids, attention_mask, token_type_ids, slots)
-    ids, mask, types, places = (None if t is None else t[index] for t in inputs)
-    assert ids is not None
+    index, expand = (torch.tensor(i, device=batch.input_ids.device) for i in (cut.rows, cut.expand))
+    own = batch.rows(index)
     lower = Plan([None if bare else rows[i] for i, bare in zip(cut.rows, cut.bare, strict=True)], workspace)
     if cut.layer == backbone.num_layers:
-        return backbone.run(lower, ids, mask, types, places)[expand]
-    states = backbone.run_below(lower, cut.layer, ids, mask, types, places)[expand]
-    return backbone.run_above(plan, cut.layer, states, *inputs)
+        return passes.run(backbone, lower, own)[expand]
+    states = backbone.run_below(lower, cut.layer, own)[expand]
+    return backbone.run_above(plan, cut.layer, states, batch)

@@ -19,6 +19,7 @@ from multitune.generation.prompts import make_sequence
 from multitune.generation.sampling import choose
 from multitune.generation.sequences import BeamSequence, SingleSequence
 from multitune.generation.settings import Generation, GenerationSettings
+from multitune.inputs import Batch
 from multitune.kv_cache import MemoryOfRow, RowCache
 from multitune.plan import DeltaSet, Plan
 from multitune.workspace import Workspace
@@ -156,7 +157,7 @@ class DecodingBatch:
             and for every slot the prompt that is in it.
         """
         ids, mask = self._padded(prompts)
-        call = Call(self.backbone, plan, ids, mask, None)
+        call = Call(self.backbone, plan, Batch(input_ids=ids, attention_mask=mask))
         order = list(range(len(prompts))) if plan.order is None else plan.order.tolist()
         taken = [len(prompts[i]) + (d.prompt_length if d else 0) for i, d in zip(order, plan.ordered, strict=True)]
         shifts = [d.position_shift if d else 0 for d in plan.ordered]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from multitune import heads
 from multitune.backbone import Backbone
 from multitune.heads import Head
+from multitune.inputs import Batch
 from multitune.language_loss import token_losses
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
@@ -87,7 +88,8 @@ class TuningModel(nn.Module):
             if states is None:
                 hidden = backbone.run(plan, ids, mask, types, None if slots is None else slots.to(device))
             elif self.frozen_layers < backbone.num_layers:
-                hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), ids, mask, types)
+                batch = Batch(input_ids=ids, attention_mask=mask, token_type_ids=types)
+                hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), batch)
             else:
                 hidden, mask = states.to(device), None if self.keeps_one_state else mask
         return self.read(hidden, mask, targets)
@@ -143,7 +145,8 @@ class TuningModel(nn.Module):
         plan = Plan([None] * len(ids))
         with torch.no_grad(), torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.frozen_layers < backbone.num_layers:
-                return backbone.run_below(plan, self.frozen_layers, ids, mask, types)
+                batch = Batch(input_ids=ids, attention_mask=mask, token_type_ids=types)
+                return backbone.run_below(plan, self.frozen_layers, batch)
             hidden = backbone.run(plan, ids, mask, types)
             if not self.keeps_one_state:
                 return hidden

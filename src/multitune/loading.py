@@ -1,0 +1,144 @@
+"""Finding a backbone by its name, and loading it: a checkpoint's own weights, all of them, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from multitune.architectures import Architecture, architecture_for
+from multitune.errors import BackboneError, ConfigError, suggest, suggest_file
+from multitune.lsg import convert_to_lsg, split_name
+from multitune.packaged import PACKAGED, quietly, resolve
+from multitune.pruned import prune, split_share
+from multitune.quantized import quantize_in_place, split_scheme
+
+if TYPE_CHECKING:
+    from multitune.backbone import Backbone
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    make: type[Backbone], name: str, dtype: str | torch.dtype, device: str | torch.device, quantize: str | None = None
+) -> Backbone:
+    """`Backbone.load`: what the name says, its conversions taken off from the end.
+
+    Args:
+        make: the class of backbone.
+    """
+    name, scheme = split_scheme(name, quantize)
+    if scheme is not None:
+        backbone = load(make, name, dtype, device)
+        quantize_in_place(backbone, scheme)
+        return backbone
+    name, share = split_share(name)
+    if share is not None:
+        return prune(load(make, name, dtype, device), share)
+    base, lsg = split_name(name)
+    if lsg is not None:
+        return convert_to_lsg(load(make, base, dtype, device), **asdict(lsg))
+    return _load_plain(make, name, dtype, device)
+
+
+def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, device: str | torch.device) -> Backbone:
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted is None:
+        raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
+    _check_device(device)
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        architecture_for(config.model_type)
+        # float16 is cast to below: see Backbone.fingerprint
+        load_as = torch.float32 if wanted is torch.float16 else wanted
+        loader = _loader(config)
+        with quietly():
+            model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except BackboneError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(_cannot_load(name, source, error)) from error
+    _check_complete(name, model, report["missing_keys"])
+    backbone = make(model, tokenizer, name=name)
+    if "lm_head.weight" in report["missing_keys"]:  # the checkpoint of a base model alone: its head is random
+        backbone.lm_linear = None
+    if wanted is torch.float16:
+        _ = backbone.fingerprint
+    model.to(device=device, dtype=wanted)
+    return backbone
+
+
+def _cannot_load(name: str, source: Any, error: Exception) -> str:
+    place = Path(source)
+    near = suggest(name, PACKAGED) or suggest_file(place)
+    absent = "" if place.exists() else f"there is no folder '{name}'.{near} As a hub id: "
+    return (
+        f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0]}. Give "
+        f"{', '.join(map(repr, PACKAGED))}, a folder with config.json, model.safetensors and the tokenizer, "
+        f"or a hub id that this machine can reach"
+    )
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # how torch refuses a device that it does not have
+        raise ConfigError(
+            f"cannot use device '{device}': {str(error).splitlines()[0]}. Leave it out to use the CPU; a GPU needs its "
+            f"driver and a build of torch for it (https://pytorch.org/get-started)"
+        ) from error
+
+
+def _loader(config: PretrainedConfig) -> Any:
+    """transformers' class that loads a checkpoint: a causal model with its head, an encoder alone without a decoder."""
+    if architecture_for(config.model_type, config).causal:
+        return AutoModelForCausalLM
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    alone = isinstance(encoder, type) and encoder.__name__ in (config.architectures or ())
+    return AutoModelForTextEncoding if alone else AutoModel
+
+
+def split(
+    model: PreTrainedModel, architecture: Architecture
+) -> tuple[PreTrainedModel, nn.Linear | None, tuple[int, ...]]:
+    """The base model, of a causal language model its own head unless that is tied, and the ids that end a text."""
+    settings = getattr(model, "generation_config", None) or model.config
+    ends = settings.eos_token_id
+    eos_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
+    base, linear = model.base_model, model.get_output_embeddings()
+    if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
+        return model, None, eos_ids
+    assert isinstance(base, PreTrainedModel)
+    return base, None if model.config.tie_word_embeddings else linear, eos_ids
+
+
+def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Refuse a model some of whose weights are not from its checkpoint but random, other each time.
+
+    Checkpoints of masked language models lack a pooler, so the model goes without one.
+    """
+    pooler = architecture_for(model.config.model_type, model.config).pooler
+    lacking = sorted(key for key in missing if key != "lm_head.weight")
+    if pooler is not None and any(key.startswith(f"{pooler}.") for key in lacking):
+        setattr(model, pooler, None)
+        lacking = [key for key in lacking if not key.startswith(f"{pooler}.")]
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        raise BackboneError(f"cannot load backbone '{name}': its checkpoint lacks the weights {shown}")
