@@ -23,7 +23,7 @@ import torch
 from _store import environment
 
 import multitune
-from multitune.training.api import _peak_memory as peak_memory
+from multitune.training.results import peak_memory
 
 BEGIN, END = "<!-- train_many:begin -->", "<!-- train_many:end -->"
 METHODS = ("lora", "bitfit", "ia3", "ptuning_v2", "prompt", "houlsby", "aot_fc", "adalora")

@@ -159,9 +159,17 @@ def test_no_public_name_is_a_submodules_too():
     assert not {name for name in exports.homes() if sum(name in names for names in exports.EXPORTS.values()) > 1}
 
 
-def test_the_stub_for_type_checkers_is_up_to_date():
-    stub = (ROOT / "__init__.pyi").read_text("utf-8")
-    assert stub == exports.stub(), "src/multitune/__init__.pyi is out of date; run make docs"
+@pytest.mark.parametrize("package", ["multitune", "multitune.training"])
+def test_the_stub_for_type_checkers_is_up_to_date(package):
+    stub = ROOT.parent.joinpath(*package.split("."), "__init__.pyi").read_text("utf-8")
+    assert stub == exports.stub(package), f"the stub of {package} is out of date; run make docs"
+
+
+def test_training_has_its_public_names_from_the_one_table():
+    assert training.__all__ == [
+        name for name, home in exports.homes().items() if home.startswith("multitune.training.")
+    ]
+    assert all(getattr(training, name) is getattr(multitune, name) for name in training.__all__)
 
 
 def test_importing_the_package_and_the_training_settings_loads_no_torch():

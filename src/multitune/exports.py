@@ -1,7 +1,8 @@
 """The public names of the package and where they are defined. The methods' names come from their registry.
 
 Nothing is imported before its name is used, so `import multitune` takes no torch; `__init__.pyi`, which
-`scripts/build_docs.py` writes from this table and the registry, shows the names to type checkers and editors.
+`scripts/build_docs.py` writes from this table and the registry, shows the names to type checkers and editors. The
+package `multitune.training` takes its names from here too.
 """
 
 from __future__ import annotations
@@ -56,16 +57,11 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "load_task",
         "read_table",
     ),
-    "multitune.training": (
-        "FailedJob",
-        "TrainConfig",
-        "TrainJob",
-        "TrainResult",
-        "TrainingInterrupted",
-        "evaluate",
-        "train",
-        "train_many",
-    ),
+    "multitune.training.api": ("train",),
+    "multitune.training.config": ("TrainConfig",),
+    "multitune.training.judging": ("evaluate",),
+    "multitune.training.many": ("FailedJob", "TrainJob", "TrainingInterrupted", "train_many"),
+    "multitune.training.results": ("TrainResult",),
     "multitune.version": ("__version__",),
 }
 _HOMES = {name: module for module, names in EXPORTS.items() for name in names}
@@ -77,6 +73,11 @@ def homes() -> dict[str, str]:
 
     methods = {name: cls.__module__ for name, cls in own_classes().items()}
     return dict(sorted((_HOMES | methods).items()))
+
+
+def homes_in(package: str) -> dict[str, str]:
+    """The public names that are defined in a package's own modules, and where, sorted."""
+    return {name: module for name, module in sorted(_HOMES.items()) if module.startswith(f"{package}.")}
 
 
 def find(name: str) -> Any:
@@ -97,9 +98,10 @@ def find(name: str) -> Any:
     raise AttributeError(f"module 'multitune' has no attribute {name!r}.{suggest(name, known)}")
 
 
-def stub() -> str:
-    """The text of `__init__.pyi`."""
-    imports = [f"from {module} import {name} as {name}" for name, module in homes().items()]
-    names = [f'    "{name}",' for name in homes()]
+def stub(package: str = "multitune") -> str:
+    """The text of a package's `__init__.pyi`."""
+    names = homes() if package == "multitune" else homes_in(package)
+    imports = [f"from {module} import {name} as {name}" for name, module in names.items()]
+    listed = [f'    "{name}",' for name in names]
     note = '"""Generated from exports.py and the registry of methods by `make docs`; do not edit."""'
-    return "\n".join([note, "", *sorted(imports), "", "__all__ = [", *names, "]"]) + "\n"
+    return "\n".join([note, "", *sorted(imports), "", "__all__ = [", *listed, "]"]) + "\n"

@@ -2,32 +2,22 @@
 
 from multitune.training import train, evaluate
 result = train(Backbone.load("minilm"), load_task("demo/sentiment"), "lora", "adapters/sentiment")
+
+A name is imported when it is first used, so that the settings can be read without the Trainer, which takes seconds to
+load; exports.py says where each is defined.
 """
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
-from multitune.training.config import TrainConfig
+from multitune.exports import homes_in
 
-if TYPE_CHECKING:
-    from multitune.training.api import TrainResult, evaluate, train
-    from multitune.training.many import FailedJob, TrainingInterrupted, TrainJob, train_many
-
-_MANY = ("FailedJob", "TrainJob", "TrainingInterrupted", "train_many")
-__all__ = [
-    "FailedJob",
-    "TrainConfig",
-    "TrainJob",
-    "TrainResult",
-    "TrainingInterrupted",
-    "evaluate",
-    "train",
-    "train_many",
-]
+_HOMES = homes_in(__name__)
 
 
-def __getattr__(name: str) -> Any:  # so that the settings can be read without the Trainer, which takes seconds to load
-    if name not in __all__:
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return list(_HOMES)
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from multitune.training import api, many
-
-    return globals().setdefault(name, getattr(many if name in _MANY else api, name))
+    return globals().setdefault(name, getattr(importlib.import_module(_HOMES[name]), name))

@@ -15,10 +15,12 @@ from multitune.errors import ConfigError, DataError, MixError, MultituneError
 from multitune.heads import Head
 from multitune.methods import Method
 from multitune.tasks import Task, TaskData
-from multitune.training.api import Opened, Setup, TrainResult, read_rows, train_setup
+from multitune.training.api import train_setup
 from multitune.training.config import TrainConfig
 from multitune.training.data import TaskRows
 from multitune.training.progress import Progress
+from multitune.training.results import TrainResult, history_of
+from multitune.training.setup import Opened, Setup, read_rows
 from multitune.training.stepped import SteppedRun
 from multitune.training.together import pack, run_pass
 from multitune.training.trainer import TuningTrainer, globals_kept
@@ -240,7 +242,7 @@ class _Crew:
         self._running.remove(job)
         state = job.run.trainer.state
         failed = FailedJob(
-            name=job.setup.name, error=error, step=state.global_step, history=job.setup.history(job.run.trainer)
+            name=job.setup.name, error=error, step=state.global_step, history=history_of(job.run.trainer)
         )
         self._leave(job.setup, failed, str(error))
 

@@ -1,0 +1,80 @@
+"""Judge one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from multitune import heads
+from multitune.adapter import Adapter
+from multitune.backbone import Backbone
+from multitune.bank import Bank
+from multitune.errors import DataError
+from multitune.tasks import Task, TaskData, any_split, compute
+from multitune.tasks.readers import Source
+from multitune.training.data import warn_of_empty
+from multitune.training.language import answer_scores
+
+
+def evaluate(
+    backbone: Backbone,
+    adapter: Adapter | str | Path,
+    data: TaskData | Source,
+    split: str = "validation",
+    batch_size: int = 32,
+    drop_layers: Sequence[int] = (),
+) -> dict[str, float]:
+    """Metrics of an adapter, by the path that serves it.
+
+    Args:
+        data: a task's data or a source with several splits, of which `split` is read; or labelled rows, as anything
+            that `read_table` reads: a file, a `datasets.Dataset`, a list of mappings.
+        split: "train", "validation" or "test".
+        drop_layers: layers in which the adapter is left out, see `Bank.add`.
+
+    Raises:
+        DataError: no such split, no rows, or a row that does not fit the adapter's task.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter.load(adapter, backbone)
+    task = adapter.task
+    table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
+    if task.kind == "generation":
+        return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
+    examples = task.examples(table)
+    warn_of_empty(task, "given", examples)
+    targets: list[Any] = [e.target for e in examples]
+    if not targets:
+        raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
+    bank = Bank(backbone)
+    bank.add(adapter.name, adapter, drop_layers=drop_layers)
+    predictions = []
+    for answer in bank.predict([(adapter.name, dict(row)) for row in table], batch_size=batch_size):
+        assert answer.logits is not None
+        words = range(len(answer.logits)) if task.kind == "tagging" else ()
+        predictions.append(heads.prediction(task, answer.logits, words))
+    if task.kind == "tagging":  # words that were cut off are not judged
+        targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
+    return compute(task.metric, predictions, targets, task.labels)
+
+
+def _split(data: TaskData, split: str) -> Any:
+    tables = {"train": data.train, "validation": data.validation, "test": data.test}
+    if split not in tables:
+        raise DataError(f"no split '{split}'; there are {', '.join(tables)}")
+    if tables[split] is None:
+        raise DataError(f"task '{data.task.name}' has no labelled {split} split; choose train or validation")
+    return tables[split]
+
+
+def _labelled(data: Any, split: str) -> Any:
+    """The labelled rows of a source; rows in memory as they are."""
+    if isinstance(data, (str, Path, Mapping)):  # a file, a folder, a hub data set, or tables by split
+        return any_split(data, split)
+    if isinstance(data, Task) or not isinstance(data, Iterable):
+        raise DataError(
+            f"evaluate takes rows with labels, not a {type(data).__name__}; give load_task(NAME), a file, or a list of "
+            f"mappings of columns to values"
+        )
+    return data if hasattr(data, "column_names") else list(data)

@@ -1,0 +1,324 @@
+"""What a training run needs before its first step: arguments checked, tensors made, rows read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multitune.adapter import CONFIG_FILE, Adapter
+from multitune.answers import settle_format
+from multitune.backbone import Backbone
+from multitune.deltas import Prompt
+from multitune.errors import ConfigError, DataError
+from multitune.heads import Head
+from multitune.layers import LayerChoice, choose_layers_for
+from multitune.methods import Method, make_method
+from multitune.quantized import check_trains
+from multitune.tasks import Task, TaskData
+from multitune.tasks.metrics import judge_of_training
+from multitune.training.checkpoints import Checkpoints, differences
+from multitune.training.config import COSMETIC, TrainConfig
+from multitune.training.data import TaskRows
+from multitune.training.model import TuningModel
+from multitune.training.publish import HISTORY_FILE, JOB_FILE, best_adapter, check_folder, publish
+from multitune.training.results import TrainResult, history_of, peak_memory
+from multitune.training.trainer import TuningTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run that can begin."""
+
+    model: TuningModel
+    rows: dict[str, TaskRows]
+    """By split."""
+    max_length: int
+    checkpoints: Checkpoints | None
+    settings: dict[str, Any]
+    """What a resumed run must share, see `Checkpoints.open`."""
+    facts: dict[str, int]
+    """What a recipe says beside the settings."""
+    overwrite: bool
+
+    def claim(self) -> None:
+        """Take the output folder, new or with the checkpoints of this very run.
+
+        Raises:
+            ConfigError: it holds an unfinished run of other settings.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.open(self.settings, restart=self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What was asked of a run, checked, before anything is made."""
+
+    backbone: Backbone
+    data: TaskData
+    method: Method
+    config: TrainConfig
+    output: Path | None
+    name: str
+    overwrite: bool
+    choice: LayerChoice | None
+    """What the method's layers were chosen by, if they were "semantic"."""
+
+    @classmethod
+    def check(
+        cls,
+        backbone: Backbone,
+        data: TaskData,
+        method: Method | str,
+        output_dir: str | Path | None,
+        *,
+        config: TrainConfig,
+        name: str | None,
+        overwrite: bool,
+        report: Callable[[str], None] | None = None,
+        job: bool = False,
+    ) -> Setup:
+        """The arguments of `train`, refused if they cannot be honoured; the folder of a job may be finished."""
+        _check_data(data)
+        chosen = make_method(method) if isinstance(method, str) else method
+        config = config.resolve(chosen)
+        config = replace(config, pooling=config.pooling or backbone.default_pooling)
+        output = None if output_dir is None else Path(output_dir)
+        if output is not None:
+            check_folder(output, overwrite or (job and (output / JOB_FILE).exists()))
+        _check_backbone(backbone)
+        data = replace(data, task=settle_format(backbone, data.task))
+        _check_smoothing(data.task, config)
+        chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
+        check_trains(backbone, chosen)
+        return cls(
+            backbone=backbone,
+            data=data,
+            method=chosen,
+            config=config,
+            output=output,
+            name=name or data.task.name,
+            overwrite=overwrite,
+            choice=choice,
+        )
+
+    def open(self, read: Callable[[Task, Any, str, int], TaskRows] | None = None) -> Opened:
+        """Make the tensors and read the rows.
+
+        Args:
+            read: what makes tokenized rows of a task, its table, a split and a length; by default they are made anew.
+        """
+        backbone, data = self.backbone, self.data
+        model = _model(backbone, data, self.method, self.config)
+        max_length = _room(model, self.config)
+        read = read or partial(read_rows, backbone)
+        rows = {
+            split: read(data.task, table, split, max_length)
+            for split, table in (("train", data.train), ("validation", data.validation))
+        }
+        _check_prompts(model, rows.values())
+        facts = {
+            "num_train": len(rows["train"]),
+            "num_validation": len(rows["validation"]),
+            "trained_parameters": model.num_trained,
+        }
+        settings = _settings(backbone, data, self.method, self.config, rows) | facts
+        return Opened(
+            model=model,
+            rows=rows,
+            max_length=max_length,
+            checkpoints=None if self.output is None else Checkpoints(self.output),
+            settings=settings,
+            facts=facts,
+            overwrite=self.overwrite,
+        )
+
+    def close(self, opened: Opened, trainer: TuningTrainer, start: float, *, job: bool = False) -> TrainResult:
+        """Save what a run that has ended leaves.
+
+        Args:
+            start: `time.perf_counter()` when it began.
+            job: note in the folder which settings it was, for `train_many` to know it again.
+        """
+        model = opened.model
+        choice = {} if self.choice is None else {"layer_choice": self.choice.to_dict()}
+        adapter = best_adapter(self.backbone, model, trainer, self.name, opened.max_length, opened.facts | choice)
+        history = history_of(trainer)
+        if self.output is not None and opened.checkpoints is not None:
+            settings = opened.settings if job else None
+            adapter = publish(
+                adapter,
+                history,
+                self.output,
+                trainer.metric,
+                opened.checkpoints,
+                keep=self.config.keep_checkpoints,
+                settings=settings,
+            )
+        return TrainResult(
+            adapter=adapter,
+            history=history,
+            seconds=time.perf_counter() - start,
+            metric=trainer.metric,
+            best_metric=adapter.metrics[trainer.metric],
+            best_step=int(trainer.state.best_global_step or 0),
+            num_steps=trainer.state.global_step,
+            num_method_parameters=model.num_trained,
+            num_head_parameters=adapter.num_head_parameters,
+            peak_memory_bytes=peak_memory(self.backbone.device),
+            cached_bytes=trainer.cached_bytes,
+            layer_choice=self.choice,
+        )
+
+    def finished(self, settings: Mapping[str, Any]) -> TrainResult | None:
+        """The result in the output folder, if a job of just these settings ended there.
+
+        Raises:
+            ConfigError: one of other settings did; names them.
+        """
+        if self.output is None or self.overwrite or not (self.output / CONFIG_FILE).exists():
+            return None
+        adapter = Adapter.load(self.output, self.backbone)
+        job = json.loads((self.output / JOB_FILE).read_text("utf-8"))
+        differing = differences(job["settings"], settings)
+        if job["tensors_sha256"] != adapter.digest:
+            differing = ["it was not trained by train_many"]
+        if differing:
+            raise ConfigError(
+                f"{self.output} holds a finished adapter of another run: {'; '.join(differing)}. Give another folder, "
+                f"or overwrite=True to replace it"
+            )
+        recipe = adapter.recipe
+        return TrainResult(
+            adapter=adapter,
+            history=json.loads((self.output / HISTORY_FILE).read_text("utf-8")),
+            seconds=0.0,
+            metric=judge_of_training(adapter.task.metric),
+            best_metric=adapter.metrics[judge_of_training(adapter.task.metric)],
+            best_step=recipe["best_step"],
+            num_steps=recipe["steps"],
+            num_method_parameters=recipe["trained_parameters"],
+            num_head_parameters=adapter.num_head_parameters,
+            peak_memory_bytes=peak_memory(self.backbone.device),
+            layer_choice=self.choice,
+        )
+
+
+def read_rows(backbone: Backbone, task: Task, table: Any, split: str, max_length: int) -> TaskRows:
+    """The rows of one split, tokenized."""
+    return TaskRows(backbone, task, table, max_length=max_length, split=split)
+
+
+def _check_data(data: Any) -> None:
+    """Raise `DataError` with the line that makes rows out of what was given."""
+    if isinstance(data, TaskData):
+        return
+    if isinstance(data, Task):
+        problem = f"a Task ('{data.name}') says how rows are read and has none"
+        fix = "load_table(FILE, task=task)"
+    else:
+        shown = repr(str(data)) if isinstance(data, (str, Path)) else "rows"
+        problem = f"train takes a task with its rows (TaskData), not a {type(data).__name__}"
+        fix = f"load_table({shown}, text=COLUMN, label=COLUMN), or load_task(NAME) for one that has a name"
+    raise DataError(f"{problem}; give {fix}")
+
+
+def _check_backbone(backbone: Backbone) -> None:
+    if backbone.model.training:
+        raise ConfigError("the backbone is in training mode (another training run is using it); wait for it to end")
+    if backbone.dtype == torch.float16:
+        raise ConfigError(
+            "gradients underflow on a float16 backbone; load it with dtype='bfloat16' or 'float32', and give "
+            "precision='bf16' for mixed precision"
+        )
+
+
+def _resolve_layers(
+    backbone: Backbone, data: TaskData, method: Method, config: TrainConfig, report: Callable[[str], None] | None
+) -> tuple[Method, LayerChoice | None]:
+    """The method with layers in place of "semantic", and what they were chosen by."""
+    if not method.asks_for_layers:
+        return method, None
+    choice = choose_layers_for(backbone, data.task, data.train, max_length=min(config.max_length, backbone.max_length))
+    if report is not None:
+        trained, gain = choice.trained, choice.gains[choice.turn]
+        report(
+            f"layers {trained[0]} to {trained[-1]} are trained: layer {choice.turn} below them turns most ({gain:.3f})"
+        )
+    return method.with_layers(choice.trained), choice
+
+
+def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConfig) -> TuningModel:
+    """Fresh tensors around the backbone; for full fine-tuning around a copy of it."""
+    assert config.pooling is not None
+    head = Head.for_task(data.task, pooling=config.pooling, dropout=config.head_dropout)
+    head_params = head.init(backbone, torch.Generator().manual_seed(config.seed + 2**32))
+    params: dict[str, Tensor] = method.init(backbone, torch.Generator().manual_seed(config.seed))
+    if method.changes_weights:
+        backbone = backbone.clone()
+        backbone.to_float32()
+        own = dict(backbone.model.named_parameters())
+        params = {name: own[name].requires_grad_(True) for name in params}
+    if not head_params and not any(map(method.trains, params)):
+        raise ConfigError(
+            f"{method.title} trains nothing on task '{data.task.name}', whose kind, {data.task.kind}, has no head to "
+            f"train; choose a method that changes the backbone, such as lora"
+        )
+    return TuningModel(
+        backbone,
+        method,
+        params,
+        head,
+        head_params,
+        num_choices=len(data.task.choices) or 1,
+        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def _check_smoothing(task: Task, config: TrainConfig) -> None:
+    if config.label_smoothing and task.kind != "generation":
+        raise ConfigError(
+            f"label_smoothing={config.label_smoothing} is for generation, and task '{task.name}' is of kind "
+            f"{task.kind}; leave it out"
+        )
+
+
+def _check_prompts(model: TuningModel, splits: Iterable[TaskRows]) -> None:
+    """Raise `ConfigError` for vectors that training would put elsewhere than generation, which ends with the prompt."""
+    if model.head.kind != "generation":
+        return
+    places = [a for _, d in model.delta_set().of(Prompt) if isinstance(d, Prompt) for a in d.at]
+    if not places:
+        return
+    shortest = min(len(i) - i.target for rows in splits for i in rows.items)
+    if min(places) < 0 or max(places) >= shortest:
+        raise ConfigError(
+            f"{model.method.title} puts vectors behind the text, or as far as token {max(places)} of prompts of which "
+            f"the shortest has {shortest} tokens; where the answer follows, they must stand in front of the prompt's "
+            f"last token: give position=0, or a pattern that ends with {{text}}"
+        )
+
+
+def _room(model: TuningModel, config: TrainConfig) -> int:
+    """Tokens a text may have beside the prompt."""
+    return min(config.max_length, model.backbone.max_length - model.delta_set().num_positions)
+
+
+def _settings(
+    backbone: Backbone, data: TaskData, method: Method, config: TrainConfig, rows: dict[str, TaskRows]
+) -> dict[str, Any]:
+    """What a resumed run must share with the run it resumes, flat, so that a difference can be named."""
+    values = {k: v for k, v in config.to_dict().items() if k not in COSMETIC}
+    values |= {"method": method.name} | {f"method.{k}": v for k, v in method.settings().items()}
+    values |= {f"task.{k}": v for k, v in data.task.to_dict().items()}
+    values |= {"backbone": backbone.fingerprint, "backbone_dtype": str(backbone.dtype)}
+    return values | {f"{split}_rows": r.digest for split, r in rows.items()}
