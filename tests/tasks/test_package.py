@@ -21,6 +21,7 @@ def test_public_names():
             "compute",
             "higher_is_better",
             "infer_task",
+            "judge",
             "list_splits",
             "list_tasks",
             "load_table",

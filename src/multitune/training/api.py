@@ -29,7 +29,7 @@ from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, make_method
 from multitune.quantized import check_trains
 from multitune.tables import TABLE_FILE
-from multitune.tasks import Task, TaskData, any_split, compute
+from multitune.tasks import Task, TaskData, any_split, judge
 from multitune.tasks.metrics import judge_of_training
 from multitune.tasks.readers import Source
 from multitune.training.checkpoints import FOLDER, Checkpoints, differences
@@ -350,8 +350,7 @@ def evaluate(
         return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
     examples = task.examples(table)
     warn_of_empty(task, "given", examples)
-    targets: list[Any] = [e.target for e in examples]
-    if not targets:
+    if not examples:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)
     bank.add(adapter.name, adapter, drop_layers=drop_layers)
@@ -360,9 +359,7 @@ def evaluate(
         assert answer.logits is not None
         words = range(len(answer.logits)) if task.kind == "tagging" else ()
         predictions.append(heads.prediction(task, answer.logits, words))
-    if task.kind == "tagging":  # words that were cut off are not judged
-        targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
-    return compute(task.metric, predictions, targets, task.labels)
+    return judge(task, predictions, examples)
 
 
 def _split(data: TaskData, split: str) -> Any:
