@@ -19,14 +19,29 @@ def judge(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -
     Raises DataError as `compute` does.
     """
     metric = lookup(task.metric)
-    targets: list[Any] = [example.target for example in examples]
-    groups = [example.group for example in examples] if metric.grouped else None
-    if task.kind == "tagging":
-        targets = [tags[: len(read)] for tags, read in zip(targets, predictions, strict=True)]
-    elif task.lists_choices and metric.of_choices:
+    if metric.of_choices:
         texts = [example.choices[int(chosen)] for example, chosen in zip(examples, predictions, strict=True)]
-        right = [tuple(e.choices[place] for place in places) for e, places in zip(examples, targets, strict=True)]
+        right = [tuple(e.choices[place] for place in _places(e)) for e in examples]
         return compute(task.metric, texts, right)
-    elif task.lists_choices:  # any of the right choices will do
-        targets = [int(p) if p in right else right[0] for p, right in zip(predictions, targets, strict=True)]
-    return compute(task.metric, predictions, targets, task.labels, groups=groups)
+    groups = [example.group for example in examples] if metric.grouped else None
+    return compute(task.metric, predictions, targets_of(task, predictions, examples), task.labels, groups=groups)
+
+
+def targets_of(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
+    """The rows' targets in the form of their predictions, so that a row is right where both are equal.
+
+    Of tagging those of the words that were read. Where several choices of a list are right, the chosen one if it is
+    among them, else the first.
+    """
+    if task.kind == "tagging":
+        return [(e.target or ())[: len(read)] for e, read in zip(examples, predictions, strict=True)]  # type: ignore[index]
+    if task.lists_choices:
+        rights = [_places(example) for example in examples]
+        return [int(p) if p in right else right[0] for p, right in zip(predictions, rights, strict=True)]
+    return [example.target for example in examples]
+
+
+def _places(example: Example) -> tuple[int, ...]:
+    """Which choices of a list are right."""
+    assert isinstance(example.target, tuple)
+    return tuple(int(place) for place in example.target)
