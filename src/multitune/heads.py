@@ -201,9 +201,14 @@ def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:
     Args:
         values: logits `[R, C]`; regression `[R, 1]`; multiple choice `[R, choices]`; tagging `[R, T, C]`.
         targets: int64 `[R]`; regression float `[R]`; multilabel float `[R, C]`; tagging int64 `[R, T]`
-            with `IGNORED` everywhere but at the first token of each word.
+            with `IGNORED` everywhere but at the first token of each word. Multiple choice over lists: int64
+            `[R, choices]`, 1 for every right choice, 0 for the others, `IGNORED` where a row has no such choice;
+            the loss is then -log of the probability that all right ones have together.
     """
     values = values.float()
+    if head.kind == "multiple_choice" and targets.ndim == 2:
+        right = values.masked_fill(targets != 1, -torch.inf)
+        return (values.logsumexp(1) - right.logsumexp(1)).mean()
     if head.kind == "regression":
         return F.mse_loss(values.squeeze(-1), targets.float())
     if head.kind == "multilabel":
@@ -211,6 +216,23 @@ def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:
     if head.kind == "tagging":
         return F.cross_entropy(values.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
     return F.cross_entropy(values, targets)
+
+
+def by_row(values: Tensor, num_choices: int, targets: Tensor | None) -> Tensor:
+    """Logits of sequences as those of rows of a multiple choice.
+
+    Args:
+        values: `[B]`, row after row.
+        num_choices: how many choices every row has, unless the targets say it.
+        targets: as `loss` takes them; over lists they say how many choices each row has.
+
+    Returns:
+        `[R, choices]`, -inf where a row has no such choice.
+    """
+    if targets is None or targets.ndim == 1:
+        return values.view(-1, num_choices)
+    counts = (targets != IGNORED).sum(1).tolist()
+    return pad_sequence(list(values.split(counts)), batch_first=True, padding_value=-torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +259,7 @@ def answer(task: Task, values: Tensor, word_starts: Sequence[int] = ()) -> Answe
     if task.kind == "multilabel":
         probabilities = dict(zip(task.labels, values.sigmoid().tolist(), strict=True))
         return Answer(label=tuple(n for n, p in probabilities.items() if p >= 0.5), probabilities=probabilities)
-    names = task.labels if task.kind == "classification" else tuple(str(i) for i in range(len(task.choices)))
+    names = task.labels if task.kind == "classification" else tuple(str(i) for i in range(len(values)))
     probabilities = dict(zip(names, values.softmax(-1).tolist(), strict=True))
     return Answer(label=names[int(values.argmax())], probabilities=probabilities)
 

@@ -21,12 +21,14 @@ def test_public_names():
             "compute",
             "higher_is_better",
             "infer_task",
+            "judge",
             "list_splits",
             "list_tasks",
             "load_table",
             "load_task",
             "read_table",
             "split_table",
+            "targets_of",
         ]
     )
     assert all(hasattr(tasks, name) for name in tasks.__all__)

@@ -6,7 +6,8 @@ import pytest
 
 from multitune.errors import DataError, TaskError
 from multitune.tasks import Task, list_tasks, load_task
-from multitune.tasks.suites import SPECS
+from multitune.tasks.prepare import marked_pronoun
+from multitune.tasks.specs import SPECS
 
 DEMOS = {
     "demo/sentiment": ("classification", ("text",), ("negative", "positive"), "accuracy"),
@@ -141,8 +142,10 @@ def test_unknown_names_list_the_near_ones(suites, name):
 
 def test_a_folder_that_is_not_set(monkeypatch):
     monkeypatch.delenv("MULTITUNE_DATA", raising=False)
-    with pytest.raises(DataError, match=r"MULTITUNE_DATA names, and it is not set. Set it \(export"):
-        load_task("glue/rte")
+    with pytest.raises(
+        DataError, match=r"folder that MULTITUNE_DATA names; set MULTITUNE_DATA \(export .*java_to_cs/tr"
+    ):
+        load_task("code/java_to_cs")
     with pytest.raises(TaskError, match=r"known without MULTITUNE_DATA, which is not set. Near it: glue/rte"):
         load_task("glue/rtee")
     with pytest.raises(TaskError, match="Some that are: demo/sentiment"):
@@ -176,12 +179,19 @@ SUITES = {
     "super_glue/rte": (2490, 277, "accuracy"),
     "super_glue/wic": (5428, 638, "accuracy"),
     "super_glue/wsc": (554, 104, "accuracy"),
-    "super_glue/multirc": (2287, 4848, "f1"),
+    "super_glue/multirc": (2287, 4848, "f1a_and_em"),
+    "super_glue/record": (32, 32, "choice_f1_and_em"),
     "tweet_eval/stance_climate": (355, 40, "stance_f1"),
     "text_classification/trec": (4907, 545, "accuracy"),
     "text_classification/trec_fine": (4907, 545, "accuracy"),
     "text_classification/dbpedia_14": (5600, 1000, "accuracy"),
     "intent/clinc150": (15100, 3100, "accuracy"),
+    "raft/tai_safety_research": (25, 25, "macro_f1"),
+    "raft/overruling": (25, 25, "macro_f1"),
+    "reasoning/commonsense_qa": (9741, 1221, "accuracy"),
+    "reasoning/strategyqa": (1611, 179, "accuracy"),
+    "medical/mmlu_virology": (5, 18, "accuracy"),
+    "medical/pubmed_qa": (450, 50, "accuracy"),
 }
 
 
@@ -193,7 +203,7 @@ def test_published_suites(data_dir, name):
     assert (len(data.train), len(data.validation), data.task.metric) == (num_train, num_validation, metric)
     examples = data.task.examples(data.validation)
     assert len({example.target for example in examples}) > 1
-    assert len(data.task.examples(data.train.select(range(50)))) == 50
+    assert len(data.task.examples(data.train.select(range(min(50, num_train))))) == min(50, num_train)
     assert Task.from_dict(data.task.to_dict()) == data.task
 
 
@@ -210,6 +220,62 @@ def test_published_texts(data_dir):
         ("carry: You must carry your camping gear.", "Sound carries well over water."),
     )
     assert load_task("super_glue/cb").task.labels == ("entailment", "contradiction", "neutral")
+    wsc = load_task("super_glue/wsc", data_dir)
+    (first,) = wsc.task.encode(wsc.train[0]).texts
+    assert first[1] == "He stands for Mark" and first[0].endswith("in his book. *He* should have been more skeptical.")
+    assert all(text.count("*") == 2 for text in [*wsc.train["marked"], *wsc.validation["marked"]])
+
+
+@pytest.mark.data
+def test_a_query_is_read_with_every_entity(data_dir):
+    record = load_task("super_glue/record", data_dir)
+    row = record.validation[0]
+    example = record.task.encode(row)
+    assert example.texts[2][0] == row["passage"]
+    assert example.texts[2][1] == "They will sew our lips, but we will chant, 'Long live Benazir Bhutto.'"
+    assert [example.choices[place] for place in example.target] == ["Benazir Bhutto", "Bhutto"]
+    for part in (record.train, record.validation):
+        for row, each in zip(part, record.task.examples(part), strict=True):
+            assert [set(each.choices[place] for place in each.target)] == [set(row["answers"])]
+            assert len(each.texts) == len(row["entities"])
+
+
+@pytest.mark.data
+def test_the_questions_of_multirc(data_dir):
+    multirc = load_task("super_glue/multirc", data_dir)
+    groups = {e.group for e in multirc.task.examples(multirc.validation)}
+    assert len(groups) == len({(row["paragraph_idx"], row["question_idx"]) for row in multirc.validation}) == 953
+
+
+@pytest.mark.data
+def test_tasks_for_judging_alone(data_dir):
+    for name, rows, target in (
+        ("reasoning/svamp", 1000, ("51",)),
+        ("reasoning/aqua_rat", 254, (0,)),
+        ("bbh/navigate", 250, ("No",)),
+        ("commonsense/piqa", 1838, ("the correct answer is solution1",)),
+    ):
+        data = load_task(name, data_dir)
+        assert (len(data.train), len(data.validation), len(data.test)) == (0, 0, rows)
+        assert data.task.encode(data.test[0]).target == target
+    aqua = load_task("reasoning/aqua_rat", data_dir)
+    for row, example in zip(aqua.test, aqua.task.examples(aqua.test), strict=True):
+        assert example.choices[example.target[0]].startswith(row["correct"])
+
+
+@pytest.mark.parametrize(
+    ("text", "index", "pronoun", "marked"),
+    [
+        ("Ann saw her and her cat .", 4, "her", "Ann saw her and *her* cat ."),
+        ("Ann saw her , and her cat .", 3, "her", "Ann saw *her* , and her cat ."),
+        ("He left, though it rained.", 3, "it", "He left, though *it* rained."),
+        ("She saw him.", 2, "him", "She saw *him*."),
+        ("Him they saw.", 0, "him", "*Him* they saw."),
+    ],
+)
+def test_the_pronoun_that_is_meant_is_marked(text, index, pronoun, marked):
+    table = datasets.Dataset.from_dict({"text": [text], "span2_index": [index], "span2_text": [pronoun]})
+    assert marked_pronoun(table)["marked"] == [marked]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +312,71 @@ def test_published_texts_to_write(data_dir, name, num_train, num_validation, met
 @pytest.mark.data
 def test_all_that_is_listed_loads(data_dir):
     names = list_tasks()
-    assert set(SPECS) <= set(names)
-    for name in set(names) - set(SPECS) - set(SUITES):
+    assert set(SPECS) - {"glue/mnli_mismatched"} <= set(names)  # whose rows the folder may lack
+    folders = {"/".join(folder.parts[-2:]) for folder in data_dir.glob("*/*") if folder.is_dir()}
+    assert folders - set(names) == {"images/omniglot", "images/omniglot_one_shot"}
+    for name in set(names) - set(SUITES):
         data = load_task(name)
-        assert data.task.examples(data.validation.select(range(min(5, len(data.validation)))))
+        judged = data.validation if len(data.validation) else data.test
+        assert data.task.examples(judged.select(range(min(5, len(judged)))))
+
+
+# ---- the hub, whose data sets are stood in for by tables made here
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The data sets that the hub has for this test, by name and configuration."""
+    monkeypatch.delenv("MULTITUNE_DATA", raising=False)
+    held = {}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split: held[name, config][split] if split else held[name, config]
+    )
+    return held
+
+
+def test_without_a_folder_tasks_are_read_from_the_hub(hub):
+    def rows(count, labels):
+        table = {"premise": ["p"] * count, "hypothesis": ["h"] * count, "label": (labels * count)[:count]}
+        names = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
+        return datasets.Dataset.from_dict(table).cast_column("label", names)
+
+    hub["nyu-mll/glue", "mnli"] = datasets.DatasetDict(
+        {
+            "train": rows(6, [0, 1, 2]),
+            "validation_matched": rows(4, [0, 1]),
+            "validation_mismatched": rows(3, [2]),
+            "test": rows(5, [-1]),
+        }
+    )
+    matched, other = load_task("glue/mnli"), load_task("glue/mnli_mismatched")
+    assert [len(d.validation) for d in (matched, other)] == [4, 3]
+    assert [e.target for e in other.task.examples(other.validation)] == [2, 2, 2]
+    assert matched.test is None  # its labels are kept secret
+    assert matched.task.labels == ("entailment", "neutral", "contradiction")
+
+
+def test_a_hub_without_the_split_to_judge_by(hub):
+    table = datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [0]})
+    hub["nyu-mll/glue", "mnli"] = datasets.DatasetDict({"train": table})
+    with pytest.raises(DataError, match="judged by split 'validation_mismatched', which is missing; 'nyu-mll/gl"):
+        load_task("glue/mnli_mismatched")
+
+
+def test_a_hub_out_of_reach_leads_to_the_folder(monkeypatch):
+    monkeypatch.delenv("MULTITUNE_DATA", raising=False)
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"task 'glue/rte'.*no route.*export MULTITUNE_DATA=.*glue/rte/train.parquet"):
+        load_task("glue/rte")
+
+
+def test_half_of_a_raft_task_is_held_out(suites):
+    rows = {"tweet": [f"t{i}" for i in range(50)], "label": [0] * 17 + [1] * 33, "id": list(range(50))}
+    save(suites / "raft/complaints", {"train": rows}, {"label": ["no", "yes"]})
+    data = load_task("raft/complaints", suites)
+    assert (len(data.train), len(data.validation), data.task.metric) == (25, 25, "macro_f1")
+    assert Counter(data.validation["label"]) in ({0: 8, 1: 17}, {0: 9, 1: 16})

@@ -161,7 +161,8 @@ def tasks(
         return
     found = load_task(name, data)
     tables = {"train": found.train, "validation": found.validation} | ({"test": found.test} if found.test else {})
-    rows, first = {split: len(table) for split, table in tables.items()}, found.train[0]
+    rows = {split: len(table) for split, table in tables.items()}
+    first = next(table[0] for table in tables.values() if len(table))
     if as_json:
         print_json(found.task.to_dict() | {"rows": rows, "first": first})
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from multitune.errors import DataError, TaskError, suggest
 from multitune.tasks import Task, Template
-from multitune.tasks.targets import choice_id, label_id
+from multitune.tasks.targets import label_id
 
 _KINDS = ("classification", "multiple_choice")
 
@@ -76,7 +76,9 @@ class Pattern:
         if task.label not in row:
             raise DataError(f"the row has no column {task.label!r} with its answer")
         if task.kind == "multiple_choice":
-            return choice_id(row[task.label], task.choices)
+            right = task.encode(row).target
+            assert right is not None  # the row has the label's column
+            return int(right[0] if isinstance(right, tuple) else right)
         return label_id(row[task.label], task.labels)
 
     def prefix(self, task: Task, examples: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from multitune.errors import BackboneError, DataError
 from multitune.plan import DeltaSet
 from multitune.prompting.pattern import Pattern
 from multitune.prompting.selection import Examples
-from multitune.tasks import Task, compute
+from multitune.tasks import Task, judge
 from multitune.training.language import answer_losses, served
 
 
@@ -89,8 +89,7 @@ def rank(
             scores[i] = of_row
     predictions = tuple(max(range(len(s)), key=lambda k: (s[k], -k)) for s in scores)
     labelled = all(task.label in row for row in rows)
-    targets = [pattern.target(task, row) for row in rows] if labelled else []
-    metrics = compute(task.metric, list(predictions), targets, task.labels) if labelled else {}
+    metrics = judge(task, predictions, task.examples(rows)) if labelled else {}
     return Ranking(scores=tuple(scores), predictions=predictions, metrics=metrics, num_shared=shared)
 
 

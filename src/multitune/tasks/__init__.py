@@ -8,6 +8,7 @@ Knows tables and texts, never tensors or models.
 """
 
 from multitune.tasks.infer import infer_task
+from multitune.tasks.judging import judge, targets_of
 from multitune.tasks.metrics import compute, higher_is_better
 from multitune.tasks.own import any_split, load_table
 from multitune.tasks.readers import list_splits, read_table
@@ -25,10 +26,12 @@ __all__ = [
     "compute",
     "higher_is_better",
     "infer_task",
+    "judge",
     "list_splits",
     "list_tasks",
     "load_table",
     "load_task",
     "read_table",
     "split_table",
+    "targets_of",
 ]

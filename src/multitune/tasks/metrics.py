@@ -5,7 +5,7 @@ non-finite predictions is 0, the error of non-finite predictions is infinite, an
 predicted nor present leaves the mean of macro F1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +28,34 @@ _TEXT_KINDS = ("generation",)
 class Metric:
     """One row of the table of metrics."""
 
-    compute: Callable[[Any, Any, Sequence[str]], Scores]
-    """(predictions, targets, labels) to named values, the headline first."""
+    compute: Callable[..., Scores]
+    """(predictions, targets, labels) to named values, the headline first; where it is grouped, `groups` too: int64
+    `[N]`, equal for rows of one group."""
     kinds: tuple[str, ...]
     """Kinds of task that it judges."""
     higher_is_better: bool = True
     """False for errors."""
     binary: bool = False
     """Whether it needs exactly two labels, of which id 1 is the positive one."""
+    grouped: bool = False
+    """Whether it judges groups of rows, such as all answers to one question."""
+    of_choices: bool = False
+    """Whether it compares the texts of choices instead of their ids."""
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether predictions and targets are texts."""
+        return self.kinds == _TEXT_KINDS or self.of_choices
 
 
-def compute(metric: str, predictions: Any, targets: Any, labels: Sequence[str] = ()) -> Scores:
+def compute(
+    metric: str,
+    predictions: Any,
+    targets: Any,
+    labels: Sequence[str] = (),
+    *,
+    groups: Sequence[Hashable] | None = None,
+) -> Scores:
     """Judge predictions.
 
     predictions, targets:
@@ -46,18 +63,20 @@ def compute(metric: str, predictions: Any, targets: Any, labels: Sequence[str] =
         regression: [N] float
         multilabel: [N, L] of 0 and 1
         tagging: N sequences of int tag ids, each as long as its words (padding taken off)
-        generation: N texts; N texts, or tuples of all texts that are right
+        generation, and metrics of the texts of choices: N texts; N texts, or tuples of all texts that are right
+    groups: for a metric that judges groups of rows: N values, equal for the rows of one group.
     labels: names in id order; tag_f1 needs them, for classification and tagging they bound the ids.
 
     Returns names to values; the first key is the name of `metric`, its value the headline, and the parts of a
     composite metric follow. Raises TaskError for an unknown metric, DataError for empty, misshapen or
-    out-of-range input.
+    out-of-range input, and for groups that are missing or that the metric does not read.
     """
     entry = lookup(metric)
-    if entry.kinds == _TEXT_KINDS:
+    if entry.of_texts:
         return entry.compute(*text_metrics.check_texts(predictions, targets), labels)
     check: Callable[..., tuple[Any, Any]] = _tag_sequences if "tagging" in entry.kinds else _arrays
-    scores = entry.compute(*check(predictions, targets, labels, entry), labels)
+    more = _groups(metric, entry, groups, len(predictions))
+    scores = entry.compute(*check(predictions, targets, labels, entry), labels, **more)
     return {name: float(value) for name, value in scores.items()}
 
 
@@ -94,6 +113,19 @@ def _arrays(predictions: ArrayLike, targets: ArrayLike, labels: Sequence[str], e
         return p, t
     limit = 2 if dims == 2 or entry.binary else len(labels)
     return _ids("prediction", p, limit), _ids("target", t, limit)
+
+
+def _groups(metric: str, entry: Metric, groups: Sequence[Hashable] | None, num_rows: int) -> dict[str, Array]:
+    """The groups numbered, as a keyword of the metric's function; none where it judges row by row."""
+    if groups is None and not entry.grouped:
+        return {}
+    if groups is None or not entry.grouped:
+        say = "needs groups=…, one for each row" if groups is None else "judges row by row; leave groups out"
+        raise DataError(f"metric {metric!r} {say}")
+    if len(groups) != num_rows:
+        raise DataError(f"{num_rows} predictions and {len(groups)} groups do not fit; give one group for each row")
+    numbers: dict[Hashable, int] = {}
+    return {"groups": np.array([numbers.setdefault(group, len(numbers)) for group in groups])}
 
 
 def _ids(what: str, values: Array, limit: int) -> Array:
@@ -140,6 +172,19 @@ def _stance_f1(p: Array, t: Array, labels: Sequence[str]) -> Scores:
 
     rest = range(1, max(len(labels), int(t.max()) + 1, 2))
     return {"stance_f1": f1_score(t, p, labels=list(rest), average="macro", zero_division=0)}
+
+
+def _f1a_and_em(p: Array, t: Array, labels: Sequence[str], groups: Array) -> Scores:
+    # MultiRC (Khashabi et al. 2018): F1 over all answers, and the share of questions all of whose answers are right
+    wrong = np.bincount(groups, weights=p != t)
+    parts = {"f1a": float(_f1(p, t, labels)["f1"]), "question_em": float(np.mean(wrong == 0))}
+    return {"f1a_and_em": sum(parts.values()) / 2, **parts}
+
+
+def _choice_f1_and_em(texts: list[str], references: list[tuple[str, ...]], labels: Sequence[str]) -> Scores:
+    # ReCoRD (Zhang et al. 2018): the choice against the right one that it is most like
+    scores = text_metrics.token_f1(texts, references)
+    return {"choice_f1_and_em": sum(scores.values()) / 2, **scores}
 
 
 def _micro_f1(p: Array, t: Array, labels: Sequence[str]) -> Scores:
@@ -222,6 +267,8 @@ METRICS: dict[str, Metric] = {
     "accuracy_and_macro_f1": Metric(
         compute=_mean("accuracy_and_macro_f1", _accuracy, _macro_f1), kinds=("classification",)
     ),
+    "f1a_and_em": Metric(compute=_f1a_and_em, kinds=("classification",), binary=True, grouped=True),
+    "choice_f1_and_em": Metric(compute=_choice_f1_and_em, kinds=("multiple_choice",), of_choices=True),
     "pearson": Metric(compute=_pearson, kinds=("regression",)),
     "spearman": Metric(compute=_spearman, kinds=("regression",)),
     "pearson_spearman": Metric(compute=_mean("pearson_spearman", _pearson, _spearman), kinds=("regression",)),
@@ -239,4 +286,5 @@ METRICS: dict[str, Metric] = {
     "number_match": Metric(compute=text_metrics.number_match, kinds=_TEXT_KINDS),
 }
 """Every metric. macro_f1 is the mean over labels predicted or present; stance_f1 is macro F1 over all labels
-but the first (TweetEval stance leaves out "none")."""
+but the first (TweetEval stance leaves out "none"); f1a_and_em and choice_f1_and_em are the means that SuperGLUE
+reports for MultiRC and ReCoRD (Wang et al. 2019)."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from multitune.errors import DataError, TaskError, suggest
@@ -39,7 +40,12 @@ class Example:
     words."""
     target: Target | None = None
     """classification, multiple choice: an id. regression: a number. multilabel: a 0 or 1 per label. tagging:
-    an id per word. generation: the answers that are right, one or more texts. None when the row had no label column."""
+    an id per word. generation: the answers that are right, one or more texts. Multiple choice over a list: the ids of
+    all choices that are right, at least one. None when the row had no label column."""
+    choices: tuple[str, ...] = ()
+    """Multiple choice over a list: the row's choices, as the list has them."""
+    group: tuple[str, ...] = ()
+    """What the labelled row has in the columns of `Task.group`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +71,15 @@ class Task:
     labels: tuple[str, ...] = ()
     """Label names in the order of their ids; none for regression and multiple choice."""
     choices: tuple[str, ...] = ()
-    """Multiple choice only: one part of a template per choice, the second text of its sequence."""
+    """Multiple choice only: one part of a template per choice, the second text of its sequence. A single part reads
+    one column that holds a list, and makes a choice of each of its texts in turn, so that rows may differ in their
+    number of choices; then the label is a position in the list, the text of a choice, or a list of these where several
+    are right."""
     metric: str = ""
     """Name of the headline metric; "" stands for the usual one of the kind."""
+    group: tuple[str, ...] = ()
+    """Columns that say which rows are judged together, such as the answers to one question, by a metric that asks for
+    whole groups."""
     format: Format = ""
     """Generation only: "plain" (the prompt, a line break unless it ends in white space, the answer), "chat" (a message
     of the user and one of the assistant, written out by the tokenizer's chat template), or "auto", which training
@@ -84,7 +96,7 @@ class Task:
                 raise TaskError(f"{name} is a text, not {getattr(self, name)!r}")
         template = self.template if isinstance(self.template, Template) else Template(self.template)
         object.__setattr__(self, "template", template)
-        for name in ("labels", "choices"):
+        for name in ("labels", "choices", "group"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         object.__setattr__(self, "metric", self.metric or self._usual_metric())
         self._check_format()
@@ -126,7 +138,9 @@ class Task:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.kind != "generation":
             del values["format"], values["system"]
-        as_lists = {name: list(values[name]) for name in ("labels", "choices")}
+        if not self.group:
+            del values["group"]
+        as_lists: dict[str, Any] = {n: list(values[n]) for n in ("labels", "choices", "group") if n in values}
         return {**values, "template": list(self.template.parts), **as_lists}
 
     @classmethod
@@ -147,6 +161,11 @@ class Task:
         read = [*self.template.columns, *(column for choice in self._choices for column in choice.columns)]
         return tuple(dict.fromkeys(read))
 
+    @property
+    def lists_choices(self) -> bool:
+        """Whether the choices of a row are those of a list in it."""
+        return len(self.choices) == 1
+
     @cached_property
     def _choices(self) -> tuple[Template, ...]:
         return tuple(Template((choice,)) for choice in self.choices)
@@ -154,16 +173,28 @@ class Task:
     def _example(self, row: Row, number: int | None, labelled: bool | None) -> Example:
         """One row encoded; `labelled` says whether it must have a label, None that it may."""
         try:
-            texts = self._texts(row)
-            target = None if labelled is False else self._target(row, len(texts[0]))
+            choices = self._items(row) if self.lists_choices else ()
+            texts = self._texts(row, choices)
+            target = None if labelled is False else self._target(row, len(texts[0]), choices)
+            group = self._group(row) if target is not None else ()
             if labelled and target is None:
                 raise DataError(f"no label column {self.label!r}; labelled=False encodes rows without one")
         except DataError as error:
             where = f"task {self.name!r}" + (f", row {number}" if number is not None else "")
             raise DataError(f"{where}: {error}") from error
-        return Example(texts=texts, target=target)
+        return Example(texts=texts, target=target, choices=choices, group=group)
 
-    def _texts(self, row: Row) -> tuple[tuple[str, ...], ...]:
+    def _group(self, row: Row) -> tuple[str, ...]:
+        assert isinstance(row, Mapping)  # only such a row has a label
+        return tuple(str(cell(row, column)) for column in self.group)
+
+    def _items(self, row: Row) -> tuple[str, ...]:
+        """The choices of a row that are a list in it."""
+        if not isinstance(row, Mapping):
+            raise DataError(f"a multiple choice is a mapping with the columns {', '.join(self.columns)}")
+        return choice_items(row, self._choices[0].columns)[1]
+
+    def _texts(self, row: Row, choices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
         if self.kind == "tagging":
             return (_words(cell(row, self.template.columns[0]) if isinstance(row, Mapping) else row),)
         if self.kind == "generation" and isinstance(row, Mapping):
@@ -173,9 +204,12 @@ class Task:
             return (texts,)
         if not isinstance(row, Mapping):
             raise DataError(f"a multiple choice is a mapping with the columns {', '.join(self.columns)}")
+        if self.lists_choices:
+            column = choice_items(row, self._choices[0].columns)[0]
+            return tuple(texts + self._choices[0].render({**row, column: choice}) for choice in choices)
         return tuple(texts + choice.render(row) for choice in self._choices)
 
-    def _target(self, row: Row, num_words: int) -> Target | None:
+    def _target(self, row: Row, num_words: int, choices: tuple[str, ...]) -> Target | None:
         if not isinstance(row, Mapping) or not self.label or self.label not in row:
             return None
         value = row[self.label]
@@ -187,7 +221,7 @@ class Task:
             case "multilabel":
                 return targets.label_vector(value, self.labels)
             case "multiple_choice":
-                return targets.choice_id(value, self.choices)
+                return targets.right_items(value, choices) if choices else targets.choice_id(value, self.choices)
             case "tagging":
                 return targets.tag_ids(value, self.labels, num_words)
             case "generation":
@@ -199,10 +233,10 @@ class Task:
         """The columns of a table to read, all of them known."""
         if labelled and not self.label:
             raise DataError(f"task {self.name!r} has no label column; set Task(label=…), or labelled=False to predict")
-        read = [*self.columns, self.label] if labelled else list(self.columns)
+        read = [*self.columns, self.label, *self.group] if labelled else list(self.columns)
         for column in read:
             if column not in known:
-                part = "label" if column == self.label else "text"
+                part = "label" if column == self.label else "text" if column in self.columns else "group"
                 raise DataError(
                     f"no column {column!r}; the table has {named(known)}.{suggest(column, known)} Task {self.name!r} "
                     f"reads the {part} of a row from {column!r}: rename the column in the table"
@@ -257,10 +291,10 @@ class Task:
             )
         if self.kind != "multiple_choice" and self.choices:
             raise TaskError(f"only multiple_choice has choices, not {self.kind}; leave them out")
-        if self.kind == "multiple_choice" and (len(self.choices) < 2 or len(self.template.parts) != 1):
+        if self.kind == "multiple_choice" and (not self.choices or len(self.template.parts) != 1):
             raise TaskError(
-                "multiple_choice has a template of one part and at least two choices, such as "
-                'template=("{premise}",), choices=("choice1", "choice2")'
+                "multiple_choice has a template of one part, and at least two choices or one column of lists, such as "
+                'template=("{premise}",), choices=("choice1", "choice2"), or choices=("choices",)'
             )
         _ = self._choices  # a malformed choice is reported here, not at the first row
 
@@ -274,6 +308,18 @@ class Task:
         if self.kind not in metric.kinds:
             fit = ", ".join(name for name, other in METRICS.items() if self.kind in other.kinds)
             raise TaskError(f"metric {self.metric!r} does not judge {self.kind}; set metric to one of {fit}")
+        if metric.grouped and not self.group:
+            raise TaskError(
+                f"metric {self.metric!r} judges groups of rows; say which columns tell them apart, such as "
+                'group=("question",)'
+            )
+        if self.label and self.label in self.group:
+            raise TaskError(f"column {self.label!r} is the label, and so tells no groups apart; leave it out of group")
+        if metric.of_choices and not self.lists_choices:
+            raise TaskError(
+                f"metric {self.metric!r} reads the texts of choices, which a row has in a list: choices=(COLUMN,); for "
+                'others set metric="accuracy"'
+            )
         if metric.binary and len(self.labels) != 2:
             raise TaskError(
                 f"metric {self.metric!r} needs two labels, of which the second is the positive one; the "
@@ -317,6 +363,19 @@ def _named_label(row: Mapping[str, Any], label: str, names: tuple[str, ...]) -> 
 
     value = row[label]
     return {**row, label: [name(item) for item in value] if isinstance(value, list) else name(value)}
+
+
+def choice_items(row: Mapping[str, object], columns: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """The one of these columns in which a row has a list, and the texts of that list."""
+    lists = {column: value for column in columns if isinstance(value := cell(row, column), (list, tuple))}
+    if len(lists) != 1:
+        found = named(lists) if lists else "none"
+        raise DataError(f"the choices are the texts of one list, but of the columns {named(columns)} {found} hold one")
+    ((column, items),) = lists.items()
+    empty = not items or not all(isinstance(item, (str, Real)) and str(item).strip() for item in items)
+    if empty:
+        raise DataError(f"column {column!r} is a list of choices, and each of them a text, not {str(items)[:60]!r}")
+    return column, tuple(map(str, items))
 
 
 def joined(value: object) -> object:

@@ -90,6 +90,28 @@ def choice_id(value: object, choices: Sequence[str]) -> int:
     )
 
 
+def right_items(value: object, items: Sequence[str]) -> tuple[int, ...]:
+    """Which choices of a list are right, in order: by their texts or positions, one or a list of them.
+
+    An integer is a position, a text a choice, or a position where no choice reads like an integer. A text that stands
+    in the list twice is right in both places.
+    """
+    wanted = value if isinstance(value, (list, tuple)) else [value]
+    found: set[int] = set()
+    for each in wanted:
+        places = [place for place, item in enumerate(items) if item == each]
+        if not places and not (isinstance(each, str) and any(map(is_integer_name, items))):
+            position = as_integer(each)
+            places = [position] if position is not None and 0 <= position < len(items) else []
+        if not places:
+            near = suggest(each, items) if isinstance(each, str) else ""
+            raise DataError(f"no choice {each!r}; there are {shown(items)}, counted from 0.{near}")
+        found.update(places)
+    if not found:
+        raise DataError("no choice is right. Give at least one or drop the row")
+    return tuple(sorted(found))
+
+
 def answers(value: object) -> tuple[str, ...]:
     """The texts that are right answers: one, or those of a list; numbers as they are written."""
     found = value if isinstance(value, (list, tuple)) else [value]

@@ -138,6 +138,12 @@ class Collator:
                 ids = item.sequences[0].input_ids
                 row[len(ids) - item.target : len(ids)] = torch.tensor(ids[-item.target :])
             return out
+        if self.kind == "multiple_choice" and isinstance(items[0].target, tuple):
+            out = torch.full((len(items), max(len(item.sequences) for item in items)), IGNORED)
+            for row, item in zip(out, items, strict=True):
+                row[: len(item.sequences)] = 0
+                row[list(item.target)] = 1
+            return out
         dtype = torch.float32 if self.kind in ("regression", "multilabel") else torch.long
         return torch.tensor([item.target for item in items], dtype=dtype)
 

@@ -11,7 +11,7 @@ from multitune.adapter import Adapter
 from multitune.backbone import Backbone
 from multitune.bank import Bank
 from multitune.errors import DataError
-from multitune.tasks import Task, TaskData, any_split, compute
+from multitune.tasks import Task, TaskData, any_split, judge
 from multitune.tasks.readers import Source
 from multitune.training.data import warn_of_empty
 from multitune.training.language import answer_scores
@@ -44,8 +44,7 @@ def evaluate(
         return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
     examples = task.examples(table)
     warn_of_empty(task, "given", examples)
-    targets: list[Any] = [e.target for e in examples]
-    if not targets:
+    if not examples:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)
     bank.add(adapter.name, adapter, drop_layers=drop_layers)
@@ -54,9 +53,7 @@ def evaluate(
         assert answer.logits is not None
         words = range(len(answer.logits)) if task.kind == "tagging" else ()
         predictions.append(heads.prediction(task, answer.logits, words))
-    if task.kind == "tagging":  # words that were cut off are not judged
-        targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
-    return compute(task.metric, predictions, targets, task.labels)
+    return judge(task, predictions, examples)
 
 
 def _split(data: TaskData, split: str) -> Any:

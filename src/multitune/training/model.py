@@ -40,7 +40,7 @@ class TuningModel(nn.Module):
         Args:
             params: the method's tensors by name; those that `method.trains` are float32. A tensor that is a parameter
                 already (full fine-tuning: one of the backbone's own) is trained in place.
-            num_choices: multiple choice: sequences per row.
+            num_choices: multiple choice: sequences per row, where all rows have as many.
             autocast: dtype of mixed precision, `None` for none.
             label_smoothing: generation: as `token_losses` takes it, in training only.
         """
@@ -71,7 +71,7 @@ class TuningModel(nn.Module):
         """Logits, and with targets the mean loss.
 
         Args:
-            input_ids: int64 `[B, T]`; B is R times the number of choices.
+            input_ids: int64 `[B, T]`; of a multiple choice the sequences of row after row.
             targets: as `heads.loss` takes them; generation as `token_losses` does.
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
             slots: int64 `[B, S]` as `Backbone.run` takes them.
@@ -112,7 +112,7 @@ class TuningModel(nn.Module):
             tensors = dict(zip(self.head_names, self.head_params, strict=True))
             logits = heads.logits(self.backbone, self.head, tensors, hidden, mask, self.training).float()
         if self.head.kind == "multiple_choice":
-            logits = logits.view(-1, self.num_choices)
+            logits = heads.by_row(logits.squeeze(-1), self.num_choices, targets)
         if targets is None:
             return {"logits": logits}
         return {"logits": logits, "loss": heads.loss(self.head, logits, targets.to(hidden.device))}

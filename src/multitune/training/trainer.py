@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from multitune import heads
 from multitune.errors import ConfigError
 from multitune.language_loss import perplexity_of
-from multitune.tasks import compute, higher_is_better
+from multitune.tasks import higher_is_better, judge
 from multitune.tasks.metrics import judge_of_training
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
@@ -296,10 +296,7 @@ class TuningTrainer(Trainer):
                 predictions[i] = heads.prediction(task, values, rows[i].sequences[0].word_starts)
         if task.kind == "generation":
             return perplexity_of(loss / count)
-        targets = [item.target for item in rows.items]
-        if task.kind == "tagging":  # words that were cut off are not judged
-            targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
-        return {"loss": loss / max(count, 1), **compute(task.metric, predictions, targets, task.labels)}
+        return {"loss": loss / max(count, 1), **judge(task, predictions, rows.examples)}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Keep the tensors if they are the best so far, and stop when the metric has not risen for long enough.
