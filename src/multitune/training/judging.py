@@ -42,6 +42,19 @@ def evaluate(
     table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
     if task.kind == "generation":
         return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
+    predictions, targets = predict_rows(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
+    return compute(task.metric, predictions, targets, task.labels)
+
+
+def predict_rows(
+    backbone: Backbone, adapter: Adapter, table: Any, *, batch_size: int = 32, drop_layers: Sequence[int] = ()
+) -> tuple[list[Any], list[Any]]:
+    """Predictions of an adapter for labelled rows, and their targets, both as `compute` takes them.
+
+    Raises:
+        DataError: no rows, or a row that does not fit the adapter's task.
+    """
+    task = adapter.task
     examples = task.examples(table)
     warn_of_empty(task, "given", examples)
     targets: list[Any] = [e.target for e in examples]
@@ -49,14 +62,14 @@ def evaluate(
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)
     bank.add(adapter.name, adapter, drop_layers=drop_layers)
-    predictions = []
+    predictions: list[Any] = []
     for answer in bank.predict([(adapter.name, dict(row)) for row in table], batch_size=batch_size):
         assert answer.logits is not None
         words = range(len(answer.logits)) if task.kind == "tagging" else ()
         predictions.append(heads.prediction(task, answer.logits, words))
     if task.kind == "tagging":  # words that were cut off are not judged
         targets = [t[: len(p)] for t, p in zip(targets, predictions, strict=True)]
-    return compute(task.metric, predictions, targets, task.labels)
+    return predictions, targets
 
 
 def _split(data: TaskData, split: str) -> Any:
