@@ -21,8 +21,8 @@ from multitune.compare.recipe import Recipe
 from multitune.compare.records import Record
 from multitune.compare.run import RECIPE_FILE, Comparison, Progress, load, number_of_trials, run_plan, with_choices
 from multitune.compare.runners import make_runner
-from multitune.compare.tables import recipe_of
-from multitune.compare.trials import Job, Plan
+from multitune.compare.sources import recipe_of
+from multitune.compare.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _dry(plan: Plan, as_json: bool) -> None:
         print_json({"trials": total, "final": [job.trial.to_dict() for job in _finals(plan)]})
         return
     rows = [
-        (job.trial.task, job.trial.method, job.budget or "", _settings(job.trial.settings, job.trial.training),
+        (name_of(job.trial), job.trial.method, job.budget or "", _settings(job.trial.settings, job.trial.training),
          job.trial.seed, len(job.data.train), len(job.data.validation))
         for job in _finals(plan)
     ]  # fmt: skip
@@ -261,7 +261,7 @@ class _Screen:
         record = progress.record
         if record is None or progress.known:
             return
-        line = f"{record.trial.task}  {record.trial.method}  seed {record.trial.seed}  {_result(record)}"
+        line = f"{name_of(record.trial)}  {record.trial.method}  seed {record.trial.seed}  {_result(record)}"
         if self._shown:
             self._bar.console.print(escape(line), highlight=False)
         else:
@@ -314,7 +314,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     for record in records:
         trial = record.trial
         settings = _settings(trial.settings, trial.training)
-        groups[trial.task, record.budget or "", trial.method, settings].append(record)
+        groups[name_of(trial), record.budget or "", trial.method, settings].append(record)
     lines = []
     for (task, budget, method, settings), own in groups.items():
         scores = [r.outcome.score for r in own if r.outcome.score is not None]
@@ -338,10 +338,11 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         )
     tasks = list(dict.fromkeys(line["task"] for line in lines))
-    worst = float("-inf")
-    return sorted(
-        lines, key=lambda line: (tasks.index(line["task"]), -(worst if line["score"] is None else line["score"]))
-    )
+
+    def place(line: Mapping[str, Any]) -> tuple[int, float]:
+        return tasks.index(line["task"]), math.inf if line["score"] is None else -line["score"]
+
+    return sorted(lines, key=place)
 
 
 def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def _compacter(n: int, backbone: Backbone, fixed: Settings) -> dict[str, Any]:
 
 
 _COMPACTER = Size(fields=("bottleneck",), settings=_compacter)
-_DENSITY = Size(fields=("density",), settings=lambda n, *_: {"density": n * 1e-5})
+_DENSITY = Size(fields=("density",), settings=lambda n, *_: {"density": round(n * 1e-5, 5)})
 #: Methods with a size of their own kind; of the others the first of `_USUAL` that they have is the size.
 _SIZES: dict[str, Size] = {
     # it ends with a third less than it begins with, the proportion of Zhang et al. 2023, section 4.1
@@ -55,7 +55,7 @@ _SIZES: dict[str, Size] = {
     "sotu": _DENSITY,
 }
 _USUAL = ("r", "bottleneck", "length", "width")
-_LARGEST = 1 << 15
+_LARGEST = 1 << 17
 
 
 def size_of(name: str) -> Size | None:
@@ -111,9 +111,8 @@ def fit(backbone: Backbone, name: str, fixed: Settings, most: int, *, max_length
 
     def parameters(n: int) -> int | None:
         """Those of a size; none where it is too large for the backbone."""
-        made = make_method(name, {**fixed, **size.settings(n, backbone, fixed)})
         try:
-            return made.num_parameters(backbone)
+            return make_method(name, {**fixed, **size.settings(n, backbone, fixed)}).num_parameters(backbone)
         except ConfigError:
             if n == size.least:
                 raise

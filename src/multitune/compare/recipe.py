@@ -11,6 +11,7 @@ from typing import Any
 
 from multitune.errors import ConfigError, MultituneError, suggest
 from multitune.methods import Method, make_method
+from multitune.methods.base import ALSO_CALLED
 from multitune.tasks import TaskData, load_table, load_task
 from multitune.training.config import TrainConfig
 
@@ -28,7 +29,7 @@ _NOT_HERE = {
 }
 
 Point = Mapping[str, Any]
-"""One choice of a method's settings: hyper-parameters and fields of `TrainConfig` together, as the recipe names them."""
+"""One choice of a method's settings: hyper-parameters and fields of `TrainConfig` together, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,9 +319,9 @@ def _check_names(entry: MethodEntry, point: Point) -> None:
     known = [*make_method(entry.name).settings(), *(k for k in _TRAINING if k not in _NOT_HERE)]
     for key in point:
         if key not in known and key not in _NOT_HERE:
+            near = suggest(key, known) or suggest(ALSO_CALLED.get(key, ""), known)
             raise ConfigError(
-                f"neither method '{entry.name}' nor training has a setting '{key}'.{suggest(key, known)} There are "
-                f"{', '.join(known)}"
+                f"neither method '{entry.name}' nor training has a setting '{key}'.{near} There are {', '.join(known)}"
             )
 
 
@@ -358,9 +359,7 @@ def _seeds(given: Any, where: str, key: str) -> tuple[int, ...]:
         if len(set(given)) == len(given):
             return tuple(given)
         raise ConfigError(f"{where}: '{key}' has a seed twice: {given}")
-    raise ConfigError(
-        f"{where}: '{key}' is a number of seeds above 0, or a list of them such as [0, 1, 2], not {given!r}"
-    )
+    raise ConfigError(f"{where}: '{key}' is how many seeds, above 0, or a list of them such as [0, 1], not {given!r}")
 
 
 def _search(given: Any, where: str) -> Search:

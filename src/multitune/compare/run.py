@@ -12,8 +12,8 @@ from multitune.compare.recipe import Recipe
 from multitune.compare.records import Outcome, Record
 from multitune.compare.runners import Runner, make_runner
 from multitune.compare.search import Search, best_of
+from multitune.compare.sources import recipe_of
 from multitune.compare.store import FILE, Store
-from multitune.compare.tables import recipe_of
 from multitune.compare.trials import Job, Plan
 from multitune.errors import ConfigError
 from multitune.files import replace_file

@@ -91,7 +91,7 @@ def _study(name: str, trials: int) -> optuna.Study:
     optuna = require("optuna", "compare", "a search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=_seed(name), n_startup_trials=min(_AT_RANDOM, max(1, trials // 2)))
-    return optuna.create_study(direction="maximize", sampler=sampler)  # type: ignore[no-any-return]
+    return optuna.create_study(direction="maximize", sampler=sampler)
 
 
 def _tell(study: optuna.Study, asked: Any, score: float | None) -> None:

@@ -36,7 +36,6 @@ class Rows:
     """One draw of a task's rows."""
 
     task: str
-    """Name in the report; with few rows of each label, that number too."""
     data: TaskData
     facts: Mapping[str, Any]
     """`Trial.data`."""
@@ -107,11 +106,10 @@ class Plan:
         )
         facts: dict[str, Any] = {**entry.source, "fingerprint": rows_fingerprint(part)}
         facts |= {"train_rows": entry.train_rows, "validation_rows": entry.validation_rows, "subset_seed": subset_seed}
-        name = whole.task.name
         if per_class is not None:
             facts["per_class"] = per_class
-            name = f"{name} ({per_class} a label)"
-        return Rows(task=name, data=part, facts=facts, training={**self.recipe.training, **entry.training})
+        training = {**self.recipe.training, **entry.training}
+        return Rows(task=whole.task.name, data=part, facts=facts, training=training)
 
     # ---------------------------------------------------------------- settings
 
@@ -208,11 +206,19 @@ class Plan:
                     raise type(error)(f"method '{cell.method.name}': {error}") from error
 
 
+def name_of(of: Trial | Rows) -> str:
+    """The task, and how many rows to learn from were drawn."""
+    facts = of.data if isinstance(of, Trial) else of.facts
+    if facts.get("per_class") is not None:
+        return f"{of.task} ({facts['per_class']} a label)"
+    return of.task if facts.get("train_rows") is None else f"{of.task} ({facts['train_rows']} rows)"
+
+
 def _check_names(draws: Sequence[tuple[Rows, ...]]) -> None:
-    names = [group[0].task for group in draws]
+    names = [name_of(group[0]) for group in draws]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
-            f"two tasks are called '{twice[0]}', and would be one in the report; name each table once, or give own rows "
+            f"two tasks are called '{twice[0]}' and would be one in the report; name each table once, or give own rows "
             f"a 'name'"
         )

@@ -1,4 +1,4 @@
-"""Where a recipe comes from: a value, a YAML file, a suite that ships with the package, or a table of the user's own."""
+"""Where a recipe comes from: a value, a YAML file, a suite that ships with the package, or a table of your own."""
 
 from __future__ import annotations
 
