@@ -3,7 +3,7 @@
 import pytest
 
 from multitune import ConfigError, make_method, method_names
-from multitune.compare.budgets import fit, size_of
+from multitune.compare.budgets import counted, fit, size_of
 
 #: Hidden width, layers and feed-forward width of the tiny BERT.
 D, L, F = 32, 3, 48
@@ -27,16 +27,27 @@ def test_no_larger_size_stays_below(bert, name):
 
     def parameters(n):
         try:
-            return make_method(name, size.settings(n, bert, {})).num_parameters(bert)
+            return counted(bert, make_method(name, size.settings(n, bert, {})))
         except ConfigError:  # too large for this backbone
             return None
 
     smallest = parameters(size.least)
     most = 3 * smallest + 7
+    longest = bert.max_length - 16 if size.takes_positions else bert.max_length if size.is_length else 500
+    possible = []
+    for n in range(size.least, longest + 1):  # every size, one by one, and some beyond
+        possible.append(parameters(n) or 0)
+        if possible[-20:] and min(possible[-20:]) > most:
+            break
     found = fit(bert, name, {}, most, max_length=16)
-    possible = [p for n in range(size.least, 500) if (p := parameters(n)) is not None]  # every size, one by one
-    assert make_method(name, found).num_parameters(bert) == max(p for p in possible if p <= most)
+    assert counted(bert, make_method(name, found)) == max(p for p in possible if p <= most)
     assert fit(bert, name, {}, smallest - 1, max_length=16) is None
+
+
+def test_a_network_that_only_training_has_does_not_count(bert):
+    kept = L * 2 * D
+    assert fit(bert, "prefix", {}, 3 * kept + 1, max_length=16) == {"length": 3}
+    assert make_method("prefix", {"length": 3}).num_parameters(bert) > 3 * kept + 1
 
 
 def test_a_prompt_leaves_room_for_the_text(bert):

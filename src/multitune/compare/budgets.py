@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError
-from multitune.methods import make_method
+from multitune.methods import Method, make_method
 
 Settings = Mapping[str, Any]
 
@@ -24,10 +25,17 @@ class Size:
     least: int = 1
     takes_positions: bool = False
     """Whether the rows' texts have that many tokens less."""
+    is_length: bool = False
+    """Whether it counts vectors beside the tokens, of which there are never more than positions."""
 
 
 def _field(name: str, takes_positions: bool = False) -> Size:
-    return Size(fields=(name,), settings=lambda n, *_: {name: n}, takes_positions=takes_positions)
+    return Size(
+        fields=(name,),
+        settings=lambda n, *_: {name: n},
+        takes_positions=takes_positions,
+        is_length=name == "length",
+    )
 
 
 def _compacter(n: int, backbone: Backbone, fixed: Settings) -> dict[str, Any]:
@@ -49,7 +57,10 @@ _SIZES: dict[str, Size] = {
     ),
     "prompt": _field("length", takes_positions=True),
     "ptuning_v1": Size(
-        fields=("pattern",), settings=lambda n, *_: {"pattern": f"{{p*{n}}} {{text}}"}, takes_positions=True
+        fields=("pattern",),
+        settings=lambda n, *_: {"pattern": f"{{p*{n}}} {{text}}"},
+        takes_positions=True,
+        is_length=True,
     ),
     "sift": _DENSITY,
     "sotu": _DENSITY,
@@ -82,7 +93,19 @@ def _of_part(size: Size, prefix: str) -> Size:
         settings=settings,
         least=size.least,
         takes_positions=size.takes_positions,
+        is_length=size.is_length,
     )
+
+
+def counted(backbone: Backbone, method: Method) -> int:
+    """Trained parameters that a budget counts: a network that only training has (prefix-tuning, P-tuning) does not.
+
+    Raises:
+        ConfigError: the method does not fit the backbone.
+    """
+    if getattr(method, "reparametrise", False):
+        method = dataclasses.replace(method, reparametrise=False)  # type: ignore[call-arg]
+    return method.num_parameters(backbone)
 
 
 def fit(backbone: Backbone, name: str, fixed: Settings, most: int, *, max_length: int) -> dict[str, Any] | None:
@@ -97,7 +120,7 @@ def fit(backbone: Backbone, name: str, fixed: Settings, most: int, *, max_length
     """
     size = size_of(name)
     if size is None:
-        found = make_method(name, fixed).num_parameters(backbone)
+        found = counted(backbone, make_method(name, fixed))
         return dict(fixed) if found <= most else None
     taken = [field for field in size.fields if field in fixed]
     if taken:
@@ -105,14 +128,14 @@ def fit(backbone: Backbone, name: str, fixed: Settings, most: int, *, max_length
             f"method '{name}': {taken[0]} is what the budgets choose, so {taken[0]}={fixed[taken[0]]!r} cannot be "
             f"honoured; leave out one of them"
         )
-    largest = _LARGEST
+    largest = backbone.max_length if size.is_length else _LARGEST
     if size.takes_positions:
         largest = max(backbone.max_length - max_length, backbone.max_length // 2 - 2, 1)
 
     def parameters(n: int) -> int | None:
         """Those of a size; none where it is too large for the backbone."""
         try:
-            return make_method(name, {**fixed, **size.settings(n, backbone, fixed)}).num_parameters(backbone)
+            return counted(backbone, make_method(name, {**fixed, **size.settings(n, backbone, fixed)}))
         except ConfigError:
             if n == size.least:
                 raise
