@@ -18,12 +18,13 @@ from rich.progress import Progress as Bar
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
 from multitune.compare.recipe import Recipe
-from multitune.compare.records import Record
+from multitune.compare.records import Record, Trial
 from multitune.compare.run import RECIPE_FILE, Comparison, Progress, load, number_of_trials, run_plan, with_choices
 from multitune.compare.runners import make_runner
 from multitune.compare.sources import recipe_of
 from multitune.compare.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
+from multitune.methods import make_method
 
 if TYPE_CHECKING:
     from multitune.compare.runners import Runner
@@ -155,7 +156,7 @@ def _dry(plan: Plan, as_json: bool) -> None:
         print_json({"trials": total, "final": [job.trial.to_dict() for job in _finals(plan)]})
         return
     rows = [
-        (name_of(job.trial), job.trial.method, job.budget or "", _settings(job.trial.settings, job.trial.training),
+        (name_of(job.trial), job.trial.method, job.budget or "", _settings(job.trial),
          job.trial.seed, len(job.data.train), len(job.data.validation))
         for job in _finals(plan)
     ]  # fmt: skip
@@ -286,26 +287,22 @@ def _result(record: Record) -> str:
 
 def _finish(comparison: Comparison, as_json: bool) -> None:
     """The table, the report and the recommendation."""
-    from multitune.compare.report import recommend, write_report
+    from multitune.compare.report import write_report
 
     recipe_text = (comparison.folder / RECIPE_FILE).read_text("utf-8")
-    write_report(comparison.records, comparison.folder, recipe_text=recipe_text)
-    good = [r for r in comparison.records if r.outcome.score is not None]
-    advice = recommend(comparison.records) if good else None
+    advice = write_report(comparison.records, comparison.folder, recipe_text=recipe_text).recommendation
     lines = summary(comparison.records)
     if as_json:
-        said = None if advice is None else {"method": advice.method, "reasons": list(advice.reasons)}
+        said = {"method": advice.method, "reasons": list(advice.reasons)}
         print_json({"results": lines, "recommendation": said, "folder": str(comparison.folder)})
     else:
         _show(lines)
-        if advice is not None:
-            print(f"\nRecommended: {advice.method}")
-            for reason in advice.reasons:
-                print(f"- {reason}")
+        print(f"\nrecommended: {advice.method or 'none'}", *advice.reasons, sep="\n- ")
         print(f"\nreport: {comparison.folder / 'report.html'}")
     if comparison.failed:
-        note(f"error: {len(comparison.failed)} trials failed; the first: {comparison.failed[0].outcome.error}")
-        raise typer.Exit(1 if not good else 0)
+        note(f"{len(comparison.failed)} trials failed; the first: {comparison.failed[0].outcome.error}")
+    if not any(r.outcome.score is not None for r in comparison.records):
+        raise typer.Exit(1)
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -313,8 +310,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         trial = record.trial
-        settings = _settings(trial.settings, trial.training)
-        groups[name_of(trial), record.budget or "", trial.method, settings].append(record)
+        groups[name_of(trial), record.budget or "", trial.method, _settings(trial)].append(record)
     lines = []
     for (task, budget, method, settings), own in groups.items():
         scores = [r.outcome.score for r in own if r.outcome.score is not None]
@@ -345,11 +341,11 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     return sorted(lines, key=place)
 
 
-def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
-    """What the reader wants to know of a trial's settings: those of the method that are set, and the learning rate."""
-    own = [f"{key}={written(value)}" for key, value in settings.items() if isinstance(value, (int, float)) and not
-           isinstance(value, bool)]  # fmt: skip
-    return " ".join([*own, f"learning_rate={training['learning_rate']:g}"])
+def _settings(trial: Trial) -> str:
+    """In what a trial differs from the method's defaults, and its learning rate."""
+    usual = make_method(trial.method).settings()
+    own = [f"{key}={written(value)}" for key, value in trial.settings.items() if value != usual[key]]
+    return " ".join([*own, f"learning_rate={trial.training['learning_rate']:g}"])
 
 
 def _show(lines: Sequence[Mapping[str, Any]]) -> None:
