@@ -42,6 +42,8 @@ COMMANDS = {
     "train": ("train", "Train an adapter for one task with one method, and write it to a folder."),
     "train-many": ("train_many", "Train many adapters together on one backbone, and write each to a folder of its "
                    "own."),
+    "compare": ("compare", "Compare methods on tasks or on your own table: scores over seeds, a report, and a "
+                "recommendation."),
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
                 "out, in order."),

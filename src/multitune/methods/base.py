@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WeightGradients = Callable[["Iterable[Site]", int, "Callable[[Site, Tensor], None]"], None]
 
 #: What other libraries and papers call a hyper-parameter.
-_ALSO_CALLED = {
+ALSO_CALLED = {
     "rank": "r",
     "r": "rank",
     "lora_rank": "r",
@@ -226,7 +226,7 @@ def _check_names(cls: type[Method], given: Iterable[str], known: Collection[str]
     """Raise `ConfigError` for a hyper-parameter that the method does not have."""
     for key in given:
         if key not in known:
-            near = suggest(key, known) or suggest(_ALSO_CALLED.get(key, ""), known)
+            near = suggest(key, known) or suggest(ALSO_CALLED.get(key, ""), known)
             raise ConfigError(
                 f"method '{getattr(cls, 'name', cls.__name__)}' has no hyper-parameter '{key}'.{near} "
                 f"It has: {', '.join(sorted(known)) or 'none'}"

@@ -13,6 +13,7 @@ from multitune.bank import Bank
 from multitune.errors import DataError
 from multitune.tasks import Task, TaskData, any_split, judge
 from multitune.tasks.readers import Source
+from multitune.tasks.schema import Example
 from multitune.training.data import warn_of_empty
 from multitune.training.language import answer_scores
 
@@ -42,18 +43,31 @@ def evaluate(
     table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
     if task.kind == "generation":
         return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
+    predictions, examples = predict_rows(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
+    return judge(task, predictions, examples)
+
+
+def predict_rows(
+    backbone: Backbone, adapter: Adapter, table: Any, *, batch_size: int = 32, drop_layers: Sequence[int] = ()
+) -> tuple[list[Any], list[Example]]:
+    """Predictions of an adapter for labelled rows, and what was read from these, both as `judge` takes them.
+
+    Raises:
+        DataError: no rows, or a row that does not fit the adapter's task.
+    """
+    task = adapter.task
     examples = task.examples(table)
     warn_of_empty(task, "given", examples)
     if not examples:
         raise DataError(f"there are no rows to judge adapter '{adapter.name}' by; give a table with at least one")
     bank = Bank(backbone)
     bank.add(adapter.name, adapter, drop_layers=drop_layers)
-    predictions = []
+    predictions: list[Any] = []
     for answer in bank.predict([(adapter.name, dict(row)) for row in table], batch_size=batch_size):
         assert answer.logits is not None
         words = range(len(answer.logits)) if task.kind == "tagging" else ()
         predictions.append(heads.prediction(task, answer.logits, words))
-    return judge(task, predictions, examples)
+    return predictions, examples
 
 
 def _split(data: TaskData, split: str) -> Any:

@@ -91,6 +91,7 @@ def train_many(
     token_budget: int = 512,
     alone: Alone = "refuse",
     report: Callable[[str], None] | None = None,
+    ended: Callable[[str, TrainResult | FailedJob], None] | None = None,
     **overrides: Any,
 ) -> list[TrainResult | FailedJob]:
     """Train many adapters together. Each result is that of `train` with the same settings.
@@ -110,6 +111,7 @@ def train_many(
             them, or train them one after the other when all others have ended.
         report: called with a line when a job begins, resumes, was evaluated or ends; with a progress bar, begins and
             ends only.
+        ended: called with a job's name and result when it ends, while others still run.
 
     Returns:
         In the order of `jobs` what `train` returns (`seconds` counts from entering to leaving, so those of jobs that
@@ -129,12 +131,14 @@ def train_many(
     found: dict[str, TrainResult | FailedJob] = {}
     together = [s for s in setups if not s.method.changes_weights]
     with Progress(shared.progress) as progress:
-        crew = _Crew(backbone, together, max_jobs, token_budget, found, progress, report)
+        crew = _Crew(backbone, together, max_jobs, token_budget, found, progress, report, ended)
         try:
             crew.work()
             for setup in setups:
                 if setup.method.changes_weights:
                     found[setup.name] = _train_alone(setup, report)
+                    if ended is not None:
+                        ended(setup.name, found[setup.name])
         except KeyboardInterrupt:
             raise TrainingInterrupted(found) from None
     return [found[name] for name in names]
@@ -152,6 +156,7 @@ class _Crew:
         found: dict[str, TrainResult | FailedJob],
         progress: Progress,
         report: Callable[[str], None] | None,
+        ended: Callable[[str, TrainResult | FailedJob], None] | None,
     ) -> None:
         self._backbone = backbone
         self._waiting = deque(setups)
@@ -161,6 +166,7 @@ class _Crew:
         self._found = found
         self._progress = progress
         self._report = report
+        self._ended = ended
         self._rows: dict[tuple[int, str, int], TaskRows] = {}
         self._tables = [setup.data for setup in setups]
         """Kept, so that the ids in `_rows` stay theirs."""
@@ -251,6 +257,8 @@ class _Crew:
         self._progress.end(setup.name, isinstance(result, FailedJob))
         if self._report is not None:
             self._report(f"{setup.name}: {line}")
+        if self._ended is not None:
+            self._ended(setup.name, result)
 
 
 # -------------------------------------------------------------------- checks

@@ -1,0 +1,361 @@
+"""`multitune compare`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from multitune.cli import shared
+from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
+from multitune.compare.recipe import Recipe
+from multitune.compare.records import Record, Trial
+from multitune.compare.run import RECIPE_FILE, Comparison, Progress, load, number_of_trials, run_plan, with_choices
+from multitune.compare.runners import make_runner
+from multitune.compare.sources import recipe_of
+from multitune.compare.trials import Job, Plan, name_of
+from multitune.errors import ConfigError
+from multitune.methods import make_method
+
+if TYPE_CHECKING:
+    from multitune.compare.runners import Runner
+
+_DATA = "Your own table"
+
+
+@app.command("compare")
+def compare_command(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|SUITE|TABLE",
+            help="YAML recipe, name of a suite that ships with multitune, or a table of your own rows (CSV, TSV, JSON "
+            "lines, Parquet).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of store and report. \\[default: compare-NAME]", show_default=False
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="These methods instead of the recipe's.", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|A,B,...", help="So many seeds, or just these (a comma behind one).", show_default=False
+        ),
+    ] = None,
+    runner: Annotated[
+        str, typer.Option(metavar="WORD", help="Where trials run: packed (one process), processes, or ray (a cluster).")
+    ] = "packed",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of the runners processes and ray.", show_default=False)
+    ] = None,
+    max_jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Packed: trials that share passes; 1 makes each exactly what `train` gives. "
+            "\\[default: 1, on a GPU 8]",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their number, and stop.")] = False,
+    backbone: shared.OptionalBackboneName = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="Where the backbone runs, as torch names devices.", show_default=False),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Column of the text, or a template.", rich_help_panel=_DATA, show_default=False
+        ),
+    ] = None,
+    text_pair: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of a second text.", rich_help_panel=_DATA, show_default=False),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of the answer.", rich_help_panel=_DATA, show_default=False),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="WORD", help="Kind of task.", rich_help_panel=_DATA, show_default=False)
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows to judge by.", rich_help_panel=_DATA, show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on tasks or on your own table: scores over seeds, a report, and a recommendation."""
+    own = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "validation": validation}
+    recipe = _recipe(what, {k: v for k, v in own.items() if v is not None}, methods, seeds, backbone, device)
+    folder = Path(out or f"compare-{recipe.name}")
+    plan = load(recipe)
+    for line in plan.left_out:
+        note(line)
+    if dry_run:
+        _dry(plan, as_json)
+        return
+    place = make_runner(runner, plan.backbone, recipe.backbone, workers=workers, max_jobs=max_jobs, token_budget=512)
+    try:
+        _announce(plan, folder)
+        comparison = _run(plan, folder, place)
+    finally:
+        place.close()
+    _finish(comparison, as_json)
+
+
+def _recipe(
+    what: str, own: Mapping[str, str], methods: str | None, seeds: str | None, backbone: str | None, device: str | None
+) -> Recipe:
+    from dataclasses import replace
+
+    recipe = recipe_of(what, **own)
+    recipe = with_choices(recipe, None if methods is None else _words(methods, "methods"), _seeds(seeds))
+    return replace(recipe, backbone=backbone or recipe.backbone, device=device or recipe.device)
+
+
+def _words(given: str, option: str) -> list[str]:
+    found = [word.strip() for word in given.split(",") if word.strip()]
+    if not found:
+        raise ConfigError(f"--{option} takes names with commas between them, such as lora,bitfit, not '{given}'")
+    return found
+
+
+def _seeds(given: str | None) -> int | list[int] | None:
+    if given is None:
+        return None
+    try:
+        return [int(word) for word in _words(given, "seeds")] if "," in given else int(given)
+    except ValueError:
+        raise ConfigError(f"--seeds takes a number of seeds, or a list such as 0,1,2, not '{given}'") from None
+
+
+# ------------------------------------------------------------------- before
+
+
+def _dry(plan: Plan, as_json: bool) -> None:
+    """Every trial, or with a search the grids."""
+    total = number_of_trials(plan)
+    if as_json:
+        print_json({"trials": total, "final": [job.trial.to_dict() for job in _finals(plan)]})
+        return
+    rows = [
+        (name_of(job.trial), job.trial.method, job.budget or "", _settings(job.trial),
+         job.trial.seed, len(job.data.train), len(job.data.validation))
+        for job in _finals(plan)
+    ]  # fmt: skip
+    columns = ("task", "method", "budget", "settings", "seed", "rows", "judged on")
+    show(shared.table(rows, columns, right=("seed", "rows", "judged on")))
+    if plan.recipe.search is not None:
+        print(
+            f"{count(total)} trials at most: of each grid above {plan.recipe.search.trials} settings with seed "
+            f"{plan.search_seed()}, then the best with {len(plan.recipe.seeds)} seeds"
+        )
+    else:
+        print(f"{count(total)} trials")
+
+
+def _finals(plan: Plan) -> list[Job]:
+    """The trials of a dry run; of a search each setting once."""
+    jobs = plan.finals()
+    return jobs if plan.recipe.search is None else [j for j in jobs if j.trial.seed == plan.search_seed()]
+
+
+def _announce(plan: Plan, folder: Path) -> None:
+    from multitune.compare.estimate import estimate
+
+    tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
+    methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
+    for cell in {id(cell.draws[0]): cell for cell in plan.cells}.values():
+        task, data = cell.draws[0].data.task, cell.draws[0].data
+        labels = f", {len(task.labels)} labels" if task.labels else ""
+        note(
+            f"{cell.draws[0].task}: {task.kind}{labels}, text from {' | '.join(task.template.parts)}, answer from "
+            f"{task.label}; {count(len(data.train))} rows to learn from, {count(len(data.validation))} to judge by"
+        )
+    note(
+        f"{count(number_of_trials(plan))} trials: {len(methods)} methods on {len(tasks)} "
+        f"task{'s' if len(tasks) > 1 else ''}, {len(plan.recipe.seeds)} seeds; about {duration(estimate(plan))} in one "
+        f"process; results go to {folder}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+# ------------------------------------------------------------------- while
+
+
+def _run(plan: Plan, folder: Path, place: Runner) -> Comparison:
+    start = time.perf_counter()
+    with _Screen() as screen:
+        try:
+            found = run_plan(plan, folder, place, screen.watch)
+        except KeyboardInterrupt:
+            screen.stop()
+            note(f"interrupted; {screen.done} of {screen.total} trials are in {folder}; the same command goes on")
+            raise typer.Exit(130) from None
+    note(f"{screen.total} trials, {screen.known} of them from earlier runs, in {duration(time.perf_counter() - start)}")
+    return found
+
+
+class _Screen:
+    """A bar on a terminal, or a line for each trial elsewhere."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[line]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._shown = console.is_terminal
+        self._trials = self._bar.add_task("trials", total=None, line="")
+        self.done = self.total = self.known = 0
+
+    def __enter__(self) -> _Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+    def watch(self, progress: Progress) -> None:
+        """Show what happened."""
+        self.done, self.total = progress.done, progress.total
+        self.known += progress.known
+        failed = f"trials ({progress.failed} failed)" if progress.failed else "trials"
+        self._bar.update(self._trials, completed=progress.done, total=progress.total, description=failed)
+        if progress.line is not None:
+            self._bar.update(self._trials, line=escape(_short(progress.line)))
+        record = progress.record
+        if record is None or progress.known:
+            return
+        line = f"{name_of(record.trial)}  {record.trial.method}  seed {record.trial.seed}  {_result(record)}"
+        if self._shown:
+            self._bar.console.print(escape(line), highlight=False)
+        else:
+            note(f"{progress.done} of {progress.total}: {line}")
+
+
+def _short(line: str) -> str:
+    """A line of a running trial without its key."""
+    return line.partition(": ")[2] or line
+
+
+def _result(record: Record) -> str:
+    outcome = record.outcome
+    if outcome.score is None:
+        return f"failed: {outcome.error}"
+    seconds = "" if outcome.seconds is None else f", {outcome.seconds:.1f} s"
+    return f"{outcome.metric} {score(outcome.score)}{seconds}"
+
+
+# ------------------------------------------------------------------- after
+
+
+def _finish(comparison: Comparison, as_json: bool) -> None:
+    """The table, the report and the recommendation."""
+    from multitune.compare.report import write_report
+
+    recipe_text = (comparison.folder / RECIPE_FILE).read_text("utf-8")
+    advice = write_report(comparison.records, comparison.folder, recipe_text=recipe_text).recommendation
+    lines = summary(comparison.records)
+    if as_json:
+        said = {"method": advice.method, "reasons": list(advice.reasons)}
+        print_json({"results": lines, "recommendation": said, "folder": str(comparison.folder)})
+    else:
+        _show(lines)
+        print(f"\nrecommended: {advice.method or 'none'}", *advice.reasons, sep="\n- ")
+        print(f"\nreport: {comparison.folder / 'report.html'}")
+    if comparison.failed:
+        note(f"{len(comparison.failed)} trials failed; the first: {comparison.failed[0].outcome.error}")
+    if not any(r.outcome.score is not None for r in comparison.records):
+        raise typer.Exit(1)
+
+
+def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A line for every task, budget and setting, the best of a task first: mean and deviation over its trials."""
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        trial = record.trial
+        groups[name_of(trial), record.budget or "", trial.method, _settings(trial)].append(record)
+    lines = []
+    for (task, budget, method, settings), own in groups.items():
+        scores = [r.outcome.score for r in own if r.outcome.score is not None]
+        mean = sum(scores) / len(scores) if scores else None
+        spread = None
+        if mean is not None and len(scores) > 1:
+            spread = (sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) ** 0.5
+        first = own[0].outcome
+        lines.append(
+            {
+                "task": task,
+                "budget": budget,
+                "method": method,
+                "settings": settings,
+                "parameters": next((r.outcome.parameters for r in own if r.outcome.parameters is not None), None),
+                "metric": first.metric,
+                "score": mean,
+                "deviation": spread,
+                "trials": len(scores),
+                "failed": len(own) - len(scores),
+            }
+        )
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+
+    def place(line: Mapping[str, Any]) -> tuple[int, float]:
+        return tasks.index(line["task"]), math.inf if line["score"] is None else -line["score"]
+
+    return sorted(lines, key=place)
+
+
+def _settings(trial: Trial) -> str:
+    """In what a trial differs from the method's defaults, and its learning rate."""
+    usual = make_method(trial.method).settings()
+    own = [f"{key}={written(value)}" for key, value in trial.settings.items() if value != usual[key]]
+    return " ".join([*own, f"learning_rate={trial.training['learning_rate']:g}"])
+
+
+def _show(lines: Sequence[Mapping[str, Any]]) -> None:
+    columns = ["task", "budget", "method", "settings", "parameters", "metric", "score", "±", "trials"]
+    if not any(line["budget"] for line in lines):
+        columns.remove("budget")
+    rows = []
+    for line in lines:
+        cells = dict(line) | {"score": "failed" if line["score"] is None else score(line["score"])}
+        cells["parameters"] = "" if line["parameters"] is None else count(line["parameters"])
+        cells["±"] = "" if line["deviation"] is None else score(line["deviation"])
+        rows.append([cells[column] for column in columns])
+    show(shared.table(rows, columns, right=("parameters", "score", "±", "trials")))
