@@ -79,13 +79,22 @@ def comparison(methods, tasks, num_seeds=3, num_rows=200, seed=0):
                 steps = np.arange(1, 6) * 40
                 curve = score - 0.3 * (score - 0.4) * np.exp(-steps / 60) + rng.normal(0, 0.008, 5)
                 curve[-1] = score
-                history = tuple({"step": float(k), "eval_accuracy": float(v)} for k, v in zip(steps, curve, strict=True))
+                history = tuple(
+                    {"step": float(k), "eval_accuracy": float(v)} for k, v in zip(steps, curve, strict=True)
+                )
                 found.append(
                     record(
-                        method, task, s, score, settings={"size": 8}, row_scores=tuple(rows), history=history,
-                        parameters=parameters, file_bytes=4 * parameters + 400,
+                        method,
+                        task,
+                        s,
+                        score,
+                        settings={"size": 8},
+                        row_scores=tuple(rows),
+                        history=history,
+                        parameters=parameters,
+                        file_bytes=4 * parameters + 400,
                         seconds=float(20 + parameters**0.3 * rng.uniform(0.8, 1.2)),
                         peak_memory=int(4.2e8 + 14 * parameters + 1e8 * rng.random()),
-                    )  # fmt: skip
+                    )
                 )
     return found

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from multitune.compare.gathering import summarise
 from multitune.compare.method_facts import MethodFacts, facts_of
 from multitune.compare.overhead import OverheadRow
 from multitune.compare.records import Record
 from multitune.compare.statistics import ALPHA, Difference
-from multitune.compare.summary import Candidate, Summary, compare, summarise
+from multitune.compare.summary import Candidate, Summary, compare
 from multitune.compare.wording import count, listed, of_bytes, points, seconds
 
 
@@ -71,7 +72,8 @@ def recommend_from(summary: Summary) -> Recommendation:
 def _nothing(summary: Summary) -> str:
     if not any(cell.finished for c in summary.candidates for cell in c.cells.values()):
         number = sum(len(cell.failed) for c in summary.candidates for cell in c.cells.values())
-        return f"No method can be recommended: none of the {number} runs finished." if number else "There are no runs."
+        runs = f"none of the {number} runs" if number > 1 else "the only run has not"
+        return f"No method can be recommended: {runs} finished."
     return (
         f"No method can be recommended yet: none has a score on each of the {len(summary.tasks)} tasks. Run the "
         f"missing trials, or look at some of the tasks alone."
@@ -98,9 +100,7 @@ def _cost(candidate: Candidate) -> tuple[bool, float, float, bool]:
 # ------------------------------------------------------------------------ sentences
 
 
-def _score_reason(
-    summary: Summary, best: Candidate, chosen: Candidate, differences: dict[str, Difference]
-) -> str:
+def _score_reason(summary: Summary, best: Candidate, chosen: Candidate, differences: dict[str, Difference]) -> str:
     assert best.overall is not None and chosen.overall is not None
     where = f"over {len(summary.tasks)} tasks" if len(summary.tasks) > 1 else f"on {summary.tasks[0]}"
     if len(summary.complete) == 1:
@@ -156,9 +156,7 @@ def _certainty(
     return found
 
 
-def _cost_reasons(
-    summary: Summary, chosen: Candidate, among: Sequence[Candidate], training: float | None
-) -> list[str]:
+def _cost_reasons(summary: Summary, chosen: Candidate, among: Sequence[Candidate], training: float | None) -> list[str]:
     facts, found = facts_of(chosen.method), []
     parameters, file_bytes = chosen.mean("parameters"), chosen.mean("file_bytes")
     if parameters is not None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from multitune.compare.gathering import summarise
 from multitune.compare.overhead import OverheadRow
 from multitune.compare.recommend import Recommendation, recommend_from
 from multitune.compare.records import Record
 from multitune.compare.report import tables
 from multitune.compare.report.markdown import as_markdown
 from multitune.compare.report.page import as_page
-from multitune.compare.summary import summarise
 from multitune.errors import DataError
 from multitune.files import replace_file
 

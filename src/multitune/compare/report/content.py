@@ -25,6 +25,8 @@ class Column:
     """A value of the CSV as the page shows it."""
     numeric: bool = True
     help: str = ""
+    also: str | None = None
+    """A second column of the CSV that stands in the same place, as the end of a range."""
 
 
 def _number(say: Callable[[float], str]) -> Callable[[str], str]:
@@ -33,11 +35,12 @@ def _number(say: Callable[[float], str]) -> Callable[[str], str]:
 
 _COLUMNS = (
     Column(name="score", heading="Score", say=_number(points), help="mean over tasks, points of 100"),
-    Column(name="low", heading="95 % from", say=_number(points), help="lower end of the 95 % interval"),
-    Column(name="high", heading="to", say=_number(points), help="upper end of the 95 % interval"),
+    Column(name="low", also="high", heading="95 % interval", say=_number(points), help="of the mean over tasks"),
     Column(name="letters", heading="Group", say=lambda t: t or MISSING, numeric=False,
            help="methods that share a letter cannot be told apart"),
-    Column(name="rank", heading="Average rank", say=_number("{:.1f}".format), help="mean over tasks of the rank; 1 is best"),
+    Column(name="tied", heading="As the best", say=lambda t: t or MISSING, numeric=False,
+           help="whether no test tells it from the method with the highest mean"),
+    Column(name="rank", heading="Rank", say=_number("{:.1f}".format), help="mean over tasks of the rank; 1 is best"),
     Column(name="parameters", heading="Parameters", say=_number(count), help="trained, without the head's"),
     Column(name="file_bytes", heading="File", say=_number(of_bytes), help="weights of the adapter without its head"),
     Column(name="seconds", heading="Training", say=_number(seconds), help="wall time of a run"),
@@ -52,11 +55,17 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+#: Longest group that is shown as letters.
+_MOST_LETTERS = 4
+
+
 def columns(table: Sequence[Row]) -> list[Column]:
-    """The columns that say something here."""
+    """The columns that say something here. Where many methods overlap, letters become words that nobody can read."""
     whole = [row for row in table if row["task"] == ALL_TASKS]
-    filled = [c for c in _COLUMNS if any(row[c.name] for row in whole)]
-    return [c for c in filled if c.name != "letters" or len(whole) > 1]
+    longest = max((len(row["letters"]) for row in whole), default=0)
+    alone = sum(bool(row["letters"]) for row in whole) < 2
+    left_out = {"letters", "tied", "rank"} if alone else {"letters"} if longest > _MOST_LETTERS else {"tied"}
+    return [c for c in _COLUMNS if c.name not in left_out and any(row[c.name] for row in whole)]
 
 
 def in_short(summary: Summary) -> str:
@@ -98,14 +107,16 @@ def how_to_read(summary: Summary) -> list[str]:
         found.append("There is one seed, so there are no intervals: how much another seed would change is not known.")
     elif numbers:
         found.append(
-            f"Intervals are 95 % t intervals over {runs_per_cell(summary)}; they say how much another training run would "
-            f"change, and not how much other validation rows would."
+            f"Intervals are 95 % t intervals over {runs_per_cell(summary)}; they say how much another training run "
+            f"would change, and not how much other validation rows would."
             + (" Where one run finished there is none." if numbers[0] == 1 else "")
         )
     lacking = [c.name for c in summary.candidates if c.overall is None]
     if lacking:
         found.append(f"Without a score on every task, so without a mean and a rank: {listed(lacking, most=8)}.")
-    incomparable = [n for n, s in summary.seconds.items() if s is None and summary.by_name[n].mean("seconds") is not None]
+    incomparable = [
+        n for n, s in summary.seconds.items() if s is None and summary.by_name[n].mean("seconds") is not None
+    ]
     if incomparable:
         found.append(
             f"Times are given only for runs that had their process to themselves on one kind of machine; without one: "
@@ -132,9 +143,9 @@ def about_tests(summary: Summary) -> list[str]:
     ]
     if by_rows:
         found.append(
-            f"On {listed(by_rows, most=6)} each pair is compared on the same seeds and validation rows, both as samples: "
-            f"the runs of a seed share a model, and rows are hard or easy for all (analysis of variance of seeds by "
-            f"rows)." + _judged_otherwise(summary, by_rows)
+            f"On {listed(by_rows, most=6)} each pair is compared on the same seeds and validation rows, both as "
+            f"samples: the runs of a seed share a model, and rows are hard or easy for all (analysis of variance "
+            f"of seeds by rows)." + _judged_otherwise(summary, by_rows)
         )
     if others:
         found.append(f"On {listed(others, most=6)} main scores are compared seed by seed, without single rows.")
@@ -181,7 +192,9 @@ def how_it_ran(summary: Summary) -> list[tuple[str, str]]:
     found.append(("runs", f"{count(len(summary.records))} shown, {count(summary.num_search)} of the search"))
     together = Counter(r.outcome.together for r in summary.records)
     if set(together) != {1}:
-        found.append(("in one process", "; ".join(f"{n} runs at a time: {count(k)}" for n, k in sorted(together.items()))))
+        found.append(
+            ("in one process", "; ".join(f"{n} runs at a time: {count(k)}" for n, k in sorted(together.items())))
+        )
     names = dict.fromkeys(name for e in environments for name in e if name != "date")
     for name in names:
         values = dict.fromkeys(_said(e[name]) for e in environments if name in e)
@@ -200,7 +213,9 @@ def rows_of_tasks(summary: Summary) -> list[tuple[str, str, str]]:
     """Task, score and the rows it was trained and judged on."""
     found = []
     for task in summary.tasks:
-        records = [r for c in summary.candidates if task in c.cells for r in (*c.cells[task].finished, *c.cells[task].failed)]
+        records = [
+            r for c in summary.candidates if task in c.cells for r in (*c.cells[task].finished, *c.cells[task].failed)
+        ]
         data = records[0].trial.data
         rows = [r.outcome.row_scores for r in records if r.outcome.row_scores]
         drawn = "all training rows" if data.get("train_rows") is None else f"{data['train_rows']:,} training rows"

@@ -54,13 +54,18 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequenc
 def _whole(table: Sequence[Row]) -> str:
     shown = content.columns(table)
     rows = [
-        [row["candidate"] + (" ◆" if row["on_front"] == "yes" else ""), *(c.say(row[c.name]) for c in shown)]
+        [row["candidate"] + (" ◆" if row["on_front"] == "yes" else ""), *(_said(c, row) for c in shown)]
         for row in table
         if row["task"] == ALL_TASKS
     ]
     legend = "; ".join(f"{c.heading}: {c.help}" for c in shown)
     heads = ["method", *(c.heading for c in shown)]
     return f"{_table(heads, rows, [False, *(c.numeric for c in shown)])}\n\n{plain(legend)}. ◆: on the Pareto front."
+
+
+def _said(column: content.Column, row: Row) -> str:
+    first = column.say(row[column.name])
+    return first if column.also is None or not row[column.also] else f"{first} to {column.say(row[column.also])}"
 
 
 def _by_task(summary: Summary, table: Sequence[Row]) -> str:

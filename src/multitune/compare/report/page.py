@@ -9,29 +9,29 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from multitune.compare.method_facts import facts_of
 from multitune.compare.overhead import FORMS
 from multitune.compare.recommend import Recommendation
 from multitune.compare.report import content
-from multitune.compare.report.charts import NUM_CURVES, costs, learning_curves, score_against
+from multitune.compare.report.charts import costs, score_against
+from multitune.compare.report.curves import NUM_CURVES, learning_curves
 from multitune.compare.report.rerun import recipes_of
 from multitune.compare.report.tables import ALL_TASKS, Row
 from multitune.compare.statistics import ALPHA
 from multitune.compare.summary import Summary
-from multitune.compare.wording import MISSING, listed, p_value, points, ratio
+from multitune.compare.wording import MISSING, p_value, points
 from multitune.version import __version__
 
 #: More candidates than this have no matrix of pairs: nobody could read it, and letters say the same.
 _MATRIX = 40
 
 
-def as_page(
-    summary: Summary, advice: Recommendation, table: Sequence[Row], title: str, recipe_text: str | None
-) -> str:
+def as_page(summary: Summary, advice: Recommendation, table: Sequence[Row], title: str, recipe_text: str | None) -> str:
     """The HTML of a report. Everything that comes from records is escaped by the template."""
     folder = resources.files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.j2").read_text("utf-8"))
-    drawn = [score_against(summary, cost, height=380 if cost.name == "parameters" else 330) for cost in costs(summary)]
+    drawn = [score_against(summary, cost, with_wide=cost.name == "parameters") for cost in costs(summary)]
     by_task = {(row["candidate"], row["task"]): row for row in table if row["task"] != ALL_TASKS}
     parts: dict[str, Any] = {
         "hero": next((c for c in drawn if c.name == "parameters"), None),
@@ -47,6 +47,7 @@ def as_page(
         title=title,
         facts=content.in_short(summary),
         advice=advice,
+        method_title=facts_of(advice.method).title if advice.method else "",
         sections=_sections(parts, summary),
         notes=content.how_to_read(summary),
         columns=content.columns(table),
@@ -132,9 +133,9 @@ def _overhead(summary: Summary) -> dict[str, Any] | None:
     forms = [form for form in FORMS if any(form == f for _, f in lines)]
     return {
         "shapes": shapes,
-        "forms": f"Served {listed([f'{form}: {FORMS[form]}' for form in forms], most=9)}.",
+        "forms": "; ".join(f"{form}: {FORMS[form]}" for form in forms).capitalize() + ".",
         "rows": [
-            (method, form, [ratio(of[s]) if s in of else MISSING for s in shapes])
+            (method, form, [f"{of[s]:.2f}" if s in of else MISSING for s in shapes])
             for (method, form), of in lines.items()
         ],
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -20,14 +22,15 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     colour: f"c{i}" for i, colour in enumerate(PALETTE)
 }
 
-#: Width in pixels at which text has the size of the page's; wider or narrower it grows and shrinks with the figure.
-WIDTH = 520
+#: Widths in pixels. A figure is scaled to its place, text with it: the wide one to a page, the narrow one to half of
+#: it or a phone.
+WIDE, NARROW = 640, 430
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],  # measured with it, shown in the page's own
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -50,14 +53,14 @@ _STYLE = {
 }
 
 
-def new_figure(height: float = 340) -> Figure:
-    """An empty figure of the usual width, `height` pixels high."""
-    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)  # the unit of an SVG is 1/72 inch
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many pixels."""
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # the unit of an SVG is 1/72 inch
     FigureCanvasSVG(figure)  # no pyplot: that would choose a backend for the whole process
     return figure
 
 
-def style() -> matplotlib.rc_context:
+def style() -> AbstractContextManager[None]:
     """Context in which figures for the page are drawn and written."""
     return matplotlib.rc_context(_STYLE)
 

@@ -17,7 +17,7 @@ ALL_TASKS = "all tasks"
 
 COLUMNS = (
     "candidate", "method", "budget", "backbone", "task", "metric", "score", "low", "high", "sd", "runs", "failed",
-    "rank", "letters", "on_front", "parameters", "head_parameters", "file_bytes", "seconds", "peak_memory",
+    "rank", "letters", "tied", "on_front", "parameters", "head_parameters", "file_bytes", "seconds", "peak_memory",
     "overhead_alone", "overhead_mixed", "merges", "mixes", "settings", "training",
 )  # fmt: skip
 
@@ -50,13 +50,14 @@ def as_csv(table: list[Row]) -> str:
 
 
 def _over_all(summary: Summary, c: Candidate, front: list[str]) -> Row:
-    complete = c.overall is not None
+    complete, best = c.overall is not None, next(iter(summary.complete), None)
     values = {
         "task": ALL_TASKS,
         "metric": "mean",
         "failed": sum(len(cell.failed) for cell in c.cells.values()),
         "rank": summary.rank[c.name] if complete else None,
         "letters": summary.letters[c.name] if complete else None,
+        "tied": c is best or not summary.differ(best.name, c.name) if complete and best else None,
         "on_front": c.name in front if complete else None,
         "parameters": c.mean("parameters"),
         "head_parameters": c.mean("head_parameters"),
