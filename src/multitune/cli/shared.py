@@ -42,6 +42,7 @@ COMMANDS = {
     "train": ("train", "Train an adapter for one task with one method, and write it to a folder."),
     "train-many": ("train_many", "Train many adapters together on one backbone, and write each to a folder of its "
                    "own."),
+    "report": ("report", "Write the report of a comparison: one HTML page, Markdown, CSV; and recommend a method."),
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
                 "out, in order."),
