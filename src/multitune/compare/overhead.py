@@ -13,7 +13,7 @@ from multitune.errors import DataError
 
 FORMS: dict[str, str] = {
     "alone": "every row the same adapter",
-    "mixed": "every row another adapter, of all methods",
+    "mixed": "half of the rows this method, each with another adapter, the others of other methods",
     "merged": "folded into the weights",
     "fused": "token rows computed before and stored",
     "factors": "token rows computed in the pass",
@@ -25,7 +25,7 @@ class OverheadRow:
     """Time of one batch with a method by that of the bare backbone, measured in turn on the same inputs."""
 
     method: str
-    """A method's name; of a mixed batch the method whose rows were added to it, or "all" for the batch as a whole."""
+    """A method's name, or several joined by "+"."""
     form: Literal["alone", "mixed", "merged", "fused", "factors"]
     """How the adapter is served, see `FORMS`."""
     rows: int

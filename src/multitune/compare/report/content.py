@@ -48,7 +48,7 @@ _COLUMNS = (
     Column(name="overhead_alone", heading="Alone", say=_number(ratio),
            help="time of a batch by the bare backbone's, every row this method"),
     Column(name="overhead_mixed", heading="Mixed", say=_number(ratio),
-           help="time of a batch by the bare backbone's, every row another adapter"),
+           help="the same where half of the rows are of this method, and the others of others"),
     Column(name="merges", heading="Merges", say=lambda t: t or MISSING, numeric=False, help="folds into the weights"),
     Column(name="mixes", heading="Mixes", say=lambda t: t or MISSING, numeric=False,
            help="shares a batch with other methods"),

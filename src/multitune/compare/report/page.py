@@ -121,8 +121,8 @@ def _pair(summary: Summary, names: Sequence[str], one: str, other: str) -> dict[
 
 
 def _overhead(summary: Summary) -> dict[str, Any] | None:
-    """Every measured ratio of the report's methods, and of the mixed batch as a whole."""
-    shown = {c.method for c in summary.candidates} | {"all"}
+    """Every measured ratio of the report's methods."""
+    shown = {c.method for c in summary.candidates}
     rows = [row for row in summary.overhead if row.method in shown]
     if not rows:
         return None
