@@ -44,6 +44,7 @@ COMMANDS = {
                    "own."),
     "compare": ("compare", "Compare methods on tasks or on your own table: scores over seeds, a report, and a "
                 "recommendation."),
+    "report": ("report", "Write the report of a comparison: one HTML page, Markdown, CSV; and recommend a method."),
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
                 "out, in order."),

@@ -1,0 +1,97 @@
+"""`multitune report`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multitune.cli.shared import AsJson, app, note, print_json
+from multitune.compare.overhead import read_overhead
+from multitune.compare.records import Record
+from multitune.compare.report import write_report
+from multitune.compare.store import FILE, Store
+from multitune.errors import ConfigError, DataError, suggest, suggest_file
+
+RECIPE = "recipe.yaml"
+
+
+@app.command("report")
+def report_command(
+    stores: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Folders of comparisons, or stores; the runs of several are reported together.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the report goes; by default the first folder.", show_default=False),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Report this task only; may be repeated.", show_default=False),
+    ] = None,
+    overhead: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured times of serving, as benchmarks/overhead.py writes them; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Heading of the page.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a comparison: one HTML page, Markdown, CSV; and recommend a method."""
+    files = [_store_file(path) for path in stores]
+    records = [r for file in files for r in Store(file).records()]
+    if not records:
+        raise DataError(f"{files[0]} holds no finished trial yet; run `multitune compare` first")
+    measured = [row for file in overhead or [] for row in read_overhead(file)]
+    written = write_report(
+        _of_tasks(records, task),
+        out or files[0].parent,
+        overhead=measured,
+        recipe_text=_recipe(files[0]) if len(files) == 1 else None,
+        title=title,
+    )
+    advice = written.recommendation
+    if as_json:
+        paths = {name: str(getattr(written, name)) for name in ("html", "markdown", "csv")}
+        print_json({**paths, "recommendation": asdict(advice)})
+        return
+    print(f"recommended: {advice.candidate or 'none'}")
+    for reason in advice.reasons:
+        print(f"- {reason}")
+    note(f"wrote {written.html}, and report.md and report.csv beside it")
+
+
+def _store_file(path: Path) -> Path:
+    """The store that a path means; opening a `Store` would make one."""
+    file = path / FILE if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.is_dir():
+        raise DataError(f"{path} holds no {FILE}; give the folder that `multitune compare --out FOLDER` wrote to")
+    raise DataError(f"there is no {path}.{suggest_file(path)} Give the folder of a comparison, or its {FILE}")
+
+
+def _of_tasks(records: list[Record], wanted: list[str] | None) -> list[Record]:
+    if not wanted:
+        return records
+    known = sorted({r.trial.task for r in records})
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"no run has the task '{name}'.{suggest(name, known)} Tasks: {', '.join(known)}")
+    return [r for r in records if r.trial.task in wanted]
+
+
+def _recipe(store: Path) -> str | None:
+    """The recipe beside a store, if it is there."""
+    file = store.parent / RECIPE
+    return file.read_text("utf-8") if file.is_file() else None

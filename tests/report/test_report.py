@@ -1,0 +1,264 @@
+"""The report: what stands in it, that its parts agree, and that a browser shows it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from invented import comparison, failed, record
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from multitune.compare.gathering import summarise
+from multitune.compare.overhead import OverheadRow
+from multitune.compare.report import write_report
+from multitune.compare.report.content import _COLUMNS
+from multitune.compare.report.rerun import recipes_of
+from multitune.errors import DataError
+
+VOID = {"meta", "link", "br"}
+METHODS = {"lora": (0.2, 73_728), "bitfit": (0.15, 51_072), "prompt": (0.05, 7_680), "head": (0.0, 0)}
+TASKS = {"glue/rte": 0.5, "glue/sst2": 0.7}
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its elements with their attributes, its text, and that every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.said, self.data = [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "data":
+            self.data.append((dict(attributes), ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.said.append(text)
+        if "data" in self.open:
+            self.data[-1] = (self.data[-1][0], self.data[-1][1] + text)
+
+
+def read(files):
+    """The CSV's rows by candidate and task, and the page."""
+    rows = csv.DictReader(io.StringIO(files.csv.read_text("utf-8")))
+    return {(r["candidate"], r["task"]): r for r in rows}, Page(files.html.read_text("utf-8"))
+
+
+def check(files, records):
+    """What holds for every report."""
+    table, page = read(files)
+    say = {c.name: c.say for c in _COLUMNS} | {c.also: c.say for c in _COLUMNS if c.also}
+    say["sd"] = say["score"]
+    for attributes, shown in page.data:
+        name = attributes["data-column"]
+        value = table[attributes["data-of"], attributes["data-task"]][name]
+        assert attributes["value"] == value
+        assert shown == say[name](value)
+    ids = [a["id"] for _, a in page.elements if a.get("id")]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "iframe", "img", "object"), tag
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), attributes
+        if attributes.get("href", "").startswith("#") and len(attributes["href"]) > 1:
+            assert attributes["href"][1:] in ids
+        for named in attributes.get("aria-labelledby", "").split():
+            assert named in ids
+        if tag == "svg":
+            assert attributes["role"] == "img"
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", files.html.read_text("utf-8"))
+    assert len(table) >= len({r.trial.method for r in records})
+    return table, page
+
+
+def test_every_number_of_the_page_is_the_csvs(tmp_path):
+    records = comparison(METHODS, TASKS)
+    table, page = check(write_report(records, tmp_path), records)
+    cells = {(a["data-of"], a["data-task"], a["data-column"]) for a, _ in page.data}
+    assert {(m, t, "score") for m in METHODS for t in (*TASKS, "all tasks")} <= cells
+    numbers = [o.outcome.score for o in records if o.trial.method == "lora" and o.trial.task == "glue/rte"]
+    assert float(table["lora", "glue/rte"]["score"]) == pytest.approx(sum(numbers) / 3)
+    assert table["lora", "all tasks"]["parameters"] == "73728" and table["head", "all tasks"]["merges"] == "yes"
+
+
+def test_thirty_methods_on_ten_tasks(tmp_path):
+    methods = {f"method-{i:02}": (0.01 * i, 500 * (i + 1) ** 2) for i in range(30)}
+    records = comparison(methods, {f"suite/task-{i}": 0.4 + 0.02 * i for i in range(10)}, num_rows=60)
+    files = write_report(records, tmp_path)
+    table, _ = check(files, records)
+    assert len(table) == 30 * 11 and files.html.stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([record(peak_memory=None)], ["There is one seed", "nothing to compare it with"]),
+        ([record(seed=s, score=0.7 + 0.01 * s) for s in range(3)], ["3 seeds", "71.0", "68.5 to 73.5"]),
+        ([record(), record("ia3", score=0.7)], ["There is one seed", "nothing to test a difference by"]),
+        ([failed(), failed("ia3")], ["none of the 2 runs finished", "it ran out of memory"]),
+        ([record(), record("ia3", "other")], ["none has a score on each of the 2 tasks"]),
+        ([record(purpose="search")], ["No final run has finished yet"]),
+        ([record(parameters=None, file_bytes=None, seconds=None), record("ia3", parameters=0)], ["–"]),
+        ([record("method-of-another-package"), record("ia3")], ["method-of-another-package"]),
+    ],
+)
+def test_a_report_of_little_says_what_is_missing(records, words, tmp_path):
+    files = write_report(records, tmp_path)
+    _, page = check(files, records)
+    text = " ".join("".join(page.said).split())
+    for word in words:
+        assert word in text
+        assert word in files.markdown.read_text("utf-8") or word in ("71.0", "–", "it ran out of memory")
+
+
+HOSTILE = '</title><script>alert("1")</script> & \'"> {{ 7 * 7 }} $x_1$ | `code` <!--'
+
+
+def test_names_and_messages_are_text_whatever_they_hold(tmp_path):
+    records = [
+        *comparison({"lora": (0.1, 1000), "ia3": (0.0, 100)}, {HOSTILE: 0.5, "b" * 90: 0.6}, num_rows=20),
+        *[record("head", HOSTILE, s, budget=HOSTILE, parameters=5) for s in (0, 1)],
+        *[record("head", "b" * 90, s, budget=HOSTILE, parameters=5) for s in (0, 1)],
+        failed("bitfit", HOSTILE, error=HOSTILE),
+    ]
+    files = write_report(records, tmp_path, recipe_text=HOSTILE, title=HOSTILE)
+    _, page = check(files, records)
+    text = "".join(page.said)
+    assert text.count(HOSTILE) > 6
+    rendered = MarkdownIt("commonmark").enable("table").render(files.markdown.read_text("utf-8"))
+    document = Page(rendered)
+    assert {tag for tag, _ in document.elements} <= MARKDOWN_TAGS
+    assert "".join(document.said).count(HOSTILE) > 6
+    for table in re.findall(r"(?s)<table>.*?</table>", rendered):  # a name adds no cell to its row
+        assert len({row.count("<t") for row in re.findall(r"(?s)<tr>(.*?)</tr>", table)}) == 1
+
+
+MARKDOWN_TAGS = {"h1", "h2", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "code"}
+
+
+def test_runs_that_failed_are_listed_with_their_message_and_marked(tmp_path):
+    records = [
+        *comparison(METHODS, TASKS),
+        failed("lora", "glue/rte", 7, settings={"size": 8}, error="the disk is full"),
+    ]
+    files = write_report(records, tmp_path)
+    table, page = check(files, records)
+    assert table["lora", "glue/rte"]["failed"] == "1" and "†" in "".join(page.said)
+    for text in ("".join(page.said), files.markdown.read_text("utf-8")):
+        assert "the disk is full" in text
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no records to report; run `multitune compare"):
+        write_report([], tmp_path)
+
+
+def test_the_same_records_give_the_same_files(tmp_path):
+    records = comparison(METHODS, TASKS, num_rows=40)
+    one, other = write_report(records, tmp_path / "a"), write_report(records[::-1], tmp_path / "b")
+    assert one.csv.read_bytes() == other.csv.read_bytes()
+    again = write_report(records, tmp_path / "c")
+    assert one.html.read_bytes() == again.html.read_bytes()
+
+
+def test_overhead_is_drawn_and_listed(tmp_path):
+    overhead = [
+        OverheadRow(method=m, form=form, rows=b, length=16, ratio=ratio, milliseconds=3.0, rounds=9)
+        for m, ratio in (("lora", 1.07), ("bitfit", 1.03))
+        for form in ("alone", "mixed")
+        for b in (1, 16)
+    ]
+    records = comparison(METHODS, TASKS, num_rows=40)
+    table, page = check(write_report(records, tmp_path, overhead=overhead), records)
+    assert table["lora", "all tasks"]["overhead_mixed"] == "1.07"
+    text = "".join(page.said)
+    assert "Inference, in a mixed batch" in text and "Without a value, so not drawn: prompt and head." in text
+
+
+def test_the_recipe_of_a_row_holds_all_that_its_trials_depend_on():
+    targets = ["query", "value"]
+    records = [
+        record("lora", "glue/rte", s, settings={"r": 4, "targets": targets, "layers": None}, data={"train_rows": 100})
+        for s in (0, 2)
+    ] + [
+        record("lora", "mine", s, settings={"r": 8}, data={"task": None, "data": "mine.csv", "label": "intent"})
+        for s in (0, 2)
+    ]
+    (candidate,) = summarise(records).candidates
+    first, other = sorted(map(yaml.safe_load, recipes_of(candidate)), key=lambda r: r["methods"]["lora"]["r"])
+    assert first["tasks"] == [{"task": "glue/rte", "train_rows": 100}] and first["seeds"] == [0, 2]
+    assert first["methods"] == {"lora": {"r": 4, "targets": [targets]}}  # a list would be a grid
+    assert first["training"] == {"learning_rate": 1e-3, "epochs": 3.0, "batch_size": 16}
+    assert other["tasks"] == [{"data": "mine.csv", "label": "intent"}]
+
+
+# ------------------------------------------------------------------------ in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def shoot(page: Path, image: Path, profile: Path, *, width=1200, height=2400, dark=False):
+    """Write a screenshot of a page; what the page wrote to the console, and the addresses the browser asked for."""
+    log = profile.with_suffix(".json")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               f"--user-data-dir={profile}", f"--window-size={width},{height}", f"--screenshot={image}",
+               f"--log-net-log={log}", "--enable-logging=stderr", "--v=0"]  # fmt: skip
+    command += ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    assert image.exists(), done.stderr[-2000:]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    lines = [line.rstrip(",") for line in log.read_text("utf-8").splitlines() if '"initiator"' in line]
+    found = [(e["params"]["initiator"], e["params"]["url"]) for e in map(json.loads, lines)]
+    # What the browser wants for itself (its time, its dictionary) has no page as its origin.
+    return console, {url for initiator, url in found if initiator != "not an origin"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed, so nothing can show the page")
+@pytest.mark.parametrize(
+    ("name", "width", "dark"), [("light", 1200, False), ("dark", 1200, True), ("phone", 500, False)]
+)
+def test_a_browser_shows_the_page_and_asks_for_nothing(name, width, dark, tmp_path):
+    page = write_report(comparison(METHODS, TASKS), tmp_path / "out").html
+    image = Path(os.environ.get("MULTITUNE_SCREENSHOTS", tmp_path)) / f"report-{name}.png"
+    console, asked = shoot(page, image, tmp_path / "profile", width=width, dark=dark)
+    assert console == [] and asked == set()
+    picture = Image.open(image).convert("RGB")
+    assert picture.size == (width, 2400)
+    colours = picture.getcolors(maxcolors=1 << 24)
+    background = max(colours)[1]
+    assert (sum(background) < 150) == dark  # the page follows the reader's choice
+    inked = sum(n for n, colour in colours if colour != background) / (width * 2400)
+    assert 0.02 < inked < 0.7 and len(colours) > 100
+    blue = (86, 180, 233) if dark else (0, 114, 178)  # a colour that only the figures have
+    assert any(sum(abs(a - b) for a, b in zip(colour, blue, strict=True)) < 12 for _, colour in colours)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed, so nothing can show the page")
+def test_the_browser_would_have_told(tmp_path):
+    page = tmp_path / "faulty.html"
+    page.write_text('<img src="http://127.0.0.1:9/report.png"><script>console.error("told"); nothing()</script>')
+    console, asked = shoot(page, tmp_path / "faulty.png", tmp_path / "profile", height=300)
+    assert any("told" in line for line in console) and "http://127.0.0.1:9/report.png" in asked

@@ -1,0 +1,118 @@
+"""Which runs belong together, and which numbers follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from invented import ENVIRONMENT, comparison, failed, record
+
+from multitune.compare.gathering import summarise
+from multitune.compare.overhead import OverheadRow
+from multitune.compare.summary import paired_runs
+
+
+def test_settings_that_differ_within_a_task_tell_candidates_apart():
+    records = [record("lora", task, s, settings={"r": r, "alpha": 16}) for task in "ab" for s in (0, 1) for r in (4, 8)]
+    assert {c.name for c in summarise(records).candidates} == {"lora, r=4", "lora, r=8"}
+
+
+def test_settings_that_a_search_chose_for_each_task_do_not():
+    rates = {"a": 1e-3, "b": 3e-3}
+    records = [record("lora", t, s, training={"learning_rate": rate}) for t, rate in rates.items() for s in (0, 1)]
+    (candidate,) = summarise(records).candidates
+    assert candidate.name == "lora" and candidate.overall.n == 2
+
+
+def test_budgets_and_backbones_stand_in_the_name():
+    records = [record("lora", budget=b, backbone=m) for b in ("0.1%", None) for m in ("minilm", "roberta")]
+    names = {c.name for c in summarise(records).candidates}
+    assert names == {f"lora{b} on {m}" for b in (", 0.1%", "") for m in ("minilm", "roberta")}
+
+
+def test_few_rows_are_tasks_of_their_own_and_draws_are_what_is_counted():
+    records = [
+        record("lora", "t", seed, 0.5 + 0.1 * draw + 0.01 * seed, data={"per_class": n, "subset_seed": draw})
+        for n in (16, 64)
+        for draw in (0, 1, 2)
+        for seed in (0, 1)
+    ]
+    summary = summarise(records)
+    assert summary.tasks == ("t, 16 per class", "t, 64 per class")
+    score = summary.candidates[0].cells["t, 16 per class"].score
+    assert score.n == 3 and score.mean == pytest.approx(0.605) and score.sd == pytest.approx(0.1)
+
+
+def test_rows_that_changed_are_not_averaged_with_the_old_ones():
+    summary = summarise([record(data={"fingerprint": f}, score=s) for f, s in (("aaaaaaa", 0.5), ("bbbbbbb", 0.9))])
+    assert len(summary.tasks) == 2 and all("rows" in task for task in summary.tasks)
+
+
+def test_a_candidate_without_a_score_on_some_task_has_no_mean_and_no_rank():
+    records = [record("lora", "a"), record("lora", "b"), record("bitfit", "a"), failed("bitfit", "b")]
+    summary = summarise(records)
+    assert [c.name for c in summary.complete] == ["lora"] and summary.candidates[1].overall is None
+    assert set(summary.rank) == {"lora"}
+
+
+def test_a_score_that_is_not_a_number_is_a_failed_run():
+    cell = summarise([record(score=float("nan")), record(seed=1, score=0.7)]).candidates[0].cells["glue/rte"]
+    assert (len(cell.finished), len(cell.failed), cell.score.mean) == (1, 1, 0.7)
+
+
+def test_times_of_runs_that_shared_their_process_or_ran_elsewhere_are_left_out():
+    other = {**ENVIRONMENT, "machine": "another"}
+    records = [record("lora"), record("ia3"), record("bitfit", together=4), record("head", environment=other)]
+    seconds = summarise(records).seconds
+    assert seconds == {"lora": 30.0, "ia3": 30.0, "bitfit": None, "head": None}
+
+
+def test_runs_of_the_search_count_only_where_there_is_nothing_else():
+    search = record(score=0.9, purpose="search", training={"epochs": 1})
+    assert summarise([search]).only_search
+    both = summarise([search, record(score=0.7)])
+    assert not both.only_search and both.num_search == 1 and both.candidates[0].overall.mean == 0.7
+
+
+def test_runs_are_paired_by_seed_and_row_whatever_their_order():
+    rows = {("lora", s): np.arange(6) % (s + 2) == 0 for s in (0, 1)} | {
+        ("bitfit", s): np.arange(6) % (s + 3) == 0 for s in (0, 1, 2)
+    }
+    records = [record(m, seed=s, row_scores=tuple(map(float, r))) for (m, s), r in reversed(rows.items())]
+    cells = {c.name: c.cells["glue/rte"] for c in summarise(records).candidates}
+    expected = [rows["lora", s].astype(float) - rows["bitfit", s] for s in (0, 1)]
+    np.testing.assert_array_equal(paired_runs(cells["lora"], cells["bitfit"]), expected)
+
+
+@pytest.mark.parametrize("rows", [(-0.5, -2.0), (0.5, 3.0), None, ()])
+def test_what_is_no_share_of_right_rows_is_compared_by_its_main_score(rows):
+    records = [
+        record(m, seed=s, score=0.5 + 0.1 * s * (m == "lora"), row_scores=rows) for m in ("lora", "ia3") for s in (0, 1)
+    ]
+    one, other = (c.cells["glue/rte"] for c in summarise(records).candidates)
+    np.testing.assert_allclose(paired_runs(one, other), [[0.0], [0.1]])
+
+
+def test_the_letters_follow_the_tests():
+    summary = summarise(comparison({"lora": (0.2, 100), "ia3": (0.2, 90), "head": (0.0, 1)}, {"a": 0.5, "b": 0.6}))
+    assert summary.letters["lora"] == summary.letters["ia3"] == "a" and summary.letters["head"] == "b"
+    assert all(p >= d.p for d, p in summary.differences.values())
+
+
+def test_the_order_of_records_changes_nothing():
+    records = comparison({"lora": (0.2, 100), "ia3": (0.1, 90)}, {"a": 0.5, "b": 0.6}, num_rows=30)
+    one, other = summarise(records), summarise(records[::-1])
+    assert [c.overall for c in one.candidates] == [c.overall for c in other.candidates]
+    assert one.differences == other.differences and one.letters == other.letters
+
+
+def test_overhead_is_the_mean_over_shapes_that_every_method_has():
+    def row(method, length, ratio, **more):
+        values = {"form": "alone", "rows": 1, "length": length, "milliseconds": 1.0, "rounds": 5}
+        return OverheadRow(method=method, ratio=ratio, **{**values, **more})
+
+    overhead = [row("lora", 16, 1.1), row("lora", 64, 1.2), row("ia3", 16, 1.05), row("ia3", 64, 1.05)]
+    overhead += [row("lora", 128, 9.0), row("lora", 16, 2.0, form="mixed"), row("lora", 16, 5.0, backbone="other")]
+    found = {c.name: c for c in summarise([record("lora"), record("ia3"), record("head")], overhead).candidates}
+    assert found["lora"].overhead_alone == pytest.approx((1.1 * 1.2) ** 0.5)
+    assert (found["lora"].overhead_mixed, found["ia3"].overhead_mixed) == (2.0, None)
+    assert found["head"].overhead_alone is None
