@@ -31,9 +31,9 @@ from multitune.errors import ConfigError, DataError, TaskError, suggest
 from multitune.methods import make_method
 from multitune.methods.combined import part_names
 from multitune.tasks import TaskData, any_split, load_table, load_task
-from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, evaluate, train
 from multitune.training.checkpoints import Checkpoints
+from multitune.training.written import judge_of_run
 from multitune.words import in_words
 
 SETTINGS = fields_of(TrainConfig)
@@ -158,7 +158,7 @@ def train_command(
     out = Path(str(chosen["out"]))
     note(
         f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
-        f"{judge_of_training(data.task.metric)} on {count(len(data.validation))}"
+        f"{judge_of_run(data.task, config)} on {count(len(data.validation))}"
     )
     try:
         result = train(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitune.errors import DataError
 from multitune.files import replace_file
-from multitune.tasks import Task, compute
+from multitune.tasks import Example, Task, compute
 from multitune.tasks.text_metrics import Interval, bleu_interval
 
 if TYPE_CHECKING:
@@ -127,13 +127,21 @@ def evaluate_texts(
 
 def references_by_prompt(task: Task, table: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
     """By prompt a row that has it, and the answers of all rows that have it, each once, in order."""
-    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
     examples = task.examples(table)
+    answers = examples_by_prompt(examples)
+    rows: dict[str, Any] = {}
     for row, example in zip(table, examples, strict=True):
+        rows.setdefault(example.texts[0][0], row)
+    return {prompt: (row, answers[prompt]) for prompt, row in rows.items()}
+
+
+def examples_by_prompt(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+    """By prompt the answers of all examples that have it, each once, in order."""
+    found: dict[str, tuple[str, ...]] = {}
+    for example in examples:
         assert isinstance(example.target, tuple)
         prompt = example.texts[0][0]
-        first, answers = found.get(prompt, (row, ()))
-        found[prompt] = first, tuple(dict.fromkeys([*answers, *map(str, example.target)]))
+        found[prompt] = tuple(dict.fromkeys([*found.get(prompt, ()), *map(str, example.target)]))
     return found
 
 

@@ -66,9 +66,12 @@ def higher_is_better(metric: str) -> bool:
     return lookup(metric).higher_is_better
 
 
-def judge_of_training(metric: str) -> str:
-    """The metric by which a training run keeps its best tensors: the task's, or perplexity where that judges texts."""
-    return "perplexity" if lookup(metric).kinds == _TEXT_KINDS else metric
+def judge_of_training(metric: str, *, by_texts: bool = False) -> str:
+    """The metric by which a training run keeps its best tensors: the task's, or perplexity where that judges texts.
+
+    by_texts: whether the run has texts written (`TrainConfig.eval_texts`), so that their metric can choose.
+    """
+    return "perplexity" if lookup(metric).kinds == _TEXT_KINDS and not by_texts else metric
 
 
 def lookup(metric: str) -> Metric:
