@@ -8,8 +8,32 @@
 Nothing is trained.
 """
 
+from multitune.prompting.chains import (
+    Answers,
+    answer,
+    chain_data,
+    cot_rows,
+    dcot_rows,
+    sample_chains,
+    vote,
+)
 from multitune.prompting.pattern import Pattern
 from multitune.prompting.ranking import Ranking, rank
 from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
 
-__all__ = ["BM25Examples", "Examples", "NeighbourExamples", "Pattern", "RandomExamples", "Ranking", "rank"]
+__all__ = [
+    "Answers",
+    "BM25Examples",
+    "Examples",
+    "NeighbourExamples",
+    "Pattern",
+    "RandomExamples",
+    "Ranking",
+    "answer",
+    "chain_data",
+    "cot_rows",
+    "dcot_rows",
+    "rank",
+    "sample_chains",
+    "vote",
+]

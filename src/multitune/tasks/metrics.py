@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from multitune.errors import DataError, TaskError, suggest
-from multitune.tasks import text_metrics
+from multitune.tasks import final_answers, text_metrics
 from multitune.tasks.spans import is_bio, spans
 
 Array = NDArray[Any]
@@ -240,6 +240,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(compute=text_metrics.exact_match, kinds=_TEXT_KINDS),
     "token_f1": Metric(compute=text_metrics.token_f1, kinds=_TEXT_KINDS),
     "number_match": Metric(compute=text_metrics.number_match, kinds=_TEXT_KINDS),
+    "answer_match": Metric(compute=final_answers.answer_match, kinds=_TEXT_KINDS),
 }
 """Every metric. macro_f1 is the mean over labels predicted or present; stance_f1 is macro F1 over all labels
 but the first (TweetEval stance leaves out "none")."""
