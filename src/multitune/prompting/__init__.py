@@ -17,6 +17,7 @@ from multitune.prompting.chains import (
     sample_chains,
     vote,
 )
+from multitune.prompting.exemplars import ExemplarPrompts, as_generation, with_examples
 from multitune.prompting.pattern import Pattern
 from multitune.prompting.ranking import Ranking, rank
 from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
@@ -25,15 +26,18 @@ __all__ = [
     "Answers",
     "BM25Examples",
     "Examples",
+    "ExemplarPrompts",
     "NeighbourExamples",
     "Pattern",
     "RandomExamples",
     "Ranking",
     "answer",
+    "as_generation",
     "chain_data",
     "cot_rows",
     "dcot_rows",
     "rank",
     "sample_chains",
     "vote",
+    "with_examples",
 ]
