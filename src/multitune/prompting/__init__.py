@@ -18,26 +18,35 @@ from multitune.prompting.chains import (
     vote,
 )
 from multitune.prompting.exemplars import ExemplarPrompts, as_generation, with_examples
+from multitune.prompting.instructions import InstructedTask, by_pattern, instructed
+from multitune.prompting.mixture import Mixture
 from multitune.prompting.pattern import Pattern
 from multitune.prompting.ranking import Ranking, rank
 from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
+from multitune.prompting.transfer import TaskScore, score_tasks
 
 __all__ = [
     "Answers",
     "BM25Examples",
     "Examples",
     "ExemplarPrompts",
+    "InstructedTask",
+    "Mixture",
     "NeighbourExamples",
     "Pattern",
     "RandomExamples",
     "Ranking",
+    "TaskScore",
     "answer",
     "as_generation",
+    "by_pattern",
     "chain_data",
     "cot_rows",
     "dcot_rows",
+    "instructed",
     "rank",
     "sample_chains",
+    "score_tasks",
     "vote",
     "with_examples",
 ]
