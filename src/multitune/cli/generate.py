@@ -6,6 +6,7 @@ import json
 import sys
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,8 @@ from multitune.cli.shared import (
 from multitune.errors import ConfigError, DataError, MultituneError
 from multitune.generation import GenerationSettings, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
-from multitune.tasks import any_split, load_task
+from multitune.prompting import with_examples
+from multitune.tasks import Task, TaskData, any_split, load_task
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
 
@@ -72,6 +74,14 @@ def generate(
         int | None,
         typer.Option(help="Write for the first so many prompts only.", rich_help_panel=_JUDGING, show_default=False),
     ] = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            help="Training rows of the task that stand in front of every row as examples, the most similar ones; as "
+            "many as the adapter was trained with.",
+            rich_help_panel=_JUDGING,
+        ),
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -123,9 +133,10 @@ def generate(
     )
     judged = task is not None or data is not None
     _check(text, judged, task, data, out, rows, input_, output)
+    _check_examples(examples, task)
     bank = _bank(adapters or [], backbone, device, dtype)
     if judged:
-        _judge(bank, task, data, split, rows, out, settings, batch_size, as_json)
+        _judge(bank, task, data, split, rows, examples, out, settings, batch_size, as_json)
         return
     if text is not None:
         (name,) = _only(bank, "a text on the command line")
@@ -169,6 +180,13 @@ def _check(
         raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
 
 
+def _check_examples(examples: int, task: str | None) -> None:
+    if examples < 0:
+        raise ConfigError(f"--examples {examples} is not possible; give 0 or more")
+    if examples and task is None:
+        raise ConfigError("--examples are training rows of a task by name; give --task NAME too")
+
+
 def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Bank:
     folders = adapter_folders(named, command="generate")
     loaded = Adapter.load(next(iter(folders.values())))
@@ -190,6 +208,7 @@ def _judge(
     data: str | None,
     split: str,
     rows: int | None,
+    examples: int,
     out: Path | None,
     settings: GenerationSettings,
     batch_size: int,
@@ -206,7 +225,10 @@ def _judge(
                 f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}"
             )
         table = tables[split]
-    done = evaluate_texts(bank, name, table, settings, batch_size=batch_size, num_rows=rows)
+    own: Task | None = None
+    if examples:
+        own, table = _with_examples(bank.adapter(name), found, table, examples)
+    done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=rows)
     if out is not None:
         note(f"texts and references stand in {done.save(out) / PAGE_FILE}")
     shown: dict[str, Any] = dict(done.scores)
@@ -217,6 +239,12 @@ def _judge(
         return
     cells = [(name, done.task.name, metric, score(value)) for metric, value in shown.items()]
     show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
+
+
+def _with_examples(adapter: Adapter, data: TaskData, table: Any, k: int) -> tuple[Task, Any]:
+    """The rows with the most similar training rows in front of each, and the task that reads them so."""
+    made = with_examples(replace(data, validation=table, test=None), k)
+    return replace(made.task, format=adapter.task.format, system=adapter.task.system), made.validation
 
 
 def _generate(

@@ -13,6 +13,7 @@ import yaml
 from multitune.adapter import Adapter
 from multitune.cli import shared
 from multitune.cli.fields import Field, fields_of
+from multitune.cli.mixtures import judge_held_out, read_mixture
 from multitune.cli.shared import (
     AsJson,
     Device,
@@ -59,6 +60,18 @@ def _setting(field: Field) -> Any:
 #: Every option of a training run, and so every key of a recipe.
 OPTIONS: dict[str, Any] = {
     "task": _option(_TASK, "Task to train by name, as `multitune tasks` lists them.", metavar="NAME"),
+    "mixture": _option(
+        _TASK,
+        "Instead of a task a mixture of tasks put as instructions: a YAML file with tasks, held_out, cap, rows, "
+        "weights; in a recipe the mapping itself will do.",
+        metavar="FILE",
+    ),
+    "examples": _option(
+        _TASK,
+        "Generation: so many of the most similar training rows stand in front of every row, as examples.",
+        int,
+        metavar="INTEGER",
+    ),
     "method": _option(
         _TASK,
         "Tuning method, as `multitune methods` lists them, or several in one adapter, such as lora+bitfit.",
@@ -151,14 +164,14 @@ def train_command(
     data = task_data(chosen, config.seed)
     place = {key: str(chosen[key]) for key in ("device", "dtype") if key in chosen}
     backbone = shared.load_backbone(str(chosen.get("backbone", "minilm")), **place)
-    if "task" not in chosen and not {"text", "label"} <= set(chosen):
+    if "train" in chosen and not {"text", "label"} <= set(chosen):
         task = data.task
         labels = f" ({len(task.labels)} labels: {', '.join(task.labels[:8])})" if task.labels else ""
         note(f"reading the text from {' | '.join(task.template.parts)} and the answer from {task.label}{labels}")
     out = Path(str(chosen["out"]))
     note(
         f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
-        f"{judge_of_training(data.task.metric)} on {count(len(data.validation))}"
+        f"{judge_of_training(data.task.metric, by_texts=bool(config.eval_texts))} on {count(len(data.validation))}"
     )
     try:
         result = train(
@@ -267,31 +280,49 @@ def read_recipe(path: Path, known: Sequence[str] = tuple(OPTIONS)) -> dict[str, 
 def override(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with what the command line says instead; another task or table there replaces the recipe's."""
     kept = dict(recipe)
-    if "task" in flags:
-        kept = {k: v for k, v in kept.items() if k not in OWN_DATA}
+    if "task" in flags or "mixture" in flags:
+        kept = {k: v for k, v in kept.items() if k not in (*OWN_DATA, "task", "mixture")}
     if "train" in flags:
-        kept.pop("task", None)
+        kept = {k: v for k, v in kept.items() if k not in ("task", "mixture")}
     if isinstance(kept.get("set"), Mapping) and "set" in flags:
         flags = {**flags, "set": {**flat_settings(kept["set"]), **flags["set"]}}
     return {**kept, **flags}
 
 
 def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
-    """The task and its tables, by name or from the user's own files.
+    """The task and its tables, with examples in its prompts where they are asked for.
 
     Raises:
-        ConfigError: neither or both are given.
+        ConfigError: no task or more than one is given, or a number of examples that is none.
     """
+    data = _data_alone(chosen, seed)
+    if "examples" not in chosen:
+        return data
+    k = chosen["examples"]
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise ConfigError(f"examples={k!r} is not possible; give a whole number, such as 2")
+    from multitune.prompting import with_examples
+
+    return with_examples(data, k, seed=seed)
+
+
+def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
+    """The task and its tables, by name, as a mixture, or from the user's own files."""
     own = {key: str(chosen[key]) for key in OWN_DATA if key in chosen}
-    if "task" in chosen:
-        if own:
-            flag = next(iter(own)).replace("_", "-")
+    named = [key for key in ("task", "mixture") if key in chosen]
+    if named:
+        others = [*named[1:], *own]
+        if others:
+            flag = others[0].replace("_", "-")
             raise ConfigError(
-                f"--task brings its own data, so --{flag} cannot be honoured; give --task or --train FILE"
+                f"--{named[0]} brings its own data, so --{flag} cannot be honoured; give --task, --mixture or --train "
+                f"FILE"
             )
-        return load_task(str(chosen["task"]))
+        return load_task(str(chosen["task"])) if named == ["task"] else read_mixture(chosen["mixture"]).data()
     if "train" not in own:
-        raise ConfigError("train needs data: --task NAME (`multitune tasks` lists them) or --train FILE")
+        raise ConfigError(
+            "train needs data: --task NAME (`multitune tasks` lists them), --train FILE, or --mixture FILE"
+        )
     return load_table(own.pop("train"), **own, seed=seed)  # type: ignore[arg-type]
 
 
@@ -325,6 +356,16 @@ def evaluate_command(
     data: Annotated[
         str | None, typer.Option(help="Rows with labels: a file, a folder, or a hub data set.", show_default=False)
     ] = None,
+    mixture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Mixture as `multitune train --mixture` takes it: judge its held-out tasks zero-shot, without and "
+            "with each adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="With --mixture: rows of each held-out task.")] = 50,
     split: Annotated[str, typer.Option(help="Split to judge by, where there are several.")] = "validation",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 32,
     drop_layers: Annotated[
@@ -344,6 +385,13 @@ def evaluate_command(
     if task is not None and data is not None:
         raise ConfigError("--task and --data both say what to judge by; give one of them")
     dropped = _layers(drop_layers)
+    if mixture is not None:
+        if task is not None or data is not None or dropped or split != "validation":
+            raise ConfigError("--mixture brings its own rows; leave --task, --data, --split and --drop-layers out")
+        named = {str(folder): Adapter.load(folder) for folder in adapters}
+        on = shared.backbone_of(next(iter(named.values())), backbone, device, dtype)
+        judge_held_out(on, named, read_mixture(mixture), rows, batch_size, as_json)
+        return
     loaded = [Adapter.load(folder) for folder in adapters]
     tables = [any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
@@ -360,10 +408,10 @@ def evaluate_command(
     if as_json:
         print_json(found)
         return
-    rows = [
+    lines = [
         (f["adapter"], f["method"], f["task"], name, score(value))
         for f in found
         for name, value in f.items()
         if name not in ("adapter", "method", "task")
     ]
-    show(shared.table(rows, ("adapter", "method", "task", "metric", "value"), right=("value",)))
+    show(shared.table(lines, ("adapter", "method", "task", "metric", "value"), right=("value",)))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import html
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multitune.answers import settle_format
 from multitune.errors import DataError
 from multitune.files import replace_file
-from multitune.tasks import Task, compute
+from multitune.generation.prompts import encode_for_task, settings_per_row
+from multitune.tasks import Example, Task, compute
 from multitune.tasks.text_metrics import Interval, bleu_interval
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 PREDICTIONS_FILE = "predictions.jsonl"
 PAGE_FILE = "predictions.html"
 SCORES_FILE = "scores.json"
+BARE = "bare"
+"""What the backbone without an adapter is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class TextEvaluation:
     """Texts of one adapter, judged."""
 
     adapter: str
-    """Its name in the bank."""
+    """Its name in the bank; "bare" for the backbone alone."""
     task: Task
     """What was asked of it."""
     scores: dict[str, float]
@@ -75,20 +79,22 @@ class TextEvaluation:
 
 def evaluate_texts(
     bank: Bank,
-    name: str,
+    name: str | None,
     table: Any,
     settings: AnySettings | None = None,
     *,
+    task: Task | None = None,
     batch_size: int = 32,
     num_rows: int | None = None,
 ) -> TextEvaluation:
-    """Have an adapter write for the rows of a table, and judge what it writes.
+    """Have an adapter, or the bare backbone, write for the rows of a table, and judge what it writes.
 
     Rows with one prompt are one row, all of whose answers are right.
 
     Args:
-        bank: holds the adapter under `name`; a task of kind generation.
+        bank: holds the adapter under `name`; a task of kind generation. `None` asks the bare backbone.
         table: labelled rows, as `Task.examples` takes them.
+        task: how rows are put and judged; by default the adapter's own. The bare backbone needs one.
         settings: how to decode; by default greedily.
         num_rows: judge the first so many prompts only.
 
@@ -96,7 +102,12 @@ def evaluate_texts(
         DataError: the adapter does not write, there are no rows, or one does not fit its task.
         ConfigError: the library that computes the metric is not installed.
     """
-    task = bank.adapter(name).task
+    own = task is None
+    if task is None:
+        if name is None:
+            raise DataError("the bare backbone has no task of its own; give task=…, such as load_task(NAME).task")
+        task = bank.adapter(name).task
+    task = settle_format(bank.backbone, task)
     if task.kind != "generation":
         raise DataError(f"adapter '{name}' is for {task.kind} and writes nothing; judge it with evaluate")
     wanted = references_by_prompt(task, table)
@@ -107,12 +118,13 @@ def evaluate_texts(
     metric = "rouge_l" if task.metric == "perplexity" else task.metric
     compute(metric, ["1"], ["1"])  # says now, and not after an hour of writing, that a library is missing
     start = time.perf_counter()
-    found = bank.generate([(name, row) for row in rows.values()], settings, batch_size=batch_size)
+    asked: list[Any] = list(rows.values()) if own else _encoded(bank, name, task, rows, settings)
+    found = bank.generate([(name, row) for row in asked], settings, batch_size=batch_size)
     seconds = time.perf_counter() - start
     texts = [g.text.strip() for g in found]
     references = [wanted[prompt][1] for prompt in prompts]
     return TextEvaluation(
-        adapter=name,
+        adapter=name or BARE,
         task=task,
         scores=compute(metric, texts, references),
         interval=bleu_interval(texts, references) if metric == "bleu" and len(texts) > 1 else None,
@@ -125,15 +137,34 @@ def evaluate_texts(
     )
 
 
+def _encoded(bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], settings: Any) -> list[Any]:
+    """Token ids of rows that a task other than the adapter's own puts."""
+    backbone = bank.backbone
+    (decoding,) = settings_per_row(settings, 1)
+    room = backbone.max_length - decoding.max_new_tokens
+    if name is not None and not bank.adapter(name).method.changes_weights:
+        (deltas,) = bank.delta_sets([name])
+        room -= 0 if deltas is None else deltas.num_positions
+    return [encode_for_task(backbone, task, row, room, f"row {i}") for i, row in enumerate(rows.values())]
+
+
 def references_by_prompt(task: Task, table: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
     """By prompt a row that has it, and the answers of all rows that have it, each once, in order."""
-    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
     examples = task.examples(table)
+    answers = examples_by_prompt(examples)
+    rows: dict[str, Any] = {}
     for row, example in zip(table, examples, strict=True):
+        rows.setdefault(example.texts[0][0], row)
+    return {prompt: (row, answers[prompt]) for prompt, row in rows.items()}
+
+
+def examples_by_prompt(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+    """By prompt the answers of all examples that have it, each once, in order."""
+    found: dict[str, tuple[str, ...]] = {}
+    for example in examples:
         assert isinstance(example.target, tuple)
         prompt = example.texts[0][0]
-        first, answers = found.get(prompt, (row, ()))
-        found[prompt] = first, tuple(dict.fromkeys([*answers, *map(str, example.target)]))
+        found[prompt] = tuple(dict.fromkeys([*found.get(prompt, ()), *map(str, example.target)]))
     return found
 
 

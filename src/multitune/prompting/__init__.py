@@ -8,8 +8,45 @@
 Nothing is trained.
 """
 
+from multitune.prompting.chains import (
+    Answers,
+    answer,
+    chain_data,
+    cot_rows,
+    dcot_rows,
+    sample_chains,
+    vote,
+)
+from multitune.prompting.exemplars import ExemplarPrompts, as_generation, with_examples
+from multitune.prompting.instructions import InstructedTask, by_pattern, instructed
+from multitune.prompting.mixture import Mixture
 from multitune.prompting.pattern import Pattern
 from multitune.prompting.ranking import Ranking, rank
 from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
+from multitune.prompting.transfer import TaskScore, score_tasks
 
-__all__ = ["BM25Examples", "Examples", "NeighbourExamples", "Pattern", "RandomExamples", "Ranking", "rank"]
+__all__ = [
+    "Answers",
+    "BM25Examples",
+    "Examples",
+    "ExemplarPrompts",
+    "InstructedTask",
+    "Mixture",
+    "NeighbourExamples",
+    "Pattern",
+    "RandomExamples",
+    "Ranking",
+    "TaskScore",
+    "answer",
+    "as_generation",
+    "by_pattern",
+    "chain_data",
+    "cot_rows",
+    "dcot_rows",
+    "instructed",
+    "rank",
+    "sample_chains",
+    "score_tasks",
+    "vote",
+    "with_examples",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -13,9 +15,18 @@ from multitune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
-    from multitune.prompting.pattern import Pattern
 
 Row = Mapping[str, Any]
+
+#: Marks of a sentence that make no other question of it; those of arithmetic do, and so do points within numbers.
+_MARKS = re.compile(r"[\"'’‘“”`!?;:…]|[.,](?!\d)")
+
+
+class Puts(Protocol):
+    """What puts a row to a model: a `Pattern`, or a task's own template."""
+
+    def text(self, row: Row) -> str:
+        """The row's prompt."""
 
 
 class Examples(ABC):
@@ -38,8 +49,8 @@ class Examples(ABC):
         if len(self.rows) < k:
             raise DataError(f"{len(self.rows)} rows are too few for {k} examples; give more rows, or a smaller k")
 
-    def prepare(self, pattern: Pattern) -> None:
-        """Read the pool as a pattern puts it; called once before `choose`."""
+    def prepare(self, pattern: Puts) -> None:
+        """Read the pool as it is put to the model; called once before `choose`."""
         self._texts = [pattern.text(row) for row in self.rows]
         self._plain = [_plain(text) for text in self._texts]
 
@@ -73,7 +84,7 @@ class RandomExamples(Examples):
 class BM25Examples(Examples):
     """The rows whose words are most like the question's (Okapi BM25, by bm25s)."""
 
-    def prepare(self, pattern: Pattern) -> None:
+    def prepare(self, pattern: Puts) -> None:
         super().prepare(pattern)
         try:
             self._bm25s: Any = import_module("bm25s")
@@ -102,7 +113,7 @@ class NeighbourExamples(Examples):
         super().__init__(table, k)
         self.backbone = backbone
 
-    def prepare(self, pattern: Pattern) -> None:
+    def prepare(self, pattern: Puts) -> None:
         super().prepare(pattern)
         self._vectors = self._embed(self._texts)
 
@@ -118,5 +129,6 @@ class NeighbourExamples(Examples):
 
 
 def _plain(text: str) -> str:
-    """A text without case and runs of white space: rows that differ in no more are one."""
-    return " ".join(text.lower().split())
+    """A text without case, runs of white space, marks of sentences and forms of characters: rows that differ in no more
+    are one."""
+    return " ".join(_MARKS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).split())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from multitune.errors import DataError, TaskError, suggest
-from multitune.tasks import text_metrics
+from multitune.tasks import final_answers, text_metrics
 from multitune.tasks.spans import is_bio, spans
 
 Array = NDArray[Any]
@@ -85,9 +85,12 @@ def higher_is_better(metric: str) -> bool:
     return lookup(metric).higher_is_better
 
 
-def judge_of_training(metric: str) -> str:
-    """The metric by which a training run keeps its best tensors: the task's, or perplexity where that judges texts."""
-    return "perplexity" if lookup(metric).kinds == _TEXT_KINDS else metric
+def judge_of_training(metric: str, *, by_texts: bool = False) -> str:
+    """The metric by which a training run keeps its best tensors: the task's, or perplexity where that judges texts.
+
+    by_texts: whether the run has texts written (`TrainConfig.eval_texts`), so that their metric can choose.
+    """
+    return "perplexity" if lookup(metric).kinds == _TEXT_KINDS and not by_texts else metric
 
 
 def lookup(metric: str) -> Metric:
@@ -284,6 +287,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(compute=text_metrics.exact_match, kinds=_TEXT_KINDS),
     "token_f1": Metric(compute=text_metrics.token_f1, kinds=_TEXT_KINDS),
     "number_match": Metric(compute=text_metrics.number_match, kinds=_TEXT_KINDS),
+    "answer_match": Metric(compute=final_answers.answer_match, kinds=_TEXT_KINDS),
 }
 """Every metric. macro_f1 is the mean over labels predicted or present; stance_f1 is macro F1 over all labels
 but the first (TweetEval stance leaves out "none"); f1a_and_em and choice_f1_and_em are the means that SuperGLUE

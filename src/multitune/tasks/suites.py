@@ -204,6 +204,14 @@ def _task(name: str, spec: Spec, table: "Dataset") -> Task:
     return replace(task, labels=spec.labels or task.labels, metric=spec.metric or task.metric, group=spec.group)
 
 
+def data_root(data_dir: str | Path | None = None) -> Path:
+    """The folder of the suites. Raises DataError when neither argument nor environment names one that exists."""
+    root = _root(data_dir)
+    if root is None:
+        raise DataError(f"{VARIABLE} is not set; export {VARIABLE}=/path/to/data, or pass data_dir")
+    return root
+
+
 def _root(data_dir: str | Path | None) -> Path | None:
     """The folder of the suites; None when neither argument nor environment names one."""
     given = data_dir or os.environ.get(VARIABLE)

@@ -23,7 +23,7 @@ Scores = dict[str, float]
 BOOTSTRAP_SAMPLES = 1000
 """Samples drawn for an interval, as sacreBLEU does by default; it always draws the same ones."""
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -94,8 +94,13 @@ def number_match(texts: Texts, references: References, labels: Sequence[str] = (
 
 def last_number(text: str) -> float | None:
     """The last number in a text; commas between thousands are read over."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    found = NUMBER.findall(text)
+    return as_number(found[-1]) if found else None
+
+
+def as_number(text: str) -> float:
+    """The value of what `NUMBER` matches."""
+    return float(text.replace(",", ""))
 
 
 def normalised(text: str) -> str:

@@ -26,6 +26,8 @@ _AT_LEAST = {
     "early_stopping": 1,
     "evaluations_per_epoch": 1,
     "cache_bytes": 0,
+    "eval_texts": 0,
+    "eval_new_tokens": 1,
     "seed": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -70,6 +72,11 @@ class TrainConfig:
     """Stop after this many evaluations in a row without a better validation metric."""
     evaluations_per_epoch: int = 1
     """Evaluations, and checkpoints, per epoch; the last step is always evaluated."""
+    eval_texts: int = 0
+    """Generation: have so many of the first validation prompts answered at every evaluation, greedily, and keep the
+    best tensors by the task's metric of these texts; 0 writes none and goes by perplexity, which costs far less."""
+    eval_new_tokens: int = 64
+    """Generation: most tokens that an evaluation writes for a prompt."""
     pooling: Pooling | None = None
     """What the head reads: the first token (cls), the mean over real tokens, the backbone's pretrained pooler, or the
     last token; by default last where attention is causal, mean where rows have no first token of their own (T5), and

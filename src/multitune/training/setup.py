@@ -23,7 +23,6 @@ from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, make_method
 from multitune.quantized import check_trains
 from multitune.tasks import Task, TaskData
-from multitune.tasks.metrics import judge_of_training
 from multitune.training.checkpoints import Checkpoints, differences
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.data import TaskRows
@@ -31,6 +30,7 @@ from multitune.training.model import TuningModel
 from multitune.training.publish import HISTORY_FILE, JOB_FILE, best_adapter, check_folder, publish
 from multitune.training.results import TrainResult, history_of, peak_memory
 from multitune.training.trainer import TuningTrainer
+from multitune.training.written import check_judged_by_texts, judge_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,7 @@ class Setup:
         _check_backbone(backbone)
         data = replace(data, task=settle_format(backbone, data.task))
         _check_smoothing(data.task, config)
+        check_judged_by_texts(data.task, config)
         chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
         check_trains(backbone, chosen)
         return cls(
@@ -201,8 +202,8 @@ class Setup:
             adapter=adapter,
             history=json.loads((self.output / HISTORY_FILE).read_text("utf-8")),
             seconds=0.0,
-            metric=judge_of_training(adapter.task.metric),
-            best_metric=adapter.metrics[judge_of_training(adapter.task.metric)],
+            metric=judge_of_run(adapter.task, self.config),
+            best_metric=adapter.metrics[judge_of_run(adapter.task, self.config)],
             best_step=recipe["best_step"],
             num_steps=recipe["steps"],
             num_method_parameters=recipe["trained_parameters"],

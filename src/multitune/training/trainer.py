@@ -26,13 +26,13 @@ from multitune import heads
 from multitune.errors import ConfigError
 from multitune.language_loss import perplexity_of
 from multitune.tasks import higher_is_better, judge
-from multitune.tasks.metrics import judge_of_training
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
 from multitune.training.frozen_states import FrozenStates, keep_frozen_states
 from multitune.training.gradients import BatchGradients
 from multitune.training.model import TuningModel
+from multitune.training.written import TextJudge, judge_of_run
 
 #: Points of the training curve; a longer run averages its loss over several steps.
 _POINTS = 200
@@ -69,7 +69,10 @@ class TuningTrainer(Trainer):
         self.train_rows = train
         self.validation_rows = validation
         self.checkpoints = checkpoints
-        self.metric = judge_of_training(train.task.metric) if train.task.metric else ""
+        self.metric = judge_of_run(train.task, config)
+        self.judge: TextJudge | None = None
+        if config.eval_texts:
+            self.judge = TextJudge.of_run(model, train.task, validation.examples, config)
         self.report = report
         self.best: dict[str, Tensor] | None = None
         self.best_metrics: dict[str, float] = {}
@@ -295,7 +298,7 @@ class TuningTrainer(Trainer):
             for i, values in zip(picked, outputs["logits"], strict=True):
                 predictions[i] = heads.prediction(task, values, rows[i].sequences[0].word_starts)
         if task.kind == "generation":
-            return perplexity_of(loss / count)
+            return perplexity_of(loss / count) | ({} if self.judge is None else self.judge.scores(tuned))
         return {"loss": loss / max(count, 1), **judge(task, predictions, rows.examples)}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

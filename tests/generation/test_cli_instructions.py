@@ -1,0 +1,120 @@
+"""`multitune train --mixture` and `--examples`, `evaluate --mixture`, `generate --examples`, on a tiny model."""
+
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from typer.testing import CliRunner
+
+from multitune import Adapter
+from multitune.cli import app
+
+FAST = ("--max-steps", "2", "--batch-size", "4", "--max-length", "120", "--progress", "false", "--json")
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_backbone):
+    """A tiny language model, and a folder of suites with three tasks."""
+    root = tmp_path_factory.mktemp("instructions")
+    tiny = make_backbone("llama", tie_word_embeddings=True, max_position_embeddings=300)
+    tiny.detach()
+    tiny.model.save_pretrained(root / "model")
+    tiny.tokenizer.save_pretrained(root / "model")
+
+    def write(path, rows, features=None):
+        (root / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows, features=features).to_parquet(root / "data" / path)
+
+    label = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    for name in ("one", "two"):
+        for split in ("train", "validation"):
+            write(f"moods/{name}/{split}.parquet", [{"text": f"{name} {c}", "label": 1} for c in "abcdef"], label)
+    said = [{"meaning_representation": f"film {c}", "human_reference": f"good {c}"} for c in "abcdef"]
+    for split in ("train", "validation"):
+        write(f"nlg/e2e_nlg/{split}.parquet", said)
+    (root / "mixture.yaml").write_text("tasks: [moods/one, moods/two, nlg/e2e_nlg]\nheld_out: [moods/two]\nrows: 12\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def data(place, monkeypatch):
+    monkeypatch.setenv("MULTITUNE_DATA", str(place / "data"))
+
+
+def train(place, out, *args, code=0):
+    model = ("--backbone", place / "model", "--method", "lora", "--out", place / out)
+    return run("train", *args, *model, *FAST, code=code)
+
+
+def test_a_mixture_is_trained_on_and_its_held_out_tasks_judged(place):
+    done = train(place, "mixed", "--mixture", place / "mixture.yaml")
+    assert "training lora for mixture (generation) on 12 rows" in done.stderr
+    task = Adapter.load(place / "mixed").task
+    assert (task.columns, task.format) == (("prompt",), "plain")
+    judged = run("evaluate", place / "mixed", "--mixture", place / "mixture.yaml", "--rows", "3", "--json")
+    before, after = json.loads(judged.stdout)
+    assert before["adapter"] == "bare backbone" and after["adapter"] == str(place / "mixed")
+    assert {k: before[k] for k in ("task", "metric", "rows", "chance")} == {
+        "task": "moods/two",
+        "metric": "accuracy",
+        "rows": 3,
+        "chance": 0.5,
+    }
+    table = run("evaluate", place / "mixed", "--mixture", place / "mixture.yaml", "--rows", "3").stdout
+    assert "moods/two" in table and "bare backbone" in table
+
+
+def test_a_recipe_holds_its_mixture(place):
+    recipe = place / "recipe.yaml"
+    recipe.write_text("mixture: {tasks: [moods/one], rows: 5}\nmethod: bitfit\n")
+    done = run("train", "--recipe", recipe, "--backbone", place / "model", "--out", place / "inline", *FAST)
+    assert "on 5 rows" in done.stderr
+    replaced = run(
+        "train", "--recipe", recipe, "--task", "nlg/e2e_nlg", "--backbone", place / "model", "--out", place / "t", *FAST
+    )
+    assert "for nlg/e2e_nlg (generation) on 6 rows" in replaced.stderr
+
+
+def test_examples_stand_in_front_in_training_and_writing(place):
+    train(place, "shown", "--task", "nlg/e2e_nlg", "--examples", "2")
+    assert Adapter.load(place / "shown").task.columns == ("prompt",)
+    options = ("--task", "nlg/e2e_nlg", "--rows", "4", "--max-new-tokens", "3", "--out", place / "written")
+    run("generate", "--adapters", place / "shown", "--examples", "2", *options)
+    written = [json.loads(line) for line in (place / "written" / "predictions.jsonl").read_text().splitlines()]
+    for row in written:
+        *shown, own = row["prompt"].split("\n\n")
+        assert len(shown) == 2 and own not in [part.splitlines()[0] for part in shown]
+        assert all(part.splitlines()[1].startswith("good ") for part in shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mixture", "no.yaml"), "cannot read mixture no.yaml"),
+        (("--mixture", "no.yaml", "--task", "nlg/e2e_nlg"), "--task brings its own data, so --mixture cannot be"),
+        (("--task", "moods/one", "--examples", "2"), "exemplars stand in prompts of tasks that write"),
+        (("--task", "nlg/e2e_nlg", "--examples", "0"), "k=0 examples are not possible"),
+    ],
+)
+def test_training_refuses_what_it_cannot_honour(place, arguments, message):
+    assert message in train(place, "refused", *arguments, code=1).stderr
+
+
+def test_judging_refuses_what_it_cannot_honour(place):
+    if not (place / "mixed").exists():
+        train(place, "mixed", "--mixture", place / "mixture.yaml")
+    bad = run("generate", "TEXT", "--adapters", place / "mixed", "--examples", "2", code=1)
+    assert "--examples are training rows of a task by name" in bad.stderr
+    bad = run("evaluate", place / "mixed", "--mixture", place / "mixture.yaml", "--task", "moods/one", code=1)
+    assert "--mixture brings its own rows" in bad.stderr
+    (place / "open.yaml").write_text("tasks: [moods/one]\n")
+    bad = run("evaluate", place / "mixed", "--mixture", place / "open.yaml", code=1)
+    assert "the mixture holds no task out" in bad.stderr

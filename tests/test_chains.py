@@ -1,0 +1,145 @@
+"""DCoT: its format, its rows beside the baseline's, answers from the last line alone, votes at equal cost."""
+
+from collections import Counter
+
+import pytest
+
+from multitune import Bank, ConfigError, DataError, train
+from multitune.prompting import answer, chain_data, cot_rows, dcot_rows, sample_chains, vote
+from multitune.prompting.chains import _without_answer, prompt, response
+from multitune.tasks.reasoning import Question
+
+TWO = Question(text="1 + 1?", answer="2", chains=("one and one", "a pair", "count: 1 2"))
+ONE = Question(text="which?", answer="B", options=("red", "blue"), chains=("blue it is",))
+NONE = Question(text="why?", answer="no")
+
+
+@pytest.fixture(scope="module")
+def llama(make_backbone):
+    return make_backbone("llama", tie_word_embeddings=True, max_position_embeddings=400)
+
+
+@pytest.fixture(scope="module")
+def bank(llama):
+    rows = dcot_rows([TWO, ONE])
+    bank = Bank(llama)
+    trained = train(
+        llama, chain_data("chains", rows, rows), "lora", max_steps=2, max_length=256, progress=False, batch_size=2
+    )
+    bank.add("chains", trained.adapter)
+    return bank
+
+
+def test_the_format_is_that_of_the_paper():
+    assert prompt(ONE, 2) == "[Question] which?\n[Options] A) red B) blue\n[Number of answers] 2\n[Answer 1]"
+    assert prompt(TWO) == "[Question] 1 + 1?\n[Number of answers] 1\n[Answer 1]"
+    assert response(["x", "y", "z"], "2") == "x\n[Answer 2] y\n[Answer 3] z\n\n[Final answer] 2"
+    assert response(["x"], "2") == "x\n\n[Final answer] 2"
+
+
+def test_a_question_with_c_chains_has_a_row_for_every_number_up_to_c():
+    rows = dcot_rows([TWO, NONE, ONE], draws=20, seed=3)
+    assert len(rows) == 20 * (3 + 1)
+    asked = Counter(row["prompt"] for row in rows)
+    assert asked == {prompt(TWO, 1): 20, prompt(TWO, 2): 20, prompt(TWO, 3): 20, prompt(ONE, 1): 20}
+    written = {row["response"] for row in rows if row["prompt"] == prompt(TWO, 2)}
+    ordered = {response([a, b], "2") for a in TWO.chains for b in TWO.chains if a != b}
+    assert written <= ordered and len(written) > 3  # drawn anew, in either order, no chain twice
+    assert len(dcot_rows([TWO], most=2)) == 2
+    assert dcot_rows([TWO], seed=5, draws=9) == dcot_rows([TWO], seed=5, draws=9) != dcot_rows([TWO], seed=6, draws=9)
+
+
+def test_the_baseline_has_as_many_rows_of_the_same_chains():
+    rows = cot_rows([TWO, NONE, ONE], draws=4)
+    assert len(rows) == len(dcot_rows([TWO, NONE, ONE], draws=4))
+    assert Counter(r["response"] for r in rows) == {
+        response([chain], q.answer): 4 for q in (TWO, ONE) for chain in q.chains
+    }
+    assert {r["prompt"] for r in rows} == {prompt(TWO, 1), prompt(ONE, 1)}
+
+
+def test_the_task_is_judged_by_the_final_answer(bank):
+    task = bank.adapter("chains").task
+    assert (task.metric, task.columns, task.label) == ("answer_match", ("prompt",), "response")
+    with pytest.raises(DataError, match="questions without chains give none"):
+        chain_data("empty", dcot_rows([NONE]), dcot_rows([TWO]))
+
+
+def test_answers_are_what_the_bank_writes(bank):
+    found = answer(bank, "chains", [TWO, ONE], k=2, settings={"max_new_tokens": 6})
+    rows = [("chains", {"prompt": prompt(q, 2)}) for q in (TWO, ONE)]
+    by_hand = bank.generate(rows, {"max_new_tokens": 6})
+    assert found.texts == tuple((g.text.strip(),) for g in by_hand)
+    assert found.num_tokens == sum(len(g.token_ids) for g in by_hand)
+    assert found.num_unfinished == sum(g.finish_reason == "length" for g in by_hand)
+    assert found.accuracy == sum(found.right) / 2
+
+
+def test_samples_differ_and_are_the_same_again(bank):
+    settings = {"max_new_tokens": 6, "temperature": 1.5}
+    first = answer(bank, "chains", [TWO, ONE], samples=4, settings=settings, seed=1)
+    assert [len(texts) for texts in first.texts] == [4, 4] and len(set(first.texts[0])) > 1
+    again = answer(bank, "chains", [TWO, ONE], samples=4, settings=settings, seed=1, batch_size=3)
+    assert first.texts == again.texts and first.answers == again.answers
+    assert answer(bank, "chains", [TWO, ONE], samples=4, settings=settings, seed=2).texts != first.texts
+
+
+def test_the_bare_model_answers_zero_shot(bank):
+    found = answer(bank, None, [TWO, ONE], settings={"max_new_tokens": 4})
+    text = 'which?\n(A) red\n(B) blue\nEnd with "The answer is", followed by the answer alone.\n'
+    tokenizer = bank.backbone.tokenizer
+    trigger = tokenizer("Let's think step by step.", add_special_tokens=False)["input_ids"]
+    (by_hand,) = bank.generate([(None, [*tokenizer(text)["input_ids"], *trigger])], {"max_new_tokens": 4})
+    assert found.texts[1] == (by_hand.text.strip(),)
+
+
+def test_the_most_frequent_answer_wins_and_silence_has_no_voice():
+    assert vote([3.0, None, 4.0, 4.0, None, None]) == 4.0
+    assert vote(["b", "a", "a", "b"]) == "b"  # of equals the first
+    assert vote([None, None]) is None
+
+
+def test_only_right_chains_are_kept(bank):
+    """What the model writes decides the answer here, so that just that question keeps the chain."""
+    settings = {"max_new_tokens": 8, "temperature": 1.5, "seed": 4}
+    ((written,),) = answer(bank, None, [NONE], settings=settings).texts
+    right = Question(text=NONE.text, answer=written.upper() + " !", chains=("own",))
+    wrong = Question(text=NONE.text, answer="zebra")
+    kept, other = sample_chains(bank, [right, wrong], triggers=("Let's think step by step.",), settings=settings)
+    assert len(written.split()) > 2
+    assert kept.chains == ("own", written) and other.chains == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "chain"),
+    [
+        ("Two and two. That is 4. So the answer is 4.", "Two and two. That is 4."),
+        ("2 + 2 = 4\nThe answer is 4", "2 + 2 = 4"),
+        ("The answer is 4.", ""),
+        ("2 + 2 = 4", "2 + 2 = 4"),
+    ],
+)
+def test_a_chain_does_not_state_its_answer_twice(text, chain):
+    assert _without_answer(text) == chain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(k=0), "k=0 chains are not possible"),
+        (dict(samples=0), "samples=0 is not possible"),
+        (dict(samples=3), "samples=3 of greedy decoding are all the same.*temperature"),
+    ],
+)
+def test_what_cannot_be_is_refused(bank, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        answer(bank, "chains", [TWO], **arguments)
+
+
+def test_the_bare_model_gives_no_several_chains(bank):
+    with pytest.raises(ConfigError, match="k=2: the bare model was not trained"):
+        answer(bank, None, [TWO], k=2)
+    with pytest.raises(DataError, match="no questions"):
+        answer(bank, "chains", [])
+    with pytest.raises(ConfigError, match="draws=0"):
+        dcot_rows([TWO], draws=0)
