@@ -69,6 +69,7 @@ from multitune.plan import DeltaSet as DeltaSet
 from multitune.plan import Plan as Plan
 from multitune.pruned import prune as prune
 from multitune.quantized import quantize as quantize
+from multitune.tasks import Pattern as Pattern
 from multitune.tasks import Task as Task
 from multitune.tasks import TaskData as TaskData
 from multitune.tasks import Template as Template
@@ -129,6 +130,7 @@ __all__ = [
     "PTuningV1",
     "PTuningV2",
     "ParallelAdapter",
+    "Pattern",
     "Pfeiffer",
     "PiSSA",
     "Plan",

@@ -87,6 +87,8 @@ class Architecture:
     """Model path of a pretrained pooler over the first token, if the model has one."""
     pooler_activation: str | None = None
     """Where the pooler is a bare linear map: model path of the activation behind it."""
+    masked_head: tuple[str, ...] = ()
+    """Paths in transformers' masked language model of this type: the modules of its head, in the order they run."""
     position_offset: int | Literal["pad+1"] = 0
     """First position id: 0, or `pad+1` where positions count from the padding id."""
     causal: bool = False
@@ -191,6 +193,7 @@ _POSITIONS, _TOKEN_TYPES = "embeddings.position_embeddings", "embeddings.token_t
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_types=("bert",),
+        masked_head=("cls",),
         layers="encoder.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -205,6 +208,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("roberta", "xlm-roberta"),
+        masked_head=("lm_head",),
         layers="encoder.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -220,6 +224,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("electra",),
+        masked_head=("generator_predictions", "generator_lm_head"),
         layers="encoder.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -233,6 +238,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("distilbert",),
+        masked_head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
         layers="transformer.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -255,6 +261,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("deberta-v2",),  # DeBERTa-v3 checkpoints carry this model type too
+        masked_head=("cls",),
         layers="encoder.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -272,6 +279,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("deberta",),
+        masked_head=("cls",),
         layers="encoder.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -289,6 +297,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("albert",),
+        masked_head=("predictions",),
         layers="encoder.albert_layer_groups",
         layer_order=_albert_order,
         embedding=_EMBEDDING,
@@ -315,6 +324,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("mpnet",),
+        masked_head=("lm_head",),
         layers="encoder.layer",
         embedding=_EMBEDDING,
         embedding_norms=_EMBEDDING_NORM,
@@ -363,6 +373,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _T5,
     Architecture(
         model_types=("modernbert",),
+        masked_head=("head", "decoder"),
         layers="layers",
         embedding="embeddings.tok_embeddings",
         embedding_norms={"embedding_norm": "embeddings.norm"},

@@ -22,9 +22,10 @@ from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.frozen import frozen_view
 from multitune.inputs import Batch
 from multitune.joint import JointBatch
-from multitune.language_head import LanguageHead
+from multitune.language_head import AnyLanguageHead, LanguageHead, MaskedHead
 from multitune.loading import load, split
 from multitune.lsg import LSG
+from multitune.masked import masked_head_of, read_masked_head
 from multitune.plan import Plan
 from multitune.pruned import Pruned
 from multitune.quantized import Quantized, bytes_of, check_weights
@@ -46,7 +47,8 @@ class Backbone:
         """
         Args:
             model: a base model (no task head) of a supported architecture; it is frozen and instrumented here. Of a
-                causal language model, its base model is; the head is kept beside it (`lm_head`).
+                causal or masked language model, its base model is; the head is kept beside it (`lm_head`,
+                `masked_head`).
             tokenizer: its tokenizer; needed to pass texts rather than token ids.
             name: what to call it in messages and adapter files; by default the model's own name or type.
 
@@ -54,6 +56,10 @@ class Backbone:
             BackboneError: unsupported architecture, or a model that another `Backbone` already instruments.
         """
         self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
+        self.mlm_head: MaskedHead | None = masked_head_of(model, self.architecture)
+        """The head of a masked language model, as far as it is here; ask for `masked_head`."""
+        self.source = ""
+        """Where the backbone was loaded from, and the head of a masked language model can be read."""
         model, linear, self.eos_ids = split(model, self.architecture)
         self.model = model
         self.tokenizer = tokenizer
@@ -125,6 +131,8 @@ class Backbone:
         self.model.float()
         if self.lm_linear is not None:
             self.lm_linear.float()
+        if self.mlm_head is not None:
+            self.mlm_head.modules.float()
 
     # ---------------------------------------------------------------- shape
 
@@ -214,6 +222,26 @@ class Backbone:
             embeddings=lambda: self.word_embeddings,
             softcap=None if softcap is None else getattr(self.model.config, softcap, None),
         )
+
+    @property
+    def masked_head(self) -> MaskedHead:
+        """Last hidden states `[..., D]` to logits `[..., V]` of the word at that place; read when first asked for.
+
+        Raises:
+            BackboneError: this is no masked language model, or its checkpoint lacks the head.
+        """
+        if self.mlm_head is None:
+            self.mlm_head = read_masked_head(self)
+        return self.mlm_head
+
+    @property
+    def token_head(self) -> AnyLanguageHead:
+        """The head that this kind of model has for tokens: `lm_head` where attention is causal, else `masked_head`.
+
+        Raises:
+            BackboneError: it has none.
+        """
+        return self.lm_head if self.causal else self.masked_head
 
     @property
     def num_attention_heads(self) -> int:

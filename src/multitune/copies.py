@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def clone(backbone: Backbone) -> Backbone:
     """`Backbone.clone`: an independent copy."""
-    model = copy.deepcopy(backbone.model)  # wrappers and all: other threads may be running batches, which need them
+    shared: dict[int, Any] = {}  # a head that is tied to the word embeddings stays tied to the copy's
+    # wrappers and all: other threads may be running batches, which need them
+    model, mlm_head = copy.deepcopy(backbone.model, shared), copy.deepcopy(backbone.mlm_head, shared)
     hooks.strip(model)
     for site in backbone.sites:
         if site.kind == "attention" and backbone.architecture.attention_kind in OWN_ATTENTION:
@@ -30,6 +32,7 @@ def clone(backbone: Backbone) -> Backbone:
     model.__dict__.pop("_multitune_owner", None)
     copied = type(backbone)(model, backbone.tokenizer, backbone.name)
     copied.lm_linear = copy.deepcopy(backbone.lm_linear)
+    copied.mlm_head, copied.source = mlm_head, backbone.source
     copied.eos_ids = backbone.eos_ids
     copied.__dict__["fingerprint"] = backbone.fingerprint
     copied.tokenizer_lock = backbone.tokenizer_lock  # one tokenizer, one lock

@@ -49,6 +49,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "multitune.pruned": ("prune",),
     "multitune.quantized": ("quantize",),
     "multitune.tasks": (
+        "Pattern",
         "Task",
         "TaskData",
         "Template",

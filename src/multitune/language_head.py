@@ -1,11 +1,11 @@
-"""The head of a causal language model: last hidden states to logits over the vocabulary.   Legend: D width, V words.
+"""The head of a language model: last hidden states to logits over the vocabulary.   Legend: D width, V words.
 
 It stands beside the backbone's model and never in it, so that adapters of every kind see the same frozen model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +45,34 @@ class LanguageHead:
         """Logits `[..., V]` for last hidden states `hidden [..., D]`, in their dtype; differentiable."""
         logits = F.linear(hidden, self.weight, None if self.linear is None else self.linear.bias)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class MaskedHead:
+    """Logits `[..., V]` of a masked language model from its last hidden states `[..., D]`, as transformers' own has it.
+
+    The modules are the model's own. Where the last one is tied to the word embeddings, it is with the very tensor of
+    the backbone, so that it follows when they are trained.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], output: nn.Linear) -> None:
+        """
+        Args:
+            modules: applied one after the other.
+            output: the one, or the part of one, that gives the logits.
+        """
+        self.modules = nn.ModuleList(modules).eval().requires_grad_(False)
+        self.output = output
+
+    @property
+    def weight(self) -> Tensor:
+        """`[V, D]`, or as wide as the words are embedded."""
+        return self.output.weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` for last hidden states `hidden [..., D]`, in their dtype; differentiable."""
+        for module in self.modules:
+            hidden = module(hidden)
+        return hidden
+
+
+AnyLanguageHead = LanguageHead | MaskedHead

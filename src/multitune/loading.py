@@ -24,6 +24,7 @@ from transformers import (
 from multitune.architectures import Architecture, architecture_for
 from multitune.errors import BackboneError, ConfigError, suggest, suggest_file
 from multitune.lsg import convert_to_lsg, split_name
+from multitune.masked import masked_head_of
 from multitune.packaged import PACKAGED, quietly, resolve
 from multitune.pruned import prune, split_share
 from multitune.quantized import quantize_in_place, split_scheme
@@ -77,6 +78,7 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
         raise BackboneError(_cannot_load(name, source, error)) from error
     _check_complete(name, model, report["missing_keys"])
     backbone = make(model, tokenizer, name=name)
+    backbone.source = str(source)
     if "lm_head.weight" in report["missing_keys"]:  # the checkpoint of a base model alone: its head is random
         backbone.lm_linear = None
     if wanted is torch.float16:
@@ -123,6 +125,9 @@ def split(
     ends = settings.eos_token_id
     eos_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
     base, linear = model.base_model, model.get_output_embeddings()
+    if masked_head_of(model, architecture) is not None:
+        assert isinstance(base, PreTrainedModel)
+        return base, None, eos_ids
     if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
         return model, None, eos_ids
     assert isinstance(base, PreTrainedModel)

@@ -214,6 +214,7 @@ def convert_to_lsg(
     digest = hashlib.sha256(f"{original.fingerprint} lsg {lsg.key}".encode())
     converted.__dict__["fingerprint"] = digest.hexdigest()[:32]
     converted.tokenizer_lock = original.tokenizer_lock  # one tokenizer, one lock
+    converted.mlm_head, converted.source = copied.mlm_head, copied.source
     return converted
 
 

@@ -20,10 +20,10 @@ from multitune.prompting.chains import (
 from multitune.prompting.exemplars import ExemplarPrompts, as_generation, with_examples
 from multitune.prompting.instructions import InstructedTask, by_pattern, instructed
 from multitune.prompting.mixture import Mixture
-from multitune.prompting.pattern import Pattern
 from multitune.prompting.ranking import Ranking, rank
 from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
 from multitune.prompting.transfer import TaskScore, score_tasks
+from multitune.tasks.pattern import Pattern
 
 __all__ = [
     "Answers",

@@ -12,9 +12,9 @@ from multitune.backbone import Backbone
 from multitune.deltas import Memory
 from multitune.errors import BackboneError, DataError
 from multitune.plan import DeltaSet
-from multitune.prompting.pattern import Pattern
 from multitune.prompting.selection import Examples
 from multitune.tasks import Task, judge
+from multitune.tasks.pattern import Pattern
 from multitune.training.language import answer_losses, served
 
 
@@ -64,6 +64,7 @@ def rank(
         BackboneError: no causal language model with its head and a tokenizer.
     """
     pattern.check(task)
+    pattern.check_end()
     rows = [dict(row) for row in table]
     if not rows:
         raise DataError("there are no rows to rank the answers of; give a table with at least one")

@@ -11,6 +11,7 @@ from multitune.tasks.infer import infer_task
 from multitune.tasks.judging import judge, targets_of
 from multitune.tasks.metrics import compute, higher_is_better
 from multitune.tasks.own import any_split, load_table
+from multitune.tasks.pattern import Pattern
 from multitune.tasks.readers import list_splits, read_table
 from multitune.tasks.schema import Example, Task
 from multitune.tasks.splits import split_table
@@ -19,6 +20,7 @@ from multitune.tasks.templates import Template
 
 __all__ = [
     "Example",
+    "Pattern",
     "Task",
     "TaskData",
     "Template",

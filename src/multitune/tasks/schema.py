@@ -10,6 +10,7 @@ from multitune.errors import DataError, TaskError, suggest
 from multitune.tasks import targets
 from multitune.tasks.columns import class_names, named
 from multitune.tasks.metrics import METRICS, lookup
+from multitune.tasks.pattern import MASK, Pattern
 from multitune.tasks.spans import is_bio
 from multitune.tasks.templates import Row, Template, cell
 
@@ -86,6 +87,9 @@ class Task:
     settles: chat where the tokenizer has a template. "" stands for plain."""
     system: str = ""
     """Generation in chat format only: the system message; "" leaves it to the tokenizer's template."""
+    pattern: Pattern | None = None
+    """Classification and multiple choice: rows are put to a language model in this pattern instead of the template, and
+    its own head ranks the answers as texts. `None` reads the template and trains a head."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -103,6 +107,7 @@ class Task:
         self._check_labels()
         self._check_texts()
         self._check_metric()
+        self._check_pattern()
 
     def encode(self, row: Row, *, number: int | None = None) -> Example:
         """Texts and target of one row.
@@ -140,6 +145,10 @@ class Task:
             del values["format"], values["system"]
         if not self.group:
             del values["group"]
+        if self.pattern is None:  # so that files without one are as they ever were
+            del values["pattern"]
+        else:
+            values["pattern"] = self.pattern.to_dict()
         as_lists: dict[str, Any] = {n: list(values[n]) for n in ("labels", "choices", "group") if n in values}
         return {**values, "template": list(self.template.parts), **as_lists}
 
@@ -153,18 +162,51 @@ class Task:
         missing = [name for name in ("name", "kind", "template") if name not in values]
         if missing:
             raise TaskError(f"a task needs {', '.join(missing)}; got {', '.join(values) or 'nothing'}")
-        return cls(**{**values, "template": Template(_strings("template", values["template"]))})
+        read: dict[str, Any] = {**values, "template": Template(_strings("template", values["template"]))}
+        if values.get("pattern") is not None:
+            read["pattern"] = Pattern.from_dict(values["pattern"])
+        return cls(**read)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns that hold the texts, each once; the label column is not among them."""
-        read = [*self.template.columns, *(column for choice in self._choices for column in choice.columns)]
+        prompt = self.template if self.pattern is None else self.pattern
+        read = [*prompt.columns, *(column for choice in self._choices for column in choice.columns)]
         return tuple(dict.fromkeys(read))
 
     @property
     def lists_choices(self) -> bool:
         """Whether the choices of a row are those of a list in it."""
         return len(self.choices) == 1
+
+    def choice_texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Multiple choice: the texts of a row's choices. Raises DataError when a column is missing or empty."""
+        if self.lists_choices:
+            column, items = choice_items(row, self._choices[0].columns)
+            return tuple(self._choices[0].render({**row, column: item})[0] for item in items)
+        return tuple(choice.render(row)[0] for choice in self._choices)
+
+    def right_choice(self, row: Mapping[str, Any]) -> int:
+        """Multiple choice: which of a labelled row's choices is right; the first of several."""
+        right = self._target(row, 0, self._items(row) if self.lists_choices else ())
+        assert isinstance(right, (int, tuple)), "the row has the label's column"
+        return int(right[0] if isinstance(right, tuple) else right)
+
+    def as_mapping(self, row: Row) -> Mapping[str, Any]:
+        """A row of a task with a pattern as columns to values.
+
+        row: that, or just the text or texts of the pattern's columns, in the order in which it reads them.
+
+        Raises DataError when these are not as many texts as columns.
+        """
+        assert self.pattern is not None
+        if isinstance(row, Mapping):
+            return row
+        texts = [row] if isinstance(row, str) else list(row) if isinstance(row, (list, tuple)) else []
+        if len(texts) != len(self.columns) or not all(isinstance(text, str) for text in texts):
+            given = f"{len(texts)} text(s)" if texts else f"a {type(row).__name__}"
+            raise DataError(f"got {given}, but the pattern reads the columns {', '.join(self.columns)}; give a mapping")
+        return dict(zip(self.columns, texts, strict=True))
 
     @cached_property
     def _choices(self) -> tuple[Template, ...]:
@@ -173,6 +215,7 @@ class Task:
     def _example(self, row: Row, number: int | None, labelled: bool | None) -> Example:
         """One row encoded; `labelled` says whether it must have a label, None that it may."""
         try:
+            row = row if self.pattern is None else self.as_mapping(row)
             choices = self._items(row) if self.lists_choices else ()
             texts = self._texts(row, choices)
             target = None if labelled is False else self._target(row, len(texts[0]), choices)
@@ -195,6 +238,10 @@ class Task:
         return choice_items(row, self._choices[0].columns)[1]
 
     def _texts(self, row: Row, choices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        if self.pattern is not None:
+            values = self.as_mapping(row)
+            prompt = "".join(self.pattern.parts(values))
+            return tuple((prompt, answer) for answer in self.pattern.answers(self, values))
         if self.kind == "tagging":
             return (_words(cell(row, self.template.columns[0]) if isinstance(row, Mapping) else row),)
         if self.kind == "generation" and isinstance(row, Mapping):
@@ -297,6 +344,15 @@ class Task:
                 'template=("{premise}",), choices=("choice1", "choice2"), or choices=("choices",)'
             )
         _ = self._choices  # a malformed choice is reported here, not at the first row
+
+    def _check_pattern(self) -> None:
+        if self.pattern is None:
+            return
+        if not isinstance(self.pattern, Pattern):
+            raise TaskError(f"pattern is a Pattern(prompt, verbalizer), not {self.pattern!r}")
+        self.pattern.check(self)
+        if MASK in self.columns:
+            raise TaskError(f"column {MASK!r} cannot be told from the place of the answer, {{{MASK}}}; rename it")
 
     def _check_metric(self) -> None:
         if self.kind == "embedding":

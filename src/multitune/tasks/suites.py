@@ -18,6 +18,7 @@ from multitune.errors import DataError, TaskError
 from multitune.tasks import columns
 from multitune.tasks.files import parquet_features, read_file
 from multitune.tasks.infer import infer_task
+from multitune.tasks.pattern import Pattern
 from multitune.tasks.readers import list_splits, read_table
 from multitune.tasks.schema import Task
 from multitune.tasks.specs import SPECS, Spec, find_spec
@@ -43,6 +44,13 @@ class TaskData:
     """Rows to choose settings by; none where there are none to learn from."""
     test: "Dataset | None" = None
     """Rows to report on, where the suite publishes their labels."""
+
+    def with_pattern(self, pattern: Pattern) -> "TaskData":
+        """The same rows, put to a language model in a pattern; its own head then ranks the answers as texts.
+
+        Raises TaskError when the pattern does not fit the task.
+        """
+        return replace(self, task=replace(self.task, pattern=pattern))
 
 
 def load_task(name: str, data_dir: str | Path | None = None) -> TaskData:
