@@ -19,6 +19,7 @@ from multitune.batching import Encoded, encode, pad
 from multitune.errors import AdapterError, ConfigError, DataError, MixError, MultituneError, PlanError, suggest
 from multitune.inputs import Batch
 from multitune.plan import DeltaSet, Plan
+from multitune.ranked import PatternReader, RankedRow, choice_log_probs
 from multitune.sharing import find_cut, first_touched, run_cut
 from multitune.workspace import Workspace
 
@@ -42,7 +43,8 @@ class Prediction:
     probabilities: dict[str, float]
     """Per label name (multiple choice: "0", "1", ...); empty for regression, tagging and bare rows."""
     logits: Tensor | None
-    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; `None` where there is an embedding."""
+    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; of a task with a pattern the choices' mean
+    log-probability per token; `None` where there is an embedding."""
     embedding: Tensor | None = None
     """float32 `[D]`, mean over tokens; for a bare row, and for an adapter whose task is an embedding."""
 
@@ -78,11 +80,16 @@ class _Served:
     def texts(self, row: Any) -> tuple[tuple[str, ...], ...]:
         """The sequences of a row; its label, if it has one, is not read."""
         task = self.adapter.task
+        assert task.pattern is None, "rows of a pattern are read by a PatternReader"
         if task.kind == "generation":
             raise DataError(f"adapter '{self.name}' writes texts and predicts no label; use Bank.generate")
         if isinstance(row, dict) and task.label in row:
             row = {k: v for k, v in row.items() if k != task.label}
         return task.encode(row).texts
+
+    def room(self, backbone: Backbone) -> int:
+        """Tokens that a sequence may have."""
+        return min(self.adapter.max_length, backbone.max_length - self.num_positions)
 
 
 class _Entry:
@@ -403,17 +410,19 @@ class Bank:
     def _encode(self, rows: Sequence[Row], found: Sequence[_Served | None], first: int) -> list[_Sequence]:
         """Tokenize all rows, those of equal settings in one call."""
         pending: dict[tuple[int, bool], list[tuple[int, _Served | None, tuple[str, ...]]]] = {}
+        readers: dict[str, PatternReader] = {}
+        out: list[_Sequence] = []
         for i, ((_, row), served) in enumerate(zip(rows, found, strict=True)):
             try:
+                if served is not None and served.adapter.task.pattern is not None:
+                    out += self._ranked(i, row, served, readers)
+                    continue
                 texts = _bare_texts(row) if served is None else served.texts(row)
             except MultituneError as error:
                 raise type(error)(f"row {first + i}: {error}") from error
-            length, words = self.backbone.max_length, False
-            if served is not None:
-                length = min(served.adapter.max_length, length - served.num_positions)
-                words = served.adapter.task.kind == "tagging"
+            length = self.backbone.max_length if served is None else served.room(self.backbone)
+            words = served is not None and served.adapter.task.kind == "tagging"
             pending.setdefault((length, words), []).extend((i, served, t) for t in texts)
-        out = []
         for (length, words), items in pending.items():
             encoded = encode(self.backbone, [t for _, _, t in items], max_length=length, words=words)
             for (i, served, _), e in zip(items, encoded, strict=True):
@@ -425,6 +434,13 @@ class Bank:
                 out.append(_Sequence(i, served, e))
         return out
 
+    def _ranked(self, row: int, values: Any, served: _Served, readers: dict[str, PatternReader]) -> list[_Sequence]:
+        """The sequences of a row whose answers are texts, each with the tokens that are read from it."""
+        if served.name not in readers:
+            readers[served.name] = PatternReader(self.backbone, served.adapter.task)
+        ranked, _ = readers[served.name].read(values, served.room(self.backbone))
+        return [_Sequence(row, served, e, ranked=ranked, part=k) for k, e in enumerate(ranked.sequences)]
+
     def _forward(self, sequences: Sequence[_Sequence]) -> None:
         """One forward pass; leaves each sequence its logits or embedding on the CPU."""
         self._check_idle()
@@ -432,8 +448,16 @@ class Bank:
         batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
         with torch.no_grad():
             hidden = self._hidden(sequences, batch)
-            own = [(s.served.adapter.head, s.served.head_params) if s.served else None for s in sequences]
+            own = [
+                (s.served.adapter.head, s.served.head_params) if s.served and s.ranked is None else None
+                for s in sequences
+            ]
             values = heads.mixed_logits(backbone, own, hidden, batch.attention_mask)
+            ranked = [i for i, s in enumerate(sequences) if s.ranked is not None]
+            for i, log_probs in zip(
+                ranked, self._log_probs([sequences[i] for i in ranked], hidden[ranked]), strict=True
+            ):
+                values[i] = log_probs
             bare = [i for i, s in enumerate(sequences) if s.served is None]
             if bare:
                 mask = None if batch.attention_mask is None else batch.attention_mask[bare]
@@ -443,6 +467,14 @@ class Bank:
         for s, v in zip(sequences, values, strict=True):
             assert v is not None
             s.values = v.float().cpu()
+
+    def _log_probs(self, sequences: Sequence[_Sequence], hidden: Tensor) -> list[Tensor]:
+        """Per sequence, of `hidden [S, T, D]`, log p of the tokens that are read from it: one product for them all."""
+        if not sequences:
+            return []
+        index = [(0, 0, row, place, token) for row, s in enumerate(sequences) for place, token in s.reads]
+        found = choice_log_probs(self.backbone.token_head, hidden, torch.tensor(index))
+        return list(found.split([len(s.reads) for s in sequences]))
 
     def _hidden(self, sequences: Sequence[_Sequence], batch: Batch) -> Tensor:
         """The last hidden states `[B, T, D]`; what rows of one text have in common runs once."""
@@ -494,6 +526,17 @@ class _Sequence:
     served: _Served | None
     encoded: Encoded
     values: Tensor | None = None
+    ranked: RankedRow | None = None
+    """The row of which this is a sequence, where its answers are texts."""
+    part: int = 0
+    """Which sequence of that row it is."""
+
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """Where the tokens of the choices that are read from this sequence stand, and which they are."""
+        assert self.ranked is not None
+        own = [choice for choice in self.ranked.choices if choice.sequence == self.part]
+        return [pair for choice in own for pair in zip(choice.places, choice.tokens, strict=True)]
 
     @property
     def length(self) -> int:
@@ -520,12 +563,30 @@ def _read(served: _Served | None, parts: Sequence[_Sequence]) -> Prediction:
     task = served.adapter.task
     if task.kind == "embedding":
         return Prediction(adapter=served.name, label=None, probabilities={}, logits=None, embedding=values[0])
+    if task.pattern is not None:
+        logits = _scores(parts)
+        read = heads.answer(task, logits)
+        return Prediction(adapter=served.name, label=read.label, probabilities=read.probabilities, logits=logits)
     starts = parts[0].encoded.word_starts
     logits = torch.cat(values) if task.kind == "multiple_choice" else values[0]
     read = heads.answer(task, logits, starts)
     if task.kind == "tagging":
         logits = logits[list(starts)]
     return Prediction(adapter=served.name, label=read.label, probabilities=read.probabilities, logits=logits)
+
+
+def _scores(parts: Sequence[_Sequence]) -> Tensor:
+    """The scores per token of a row's choices `[choices]`, from the log-probabilities of all its sequences."""
+    left = {s.part: s.values for s in parts}
+    scores = []
+    ranked = parts[0].ranked
+    assert ranked is not None
+    for choice in ranked.choices:
+        values = left[choice.sequence]
+        assert values is not None
+        scores.append(values[: len(choice.tokens)].mean())
+        left[choice.sequence] = values[len(choice.tokens) :]
+    return torch.stack(scores)
 
 
 def _cannot_mix(row: int, entry: _Entry) -> str:

@@ -35,7 +35,8 @@ class Head:
 
     kind: str
     """Kind of task: classification, regression, multilabel, multiple_choice, tagging; embedding has no outputs but
-    the pooled vector itself; generation none but the backbone's own language-model head, which stays as it is."""
+    the pooled vector itself; generation none but the backbone's own language-model head, which stays as it is; ranking
+    none either: that head, causal or masked, ranks a task's answers as texts."""
     num_outputs: int
     """Number of outputs C."""
     pooling: Pooling = "cls"
@@ -72,6 +73,8 @@ class Head:
     @classmethod
     def for_task(cls, task: Task, pooling: Pooling = "cls", dropout: float = 0.1) -> Head:
         """The head that fits a task."""
+        if task.pattern is not None:
+            return cls(kind="ranking", num_outputs=0, pooling=pooling, dropout=dropout)
         outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)  # embedding, generation: 0
         return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
 
@@ -85,7 +88,7 @@ class Head:
 
     def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
         """`weight [C, D]`, `bias [C]`, and with a dense layer `dense_weight [D, D]` and `dense_bias [D]`."""
-        if self.kind in ("embedding", "generation"):
+        if self.kind in ("embedding", "generation", "ranking"):
             return {}
         width, outputs = backbone.output_size, self.num_outputs
         shapes = {"weight": torch.Size((outputs, width)), "bias": torch.Size((outputs,))}
@@ -94,9 +97,12 @@ class Head:
         return shapes
 
     def check(self, backbone: Backbone) -> None:
-        """Raise `ConfigError` if the backbone cannot pool this way, `BackboneError` if it cannot write and should."""
+        """Raise `ConfigError` if the backbone cannot pool this way, `BackboneError` if it lacks a head for tokens."""
         if self.kind == "generation":
             _ = backbone.lm_head
+            return
+        if self.kind == "ranking":
+            _ = backbone.token_head
             return
         if self.pooling == "pooler" and backbone.pooler is None:
             others = " or ".join(f"pooling='{p}'" for p in dict.fromkeys((backbone.default_pooling, "mean")))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from multitune.language_head import LanguageHead
+from multitune.language_head import AnyLanguageHead, LanguageHead
 
 #: Token that no loss counts.
 IGNORED = -100
@@ -37,7 +37,20 @@ def token_losses(head: LanguageHead, hidden: Tensor, targets: Tensor, label_smoo
         float32 `[N]`, row after row; differentiable.
     """
     counts = targets[:, 1:] != IGNORED
-    states, wanted = hidden[:, :-1][counts], targets[:, 1:][counts]
+    return losses_of(head, hidden[:, :-1][counts], targets[:, 1:][counts], label_smoothing)
+
+
+def losses_of(head: AnyLanguageHead, states: Tensor, wanted: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihoods of tokens, each under the logits of a state.
+
+    Args:
+        states: last hidden states `[N, D]`.
+        wanted: int64 `[N]`, the tokens.
+        label_smoothing: as `token_losses` takes it.
+
+    Returns:
+        float32 `[N]`; differentiable.
+    """
     step = max(1, MOST_LOGITS // head.weight.shape[0])
 
     def piece(states_N: Tensor, wanted_N: Tensor) -> Tensor:

@@ -80,15 +80,16 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
     """Write the merged model as a plain transformers checkpoint, with tokenizer and head beside it.
 
     The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with the tensors
-    of the adapter's head as `Head.shapes` names them, which a base model has no place for. Of an adapter that writes it
-    is a causal language model with its head.
+    of the adapter's head as `Head.shapes` names them, which a base model has no place for. Of an adapter that writes,
+    or ranks texts, it is a causal language model with its head.
 
     Args:
         adapter: a trained adapter of this backbone.
         output_dir: the folder to write; replaced atomically if it exists.
 
     Raises:
-        AdapterError: the adapter's method does not merge, or its backbone has LSG attention; says why.
+        AdapterError: the adapter's method does not merge, its backbone has LSG attention, or it ranks texts by the head
+            of a masked language model; says why.
         BackboneError: the adapter belongs to another backbone.
     """
     adapter.check_backbone(backbone)
@@ -96,6 +97,11 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         raise AdapterError(
             f"adapter '{adapter.name}' cannot be merged: its backbone '{backbone.name}' has LSG attention, which a "
             f"plain transformers checkpoint cannot say. Serve it unmerged with Bank.predict"
+        )
+    if adapter.head.kind == "ranking" and not backbone.causal:
+        raise AdapterError(
+            f"adapter '{adapter.name}' cannot be merged: it answers through the head of a masked language model, which "
+            f"the checkpoint of a base model has no place for. Serve it unmerged with Bank.predict"
         )
     if adapter.method.changes_weights:
         merged, num_deltas = backbone.with_weights(adapter.params), len(adapter.params)
@@ -118,7 +124,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
     merged.detach()  # a checkpoint must not record the instrumented attention
 
     def write(temporary: Path) -> None:
-        model = merged.language_model() if adapter.head.kind == "generation" else merged.model
+        model = merged.language_model() if adapter.head.kind in ("generation", "ranking") else merged.model
         model.save_pretrained(temporary)
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)

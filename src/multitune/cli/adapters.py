@@ -50,6 +50,7 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
             [
                 ("adapter", adapter.name),
                 ("task", f"{task.name}: {task.kind} of {' | '.join(task.template.parts)}"),
+                *([] if task.pattern is None else [("pattern", repr(task.pattern.prompt))]),
                 *([("labels", ", ".join(task.labels))] if task.labels else []),
                 ("method", f"{adapter.method.title} ({adapter.method.name})"),
                 ("settings", settings or "none"),

@@ -182,7 +182,11 @@ def write_head(head: Head, tensors: Mapping[str, Tensor], backbone: Backbone) ->
     """The task and tensors of the transformers head that computes the same as ours; `None` where there is none."""
     task = TOKEN if head.kind == "tagging" else SEQUENCE
     form = classifier_of(backbone.model.config, task)
-    if form is None or head.kind in ("multiple_choice", "embedding", "generation") or not _same_form(head, form):
+    if (
+        form is None
+        or head.kind in ("multiple_choice", "embedding", "generation", "ranking")
+        or not _same_form(head, form)
+    ):
         return None
     have = dict(tensors)
     if form.norm is not None:  # what the norm multiplies by and adds is in the outputs already

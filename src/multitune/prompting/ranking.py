@@ -13,6 +13,7 @@ from multitune.deltas import Memory
 from multitune.errors import BackboneError, DataError
 from multitune.plan import DeltaSet
 from multitune.prompting.selection import Examples
+from multitune.ranked import text_ids
 from multitune.tasks import Task, judge
 from multitune.tasks.pattern import Pattern
 from multitune.training.language import answer_losses, served
@@ -100,8 +101,7 @@ class _Reader:
     def __init__(self, backbone: Backbone, adapter: Adapter | None) -> None:
         _ = backbone.lm_head
         self.backbone, self.deltas = (backbone, None) if adapter is None else served(backbone, adapter)
-        self.tokenizer: Any = backbone.tokenizer
-        if self.tokenizer is None:
+        if backbone.tokenizer is None:
             raise BackboneError(f"backbone '{backbone.name}' has no tokenizer, so that it cannot read texts")
 
     @property
@@ -119,15 +119,15 @@ class _Reader:
         batch_size: int,
     ) -> tuple[list[tuple[float, ...]], bool]:
         """Per prompt the scores of its answers, all behind one prefix; and whether that was read once for all."""
-        front = self._ids(prefix, first=True) if prefix else []
-        prompts = [self._ids(text, first=not prefix) for text, _ in asked]
+        front = text_ids(self.backbone, prefix, first=True)
+        prompts = [text_ids(self.backbone, text, first=not prefix) for text, _ in asked]
         once = bool(front) and len(asked) > 1 and self._shares
         deltas = self._memory(front) if once else self.deltas
         rows: list[Answered] = []
         room = self.backbone.max_length - (0 if deltas is None else deltas.num_positions)
         for number, prompt, (_, answers) in zip(numbers, prompts, asked, strict=True):
             for answer in answers:
-                ids = self._ids(answer, first=False)
+                ids = text_ids(self.backbone, answer, first=False)
                 whole = [*([] if once else front), *prompt, *ids]
                 if len(whole) > room:
                     needed = len(front) + len(prompt) + len(ids)
@@ -151,11 +151,3 @@ class _Reader:
         is_open = some.new_ones(len(ids))
         memories = {site: [Memory(keys=k, values=v, open=is_open, shift=len(ids))] for site, (k, v) in sites.items()}
         return DeltaSet(memories).fused(self.backbone.dtype, self.backbone.device)
-
-    def _ids(self, text: str, *, first: bool) -> list[int]:
-        """Token ids of a text; with the token that begins one, if the tokenizer has it and this comes `first`."""
-        with self.backbone.tokenizer_lock:
-            found = self.tokenizer(text, add_special_tokens=False, truncation=False, return_attention_mask=False)
-            begins = self.tokenizer("", truncation=False, return_attention_mask=False)["input_ids"][:1] if first else []
-        starts = begins if begins == [self.tokenizer.bos_token_id] else []
-        return [*starts, *found["input_ids"]]

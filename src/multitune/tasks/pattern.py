@@ -69,11 +69,11 @@ class Pattern:
         return tuple(column for column in self._template.columns if column != MASK)
 
     @cached_property
-    def _space(self) -> str:
-        """What stands between the prompt and the answer."""
+    def spaced(self) -> bool:
+        """Whether a space stands between the prompt and the answer."""
         if self.has_mask:
-            return " " if _PLACE.split(self.prompt)[0].endswith(" ") else ""
-        return "" if self.prompt[-1:].isspace() else " "
+            return _PLACE.split(self.prompt)[0].endswith(" ")
+        return not self.prompt[-1:].isspace()
 
     def check(self, task: Task) -> None:
         """Raise `TaskError` unless this pattern puts rows of the task."""
@@ -125,7 +125,7 @@ class Pattern:
             texts = task.choice_texts(row)
         else:
             texts = tuple(self._said(name) for name in task.labels)
-        return tuple(self._space + text.strip() for text in texts)
+        return tuple(" " * self.spaced + text.strip() for text in texts)
 
     def example(self, task: Task, row: Mapping[str, Any]) -> str:
         """A row with its right answer."""

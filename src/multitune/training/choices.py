@@ -8,7 +8,7 @@ Legend: R rows, S sequences (all choices of all rows), T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from multitune.errors import ConfigError
+from multitune.ranked import CHOICE, ROW
 
 #: What the released code adds inside the logarithm of the unlikelihood loss.
 UNLIKELIHOOD_EPS = 0.01
@@ -74,6 +75,21 @@ class Candidates:
         ids = ids.masked_fill(~mask, 0)  # padding may hold anything, labels of other libraries -100
         log_probs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         return cls(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask, counts=tuple(counts))
+
+    @classmethod
+    def from_tokens(cls, log_probs: Tensor, index: Tensor) -> Candidates:
+        """The choices from what `choice_log_probs` gives.
+
+        Args:
+            log_probs: float32 `[N]`: log p of every token of every choice.
+            index: int64 `[N, 5]`, as `multitune.ranked.index_of` makes it: which row and choice each token is of.
+        """
+        pairs, lengths = index[:, [ROW, CHOICE]].unique_consecutive(dim=0, return_counts=True)
+        counts = pairs[:, 0].unique_consecutive(return_counts=True)[1]
+        padded = pad_sequence(list(log_probs.split(lengths.tolist())), batch_first=True)
+        places = torch.arange(padded.shape[1], device=padded.device)
+        mask = places < lengths.to(padded.device).unsqueeze(1)
+        return cls(log_probs=padded, mask=mask, counts=tuple(counts.tolist()))
 
     @property
     def lengths(self) -> Tensor:
@@ -144,6 +160,31 @@ def choice_loss(candidates: Candidates, answers: Tensor) -> Tensor:
     """`L_LN = -log(e^β(y) / Σ e^β)` over a row's choices, with length-normalised scores β, averaged over rows."""
     candidates.right(answers)  # refuses answers that no row has
     return F.cross_entropy(candidates.by_row(candidates.scores()), answers)
+
+
+def distillation_loss(candidates: Candidates, teacher: Tensor) -> Tensor:
+    """`KL(p_T ‖ p_S)` over a row's choices, averaged over rows (Askell et al. 2021, arXiv 2112.00861, section 2.1).
+
+    Semantics: `Σ_c p_T(c) (log p_T(c) - log p_S(c))`, where `p_S = softmax(β)` of the candidates' scores.
+
+    Args:
+        teacher: float32 `[R, most choices]`: the teacher's scores β, -inf where a row has no such choice.
+    """
+    scores = candidates.by_row(candidates.scores())
+    if scores.shape != teacher.shape:
+        raise ConfigError(f"the teacher's scores {tuple(teacher.shape)} do not fit choices {tuple(scores.shape)}")
+    wanted, found = teacher.log_softmax(-1), scores.log_softmax(-1)
+    there = torch.isfinite(wanted)
+    each = wanted.exp() * (wanted.masked_fill(~there, 0.0) - found.masked_fill(~there, 0.0))
+    return each.sum(1).mean()
+
+
+#: Part of `TrainConfig.losses` -> what it adds.
+LOSSES: dict[str, Callable[[Candidates, Tensor], Tensor]] = {
+    "language": language_loss,
+    "unlikelihood": unlikelihood_loss,
+    "choice": choice_loss,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

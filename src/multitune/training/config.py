@@ -28,12 +28,16 @@ _AT_LEAST = {
     "cache_bytes": 0,
     "eval_texts": 0,
     "eval_new_tokens": 1,
+    "distill_examples": 1,
     "seed": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
 }
 _BELOW_ONE = ("warmup_ratio", "head_dropout", "label_smoothing")
-_POSITIVE = ("learning_rate", "epochs")
+_POSITIVE = ("learning_rate", "epochs", "distill_weight")
+
+#: Parts of `TrainConfig.losses`; training/choices.py says what each is.
+LOSS_NAMES = ("language", "unlikelihood", "choice")
 
 #: What neither changes the tensors nor the metrics of a run, so that a resumed run may change it.
 COSMETIC = ("progress", "keep_checkpoints")
@@ -85,6 +89,15 @@ class TrainConfig:
     """Probability of dropping an entry of the head's input, in training."""
     label_smoothing: float = 0.0
     """Generation: share of every token's weight in the loss that goes to all words alike."""
+    losses: str | None = None
+    """Tasks with a pattern: what is minimised, the plain sum of these, joined by +: language (of the right answer's
+    tokens), unlikelihood (of the wrong answers'), choice (cross-entropy over the choices' scores per token). By default
+    T-Few's language+unlikelihood+choice on a causal backbone, and on a masked one choice, pattern-based fine-tuning."""
+    distill_examples: int | None = None
+    """Tasks with a pattern, on a causal backbone: context distillation. The frozen backbone reads so many other
+    training rows, drawn by seed, in front of each, and the adapter learns to choose as it does without reading them."""
+    distill_weight: float = 1.0
+    """Share of the distillation, a Kullback-Leibler divergence, in the loss; the rest is that of `losses`."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, more time, equal gradients."""
     cache_frozen: Literal["auto", "memory", "disk"] | None = None
@@ -116,6 +129,9 @@ class TrainConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "give a number above 0")
+        _require(self.distill_weight <= 1, "distill_weight", self.distill_weight, "give a share, 1 at most")
+        if self.losses is not None:
+            parse_losses(self.losses)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -141,6 +157,20 @@ class TrainConfig:
         recipe = method.recipe
         own = {name: getattr(recipe, name) for name in ("learning_rate", "weight_decay", "warmup_ratio")}
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+def parse_losses(given: str) -> tuple[str, ...]:
+    """`"language+choice"` as names of `LOSS_NAMES`.
+
+    Raises:
+        ConfigError: one that there is not, none, or one twice.
+    """
+    names = tuple(name.strip() for name in given.split("+"))
+    unknown = [name for name in names if name not in LOSS_NAMES]
+    fix = f"join any of {', '.join(LOSS_NAMES)} by +, each once, such as language+choice"
+    near = suggest(unknown[0], LOSS_NAMES) if unknown else ""
+    _require(not unknown and len(set(names)) == len(names), "losses", given, fix + (f".{near}" if near else ""))
+    return names
 
 
 @cache

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multitune.answers import encode_answered
@@ -18,6 +20,7 @@ from multitune.backbone import Backbone
 from multitune.batching import Encoded, encode, pad
 from multitune.errors import DataError, DataWarning
 from multitune.heads import IGNORED
+from multitune.ranked import RankedRow, encode_ranked, index_of
 from multitune.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ class Item:
     sequences: tuple[Encoded, ...]
     target: Any
     """As `Example.target`; generation: how many tokens at the end of the sequence are the answer."""
+    ranked: RankedRow | None = None
+    """Of a task with a pattern: its choices, and where they stand in the sequences."""
+    teacher: tuple[float, ...] | None = None
+    """Of a task with a pattern: the scores of its choices that are distilled, if any are."""
 
     def __len__(self) -> int:
         return max(len(s) for s in self.sequences)
@@ -75,6 +82,12 @@ class TaskRows(Dataset[Item]):
             answered = encode_answered(backbone, task, examples, max_length=max_length, split=split)
             self.items = [Item(sequences=(Encoded(input_ids=a.input_ids),), target=a.num_answer) for a in answered]
             return
+        if task.pattern is not None:
+            ranked = encode_ranked(backbone, task, [dict(row) for row in table], max_length=max_length, split=split)
+            self.items = [
+                Item(sequences=r.sequences, target=e.target, ranked=r) for r, e in zip(ranked, examples, strict=True)
+            ]
+            return
         texts = [t for e in examples for t in e.texts]
         encoded = iter(encode(backbone, texts, max_length=max_length, words=task.kind == "tagging"))
         self.items = [Item(sequences=tuple(next(encoded) for _ in e.texts), target=e.target) for e in examples]
@@ -84,6 +97,12 @@ class TaskRows(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         return self.items[index]
+
+    def with_teacher(self, scores: Sequence[tuple[float, ...]]) -> TaskRows:
+        """The same rows, each with the scores of its choices that are to be distilled."""
+        taught = copy.copy(self)
+        taught.items = [replace(item, teacher=s) for item, s in zip(self.items, scores, strict=True)]
+        return taught
 
     @property
     def sequences(self) -> list[Encoded]:
@@ -96,6 +115,7 @@ class TaskRows(Dataset[Item]):
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(repr(([s.input_ids for s in item.sequences], item.target)).encode())
+            digest.update(repr(item.ranked.choices).encode() if item.ranked is not None else b"")
         return digest.hexdigest()[:32]
 
 
@@ -114,7 +134,7 @@ class Collator:
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         sequences = [s for item in items for s in item.sequences]
         batch = pad(sequences, self.pad_id)
-        found = {
+        found: dict[str, Tensor | None] = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "token_type_ids": batch.token_type_ids,
@@ -122,6 +142,10 @@ class Collator:
             "targets": self._targets(items, batch.input_ids.shape[1]),
             "states": None if self.states is None else self.states.batch(sequences),
         }
+        ranked = [item.ranked for item in items if item.ranked is not None]
+        if ranked:
+            found["index"] = index_of(ranked)
+            found["teacher"] = _taught(items)
         return {name: t for name, t in found.items() if t is not None}
 
     def _targets(self, items: Sequence[Item], width: int) -> Tensor:
@@ -146,6 +170,12 @@ class Collator:
             return out
         dtype = torch.float32 if self.kind in ("regression", "multilabel") else torch.long
         return torch.tensor([item.target for item in items], dtype=dtype)
+
+
+def _taught(items: Sequence[Item]) -> Tensor | None:
+    """The teacher's scores `[R, choices]`, -inf where a row has fewer choices; `None` where nothing is distilled."""
+    scores = [torch.tensor(item.teacher) for item in items if item.teacher is not None]
+    return pad_sequence(scores, batch_first=True, padding_value=-torch.inf) if scores else None
 
 
 class BatchOrder(Sampler[list[int]]):

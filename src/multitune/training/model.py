@@ -1,11 +1,12 @@
 """What is trained: a method's tensors and a head, around a backbone that stays outside the module tree.
 
-Legend: B sequences, T tokens, C outputs, R rows (a multiple-choice row has several sequences).
+Legend: B sequences, T tokens, C outputs, R rows (a multiple-choice or ranked row has several sequences),
+N tokens of choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -18,7 +19,12 @@ from multitune.inputs import Batch
 from multitune.language_loss import token_losses
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
+from multitune.ranked import choice_log_probs
 from multitune.sharing import first_touched, first_trained
+from multitune.training.choices import LOSSES, Candidates, distillation_loss
+
+#: Kinds of head that read more than one vector of a row.
+_READ_TOKENS = ("tagging", "generation", "ranking")
 
 
 class TuningModel(nn.Module):
@@ -35,6 +41,8 @@ class TuningModel(nn.Module):
         num_choices: int = 1,
         autocast: torch.dtype | None = None,
         label_smoothing: float = 0.0,
+        losses: Sequence[str] = ("choice",),
+        distill_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -43,6 +51,8 @@ class TuningModel(nn.Module):
             num_choices: multiple choice: sequences per row, where all rows have as many.
             autocast: dtype of mixed precision, `None` for none.
             label_smoothing: generation: as `token_losses` takes it, in training only.
+            losses: ranking: names of `choices.LOSSES` whose sum is minimised.
+            distill_weight: ranking, where a batch has a teacher: the share of its loss, in training only.
         """
         super().__init__()
         self.backbone = backbone  # no nn.Module, so nothing of it is registered here
@@ -51,6 +61,8 @@ class TuningModel(nn.Module):
         self.num_choices = num_choices
         self.autocast = autocast
         self.label_smoothing = label_smoothing
+        self.losses = tuple(losses)
+        self.distill_weight = distill_weight
         self.frozen_layers = 0
         """Layers, from the bottom, that run without dropout, with all that is in front of them and behind the last."""
         self.names = tuple(params)
@@ -67,6 +79,8 @@ class TuningModel(nn.Module):
         targets: Tensor | None = None,
         states: Tensor | None = None,
         slots: Tensor | None = None,
+        index: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits, and with targets the mean loss.
 
@@ -75,9 +89,12 @@ class TuningModel(nn.Module):
             targets: as `heads.loss` takes them; generation as `token_losses` does.
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
             slots: int64 `[B, S]` as `Backbone.run` takes them.
+            index: ranking: int64 `[N, 5]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
+            teacher: ranking: float32 `[R, choices]`, the scores to distil.
 
         Returns:
-            `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; `loss` scalar. Generation: `logits`
+            `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; ranking the scores per token
+            `[R, choices]`; `loss` scalar. Generation: `logits`
             `[B, T, V]` without targets, and with them `loss` alone, the mean over all tokens that count.
         """
         backbone, device = self.backbone, self.backbone.device
@@ -92,7 +109,7 @@ class TuningModel(nn.Module):
                 hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), batch)
             else:
                 hidden, mask = states.to(device), None if self.keeps_one_state else mask
-        return self.read(hidden, mask, targets)
+        return self.read(hidden, mask, targets, index, teacher)
 
     def arithmetic(self) -> torch.autocast:
         """The precision that the forward pass runs in."""
@@ -104,11 +121,21 @@ class TuningModel(nn.Module):
         params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
         return Plan([DeltaSet(self.method.deltas(params, backbone))] * num_rows)
 
-    def read(self, hidden: Tensor, mask: Tensor | None, targets: Tensor | None) -> dict[str, Tensor]:
+    def read(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        targets: Tensor | None,
+        index: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """What `forward` returns, from the backbone's last hidden states `[B, T, D]` and the mask `[B, T]`."""
         with self.arithmetic():
             if self.head.kind == "generation":
                 return self._written(hidden, targets)
+            if self.head.kind == "ranking":
+                assert index is not None
+                return self._ranked(hidden, targets, index, teacher)
             tensors = dict(zip(self.head_names, self.head_params, strict=True))
             logits = heads.logits(self.backbone, self.head, tensors, hidden, mask, self.training).float()
         if self.head.kind == "multiple_choice":
@@ -125,10 +152,26 @@ class TuningModel(nn.Module):
         losses = token_losses(self.backbone.lm_head, hidden, targets.to(hidden.device), smoothing)
         return {"loss": losses.mean()}
 
+    def _ranked(
+        self, hidden: Tensor, targets: Tensor | None, index: Tensor, teacher: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`forward` for rows whose answers are texts, from `hidden [B, T, D]`."""
+        log_probs = choice_log_probs(self.backbone.token_head, hidden, index)
+        candidates = Candidates.from_tokens(log_probs, index)
+        scores = candidates.by_row(candidates.scores())
+        if targets is None:
+            return {"logits": scores}
+        answers = targets.to(hidden.device)
+        loss = torch.stack([LOSSES[name](candidates, answers) for name in self.losses]).sum()
+        if teacher is not None and self.training:
+            taught = distillation_loss(candidates, teacher.to(hidden.device))
+            loss = self.distill_weight * taught + (1 - self.distill_weight) * loss
+        return {"logits": scores, "loss": loss}
+
     @property
     def keeps_one_state(self) -> bool:
         """Whether `frozen_outputs` are one vector per sequence: no layer is trained and the head reads no more."""
-        return self.frozen_layers == self.backbone.num_layers and self.head.kind not in ("tagging", "generation")
+        return self.frozen_layers == self.backbone.num_layers and self.head.kind not in _READ_TOKENS
 
     def frozen_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
         """What the lowest `frozen_layers` give without dropout: what goes into the layer above them.

@@ -22,10 +22,12 @@ from multitune.heads import Head
 from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, make_method
 from multitune.quantized import check_trains
+from multitune.ranked import PatternReader
 from multitune.tasks import Task, TaskData
 from multitune.training.checkpoints import Checkpoints, differences
-from multitune.training.config import COSMETIC, TrainConfig
-from multitune.training.data import TaskRows
+from multitune.training.config import COSMETIC, LOSS_NAMES, TrainConfig, parse_losses
+from multitune.training.data import Item, TaskRows
+from multitune.training.distill import teacher_scores
 from multitune.training.model import TuningModel
 from multitune.training.publish import HISTORY_FILE, JOB_FILE, best_adapter, check_folder, publish
 from multitune.training.results import TrainResult, history_of, peak_memory
@@ -98,6 +100,7 @@ class Setup:
         data = replace(data, task=settle_format(backbone, data.task))
         _check_smoothing(data.task, config)
         check_judged_by_texts(data.task, config)
+        config = _settle_losses(backbone, data.task, config)
         chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
         check_trains(backbone, chosen)
         return cls(
@@ -126,6 +129,9 @@ class Setup:
             for split, table in (("train", data.train), ("validation", data.validation))
         }
         _check_prompts(model, rows.values())
+        if self.config.distill_examples is not None:
+            scores = teacher_scores(backbone, data.task, data.train, self.config)
+            rows["train"] = rows["train"].with_teacher(scores)
         facts = {
             "num_train": len(rows["train"]),
             "num_validation": len(rows["validation"]),
@@ -269,9 +275,10 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
         own = dict(backbone.model.named_parameters())
         params = {name: own[name].requires_grad_(True) for name in params}
     if not head_params and not any(map(method.trains, params)):
+        what = f"kind, {data.task.kind}, has" if data.task.pattern is None else "pattern leaves"
         raise ConfigError(
-            f"{method.title} trains nothing on task '{data.task.name}', whose kind, {data.task.kind}, has no head to "
-            f"train; choose a method that changes the backbone, such as lora"
+            f"{method.title} trains nothing on task '{data.task.name}', whose {what} no head to train; choose a method "
+            f"that changes the backbone, such as lora"
         )
     return TuningModel(
         backbone,
@@ -282,6 +289,8 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
         num_choices=len(data.task.choices) or 1,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         label_smoothing=config.label_smoothing,
+        losses=parse_losses(config.losses) if config.losses is not None else (),
+        distill_weight=config.distill_weight,
     )
 
 
@@ -293,20 +302,51 @@ def _check_smoothing(task: Task, config: TrainConfig) -> None:
         )
 
 
+def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> TrainConfig:
+    """The settings with the usual losses where a pattern needs some.
+
+    Raises:
+        ConfigError: settings of a pattern for a task without one, or a distillation that cannot be.
+        BackboneError, TaskError: the backbone cannot answer in the pattern.
+    """
+    if task.pattern is None:
+        given = [name for name in ("losses", "distill_examples") if getattr(config, name) is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]}={getattr(config, given[0])!r} is for tasks with a pattern, and task '{task.name}' has "
+                f"none; give it one, data.with_pattern(Pattern(...)) (--pattern), or leave {given[0]} out"
+            )
+        return config
+    PatternReader(backbone, task)
+    if config.distill_examples is not None and not backbone.causal:
+        raise ConfigError(
+            f"distill_examples={config.distill_examples}: backbone '{backbone.name}' is a masked language model, and "
+            f"context distillation needs a causal one, which continues its examples; leave it out, or take smollm2"
+        )
+    return replace(config, losses=config.losses or "+".join(LOSS_NAMES if backbone.causal else ("choice",)))
+
+
 def _check_prompts(model: TuningModel, splits: Iterable[TaskRows]) -> None:
     """Raise `ConfigError` for vectors that training would put elsewhere than generation, which ends with the prompt."""
-    if model.head.kind != "generation":
+    if not (model.head.kind == "generation" or (model.head.kind == "ranking" and model.backbone.causal)):
         return
     places = [a for _, d in model.delta_set().of(Prompt) if isinstance(d, Prompt) for a in d.at]
     if not places:
         return
-    shortest = min(len(i) - i.target for rows in splits for i in rows.items)
+    shortest = min(_prompt_length(i) for rows in splits for i in rows.items)
     if min(places) < 0 or max(places) >= shortest:
         raise ConfigError(
             f"{model.method.title} puts vectors behind the text, or as far as token {max(places)} of prompts of which "
             f"the shortest has {shortest} tokens; where the answer follows, they must stand in front of the prompt's "
             f"last token: give position=0, or a pattern that ends with {{text}}"
         )
+
+
+def _prompt_length(item: Item) -> int:
+    """Tokens in front of the answers."""
+    if item.ranked is None:
+        return len(item) - int(item.target)
+    return min(choice.places[0] for choice in item.ranked.choices) + 1
 
 
 def _room(model: TuningModel, config: TrainConfig) -> int:

@@ -92,7 +92,8 @@ def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[Steppe
         tuned.training = True  # an evaluation may have switched it off; the backbone is switched on above
         with run.stream.drawing():
             try:
-                outputs = tuned.read(own, batch.attention_mask, targets)
+                more = (run.batch.get(name) for name in ("index", "teacher"))
+                outputs = tuned.read(own, batch.attention_mask, targets, *more)
                 found.append((run, run.trainer.share_of_loss(outputs, targets, run.num_items)))
             except MultituneError as error:
                 found.append((run, error))

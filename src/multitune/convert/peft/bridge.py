@@ -131,7 +131,7 @@ def export_peft(adapter: Adapter, backbone: Backbone, folder: Path) -> str:
     fits = write_head(adapter.head, adapter.head_params, backbone)
     if fits is not None and not (one.prompt and not _reads_tokens(adapter.head, one)):
         task, head = fits
-    if adapter.head.kind == "generation":
+    if adapter.head.kind == "generation" or (adapter.head.kind == "ranking" and backbone.causal):
         task = "CAUSAL_LM"
     prefix = f"{names.prefix}." if task != "FEATURE_EXTRACTION" else ""
     start = "base_model." if one.prompt else "base_model.model."
