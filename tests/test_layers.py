@@ -40,11 +40,13 @@ MAY_IMPORT = {
     "compiled": {"call", "errors"},
     "backbone": {
         *("architectures", "copies", "errors", "frozen", "hooks", "inputs", "instrument", "joint", "language_head"),
-        *("loading", "lsg", "passes", "plan", "pruned", "quantized", "sites"),
+        *("loading", "lsg", "masked", "passes", "plan", "pruned", "quantized", "sites"),
     },
     "instrument": {"architectures", "attention", "call", "errors", "hooks", "lsg"},
     "copies": {"attention", "errors", "hooks", "instrument"},
-    "loading": {"architectures", "errors", "lsg", "packaged", "pruned", "quantized"},
+    "masked": {"architectures", "errors", "language_head", "packaged"},
+    "ranked": {"batching", "errors", "inputs", "language_head", "language_loss", "tasks"},
+    "loading": {"architectures", "errors", "lsg", "masked", "packaged", "pruned", "quantized"},
     "passes": {"call", "errors", "inputs", "joint", "plan"},
     "sharing": {"inputs", "passes", "plan", "workspace"},
     "generation": {
