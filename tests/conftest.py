@@ -209,7 +209,7 @@ def _tokenizer(pad_id: int) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def _model(name: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
+def _model(name: str, seed: int = 0, class_name: str = "", **overrides) -> transformers.PreTrainedModel:
     """A tiny model without dropout, all of whose weights are random, norms and biases included."""
     config_class, model_class, settings = CONFIGS[name]
     make = getattr(transformers, config_class)
@@ -217,7 +217,7 @@ def _model(name: str, seed: int = 0, **overrides) -> transformers.PreTrainedMode
     config = make(**(off | settings | overrides))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(config)
+        model = getattr(transformers, class_name or model_class)(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -253,6 +253,20 @@ def make_backbone():
     def make(name: str = "bert", seed: int = 0, **overrides) -> Backbone:
         model = _model(name, seed, **overrides)
         return Backbone(model, _tokenizer(int(model.config.pad_token_id or 0)), name=name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_masked():
+    """`make_masked(name, seed=0, **config)`: a tiny masked language model with a tokenizer that has a mask."""
+
+    def make(name: str = "bert", seed: int = 0, **overrides):
+        model_class = CONFIGS[name][1].removesuffix("Model") + "ForMaskedLM"
+        model = _model(name, seed, model_class, **overrides)
+        tokenizer = _tokenizer(int(model.config.pad_token_id or 0))
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        return model.eval(), tokenizer
 
     return make
 

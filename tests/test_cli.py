@@ -13,11 +13,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from multitune import __version__, get_method, method_names
+from multitune import Pattern, __version__, get_method, method_names
 from multitune.cli import app
 from multitune.cli.fields import fields_of
 from multitune.cli.shared import COMMANDS, load_command, size
-from multitune.cli.train import OPTIONS
+from multitune.cli.train import OPTIONS, read_recipe, task_data
 from multitune.tasks import list_tasks, load_task
 from multitune.training import TrainConfig
 
@@ -684,3 +684,54 @@ def test_a_recipe_of_many_jobs_is_checked(tmp_path: Path) -> None:
     recipe.write_text("jobs: [{task: demo/topic, method: lora}]\n")
     assert "needs --out" in bad("train-many", recipe)
     assert not (tmp_path / "out").exists()
+
+
+# ---- answers as text
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path, make_model: Any, make_backbone: Any) -> Path:
+    """The folder of a tiny causal language model."""
+    from transformers import LlamaForCausalLM
+
+    base = make_model("llama", tie_word_embeddings=True, max_position_embeddings=640)
+    whole = LlamaForCausalLM(base.config)
+    whole.model.load_state_dict(base.state_dict())
+    whole.save_pretrained(tmp_path / "llama")
+    make_backbone("llama").tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_pattern_trains_ranks_and_is_shown(tmp_path: Path, tiny_llama: Path) -> None:
+    pattern = ("--pattern", "{text} is {mask}", "--verbalizer", "positive=good", "--verbalizer", "negative=bad")
+    short = ("--max-steps", "1", "--batch-size", "2", "--progress", "false", "--learning-rate", "1e-3")
+    common = ("--task", "demo/sentiment", "--method", "ia3", "--backbone", tiny_llama, "--out", tmp_path / "a")
+    good("train", *common, *pattern, *short, "--losses", "language+choice", "--distill-examples", "1")
+    shown = good("inspect", tmp_path / "a", "--json").json
+    assert shown["task"]["pattern"]["verbalizer"] == {"positive": "good", "negative": "bad"}
+    assert shown["recipe"]["losses"] == "language+choice" and "{text} is {mask}" in good("inspect", tmp_path / "a").out
+    answer = good("predict", "a good film", "--adapters", tmp_path / "a", "--json").json
+    assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert good("evaluate", tmp_path / "a", "--task", "demo/sentiment", "--json").json[0]["accuracy"] >= 0
+
+
+def test_a_recipe_with_a_pattern_is_that_of_the_flags(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    lines = ("task: demo/sentiment", "pattern: '{text} {mask}'", "verbalizer: {positive: good}", "instruction: Say.")
+    recipe.write_text("\n".join(lines))
+    made = task_data(read_recipe(recipe), 0).task.pattern
+    assert made == Pattern("{text} {mask}", {"positive": "good"}, instruction="Say.")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--verbalizer", "positive=good"), "belongs to a pattern; give --pattern too"),
+        (("--pattern", "{text}", "--verbalizer", "good"), "--verbalizer takes LABEL=TEXT, such as --verbalizer"),
+        (("--pattern", "{text}", "--verbalizer", "positve=good"), "Did you mean 'positive'"),
+        (("--pattern", "{text} {mask} {mask}"), "more than once"),
+    ],
+)
+def test_patterns_on_the_command_line_are_checked(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    answer = Answer("train", "--task", "demo/sentiment", "--method", "ia3", "--out", tmp_path / "a", *options)
+    assert answer.code == 1 and says in answer.err

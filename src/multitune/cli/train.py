@@ -31,7 +31,7 @@ from multitune.cli.shared import (
 from multitune.errors import ConfigError, DataError, TaskError, suggest
 from multitune.methods import make_method
 from multitune.methods.combined import part_names
-from multitune.tasks import TaskData, any_split, load_table, load_task
+from multitune.tasks import Pattern, TaskData, any_split, load_table, load_task
 from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, evaluate, train
 from multitune.training.checkpoints import Checkpoints
@@ -40,7 +40,9 @@ from multitune.words import in_words
 SETTINGS = fields_of(TrainConfig)
 
 OWN_DATA = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
+OWN_PATTERN = ("verbalizer", "instruction")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
+_PATTERN = "Answers as text, by a language model"
 _TRAINING = "Training"
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN"}
 
@@ -96,6 +98,20 @@ OPTIONS: dict[str, Any] = {
     "dtype": _option(
         _TASK, "Number type of the backbone: float32, bfloat16 or float16. \\[default: float32]", metavar="WORD"
     ),
+    "pattern": _option(
+        _PATTERN,
+        "Put rows to the language model in this text over columns and rank the answers as texts, instead of training a "
+        'head; such as "{premise} Question: {hypothesis} True or False? Answer: {mask}". {mask} is where the answer '
+        "stands, at the end if it is left out. For classification and multiple choice.",
+        metavar="TEXT",
+    ),
+    "verbalizer": _option(
+        _PATTERN,
+        "How a label is said, such as entailment=True; may be repeated. By default by its name.",
+        list[str],
+        metavar="LABEL=TEXT",
+    ),
+    "instruction": _option(_PATTERN, "What stands in front of every row.", metavar="TEXT"),
     "train": _option(_DATA, "Rows to learn from: a file, a folder, or a hub data set.", metavar="FILE"),
     "validation": _option(
         _DATA, "Rows to judge by; by default the folder's own, or a tenth held out by seed.", metavar="FILE"
@@ -150,6 +166,8 @@ def train_command(
     flags = {key: value for key, value in options.items() if value is not None}
     if "set" in flags:
         flags["set"] = parse_settings(flags["set"])
+    if "verbalizer" in flags:
+        flags["verbalizer"] = parse_settings(flags["verbalizer"], "verbalizer", "LABEL=TEXT", "entailment=True")
     chosen = override(read_recipe(recipe) if recipe else {}, flags)
     for key, example in (("method", "lora"), ("out", "adapters/mine")):
         if key not in chosen:
@@ -211,13 +229,15 @@ def train_command(
     show(shared.table([(method.name, *cells, *more)], columns, right=columns[1:7]))
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """`["r=16"]` as a mapping."""
+def parse_settings(
+    pairs: Sequence[str], option: str = "set", form: str = "NAME=VALUE", example: str = "r=16"
+) -> dict[str, str]:
+    """`["r=16"]` as a mapping; messages name the option that takes it."""
     found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set takes NAME=VALUE, such as --set r=16, not '{pair}'")
+            raise ConfigError(f"--{option} takes {form}, such as --{option} {example}, not '{pair}'")
         found[key.strip()] = value.strip()
     return found
 
@@ -295,7 +315,7 @@ def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
     Raises:
         ConfigError: no task or more than one is given, or a number of examples that is none.
     """
-    data = _data_alone(chosen, seed)
+    data = _in_pattern(_data_alone(chosen, seed), chosen)
     if "examples" not in chosen:
         return data
     k = chosen["examples"]
@@ -324,6 +344,29 @@ def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
             "train needs data: --task NAME (`multitune tasks` lists them), --train FILE, or --mixture FILE"
         )
     return load_table(own.pop("train"), **own, seed=seed)  # type: ignore[arg-type]
+
+
+def _in_pattern(data: TaskData, chosen: Mapping[str, Any]) -> TaskData:
+    """The data in the pattern that was chosen, if one was.
+
+    Raises:
+        ConfigError: what only a pattern has, without one; or a verbalizer of another form.
+        TaskError: a pattern that does not fit the task.
+    """
+    if "pattern" not in chosen:
+        lone = [key for key in OWN_PATTERN if key in chosen]
+        if lone:
+            raise ConfigError(f"--{lone[0]} belongs to a pattern; give --pattern too, such as --pattern '{{text}}'")
+        return data
+    said = chosen.get("verbalizer", {})
+    if not isinstance(said, Mapping):
+        raise ConfigError(f"'verbalizer' in the recipe maps labels to texts, such as {{yes: 'True'}}, not {said!r}")
+    for label, text in said.items():
+        if isinstance(label, bool) or not isinstance(text, str):  # what YAML makes of yes, no, true and false
+            raise ConfigError(f"'verbalizer' in the recipe: {label!r}: {text!r} is no text; put quotes around it")
+    words = {str(label): text for label, text in said.items()}
+    instruction = str(chosen.get("instruction", ""))
+    return data.with_pattern(Pattern(str(chosen["pattern"]), words, instruction=instruction))
 
 
 def _task_of(adapter: Adapter, name: str | None) -> TaskData:

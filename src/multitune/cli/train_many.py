@@ -13,6 +13,7 @@ from multitune.cli.shared import AsJson, app, count, note, print_json, score, sh
 from multitune.cli.train import (
     OPTIONS,
     OWN_DATA,
+    OWN_PATTERN,
     SETTINGS,
     flat_settings,
     override,
@@ -103,7 +104,8 @@ def _job(number: int, chosen: dict[str, Any], data: dict[str, TaskData]) -> Trai
         method = make_method(name, {**inline, **flat_settings(chosen.get("set", {}))})
         settings = {f.name: chosen[f.name] for f in SETTINGS if f.name in chosen}
         seed = TrainConfig.from_dict(settings).seed
-        own = {key: str(chosen[key]) for key in ("task", "mixture", "examples", *OWN_DATA) if key in chosen}
+        told = ("task", "mixture", "examples", *OWN_DATA, "pattern", *OWN_PATTERN)
+        own = {key: str(chosen[key]) for key in told if key in chosen}
         key = repr((own, seed if "train" in own else 0))  # the seed holds rows out of the user's own
         if key not in data:  # jobs of one task share its rows
             data[key] = task_data(chosen, seed)

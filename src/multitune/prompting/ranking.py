@@ -122,21 +122,21 @@ class _Reader:
         front = text_ids(self.backbone, prefix, first=True)
         prompts = [text_ids(self.backbone, text, first=not prefix) for text, _ in asked]
         once = bool(front) and len(asked) > 1 and self._shares
-        deltas = self._memory(front) if once else self.deltas
         rows: list[Answered] = []
-        room = self.backbone.max_length - (0 if deltas is None else deltas.num_positions)
+        room = self.backbone.max_length - (0 if self.deltas is None else self.deltas.num_positions)
         for number, prompt, (_, answers) in zip(numbers, prompts, asked, strict=True):
             for answer in answers:
                 ids = text_ids(self.backbone, answer, first=False)
-                whole = [*([] if once else front), *prompt, *ids]
-                if len(whole) > room:
-                    needed = len(front) + len(prompt) + len(ids)
+                needed = len(front) + len(prompt) + len(ids)
+                if needed > room:
                     raise DataError(
                         f"row {number}: its examples, prompt and answer are {needed} tokens, but backbone "
                         f"'{self.backbone.name}' has {self.backbone.max_length} positions; take fewer or shorter "
                         f"examples"
                     )
+                whole = [*([] if once else front), *prompt, *ids]
                 rows.append(Answered(input_ids=whole, num_answer=len(ids), row=number))
+        deltas = self._memory(front) if once else self.deltas
         found = iter(answer_losses(self.backbone, deltas, rows, batch_size=batch_size))
         out: list[tuple[float, ...]] = []
         for _, answers in asked:
