@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,22 @@ def test_training_many_runs_as_its_page_says(minilm, tmp_path, monkeypatch, caps
     assert result.exit_code == 0, result.stderr
     folders = ["demo-topic-lora", "demo-topic-lora-2", "demo-sentiment-ptuning_v2"]
     assert [job["adapter"] for job in json.loads(result.stdout)] == [str(tmp_path / "adapters" / f) for f in folders]
+
+
+def test_the_page_on_answers_as_language_runs(make_backbone, tmp_path, monkeypatch, capsys):
+    tiny = make_backbone("llama", tie_word_embeddings=True, max_position_embeddings=400)
+    monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: tiny)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/language-tasks.md", "python")
+    small = code.replace("batch_size=8", "batch_size=2, max_steps=1, max_length=400, progress=False")
+    exec(compile(small, "language-tasks.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "'positive': 0." in printed and "'negative': 0." in printed
+    (command,) = blocks("docs/language-tasks.md", "bash")
+    words = shlex.split(command.replace("\\\n", " "))[1:]
+    words[words.index("adapters/sentiment")] = "adapters/other"
+    result = CliRunner().invoke(app, [*words, "--max-steps", "1", "--max-length", "400", "--batch-size", "2"])
+    assert result.exit_code == 0, result.stderr
 
 
 def test_no_document_links_to_a_file_that_is_not_there():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from multitune.backbone import Backbone
@@ -26,11 +27,18 @@ def teacher_scores(backbone: Backbone, task: Task, table: Any, config: TrainConf
     if task.kind == "classification":  # ids in a column of class labels may be in another order than the task's
         targets = [e.target for e in task.examples(table)]
         rows = [row | {task.label: task.labels[int(t)]} for row, t in zip(rows, targets, strict=True)]  # type: ignore[arg-type]
-    examples = RandomExamples(rows, config.distill_examples, seed=config.seed)
+    distinct = {_key(row): row for row in rows}  # a table may hold a row many times, which the teacher reads once
+    examples = RandomExamples(list(distinct.values()), config.distill_examples, seed=config.seed)
     was_training = backbone.model.training
     backbone.model.eval()
     try:
-        found = rank(backbone, task, task.pattern, rows, examples=examples, batch_size=config.eval_batch_size)
+        asked = list(distinct.values())
+        found = rank(backbone, task, task.pattern, asked, examples=examples, batch_size=config.eval_batch_size)
     finally:
         backbone.model.train(was_training)
-    return found.scores
+    scores = dict(zip(distinct, found.scores, strict=True))
+    return tuple(scores[_key(row)] for row in rows)
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return repr(sorted(row.items()))
