@@ -172,6 +172,33 @@ def test_each_loss_is_that_of_the_equation_on_a_masked_model(name, masked):
     assert found == pytest.approx(losses_by_hand(per_row, targets)[name], rel=2e-5)
 
 
+def test_several_right_choices_of_a_list(gpt2):
+    """They share the language loss, are no wrong ones, and are right together; rows list as many choices as they like."""
+    task = Task(
+        name="list",
+        kind="multiple_choice",
+        template=("{text}",),
+        label="y",
+        choices=("options",),
+        pattern=Pattern("{text} so"),
+    )
+    rows = [
+        {"text": "the film", "options": ["good", "bad bad", "x"], "y": [0, 2]},
+        {"text": "x", "options": ["not", "very good"], "y": "not"},
+    ]
+    expected = dict.fromkeys(LOSS_NAMES, 0.0)
+    for row, right in zip(rows, ([0, 2], [0]), strict=True):
+        per_choice = chances(gpt2, row, task, tuning(gpt2, task).delta_set())
+        beta = [sum(c) / len(c) for c in per_choice]
+        wrong = [p for i, c in enumerate(per_choice) if i not in right for p in c]
+        expected["language"] -= sum(beta[i] for i in right) / len(right) / 2
+        expected["unlikelihood"] -= sum(math.log(1 - math.exp(p) + 0.01) for p in wrong) / len(wrong) / 2
+        expected["choice"] -= math.log(sum(math.exp(beta[i]) for i in right) / sum(map(math.exp, beta))) / 2
+    for name in LOSS_NAMES:
+        found = tuning(gpt2, task, (name,))(**batch_of(gpt2, task, rows))["loss"].item()
+        assert found == pytest.approx(expected[name], rel=2e-5)
+
+
 def test_several_losses_are_their_plain_sum(gpt2):
     batch = batch_of(gpt2, MOOD, ROWS)
     one_by_one = [tuning(gpt2, MOOD, (name,))(**batch)["loss"] for name in LOSSES]

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from multitune.errors import ConfigError
+from multitune.heads import IGNORED
 from multitune.ranked import CHOICE, ROW
 
 #: What the released code adds inside the logarithm of the unlikelihood loss.
@@ -116,26 +116,38 @@ class Candidates:
         """bool `[S]`: which sequences are their rows' right choices.
 
         Args:
-            answers: int64 `[R]`, the number of each row's right choice.
+            answers: int64 `[R]`, the number of each row's right choice; or `[R, most choices]`, 1 for every right one,
+                0 for the others, `IGNORED` where a row has no such choice.
 
         Raises:
-            ConfigError: a row has no such choice.
+            ConfigError: a row has no such choice, or none that is right.
         """
         counts = torch.tensor(self.counts, device=answers.device)
-        wrong = (
-            ((answers < 0) | (answers >= counts)).nonzero().flatten().tolist() if len(answers) == len(counts) else [-1]
-        )
-        if wrong:
+        fits = len(answers) == len(counts)
+        if fits and answers.ndim == 2:
+            given = (answers != IGNORED).sum(1)
+            fits = bool((given == counts).all()) and bool((answers == 1).any(1).all())
+        elif fits:
+            fits = not bool(((answers < 0) | (answers >= counts)).any())
+        if not fits:
             raise ConfigError(
                 f"answers {answers.tolist()} do not fit rows of {list(self.counts)} choices, counted from 0"
             )
+        if answers.ndim == 2:
+            return answers[answers != IGNORED] == 1
         first = counts.cumsum(0) - counts
         return torch.zeros(len(self.mask), dtype=torch.bool, device=answers.device).index_fill(0, first + answers, True)
 
 
 def language_loss(candidates: Candidates, answers: Tensor) -> Tensor:
-    """`L_LM = -(1/T) Σ_t log p(y_t | x, y_<t)` of the right choices, averaged over rows."""
-    return -candidates.scores()[candidates.right(answers)].mean()
+    """`L_LM = -(1/T) Σ_t log p(y_t | x, y_<t)` of the right choices, averaged over rows.
+
+    Where several choices of a row are right, their mean.
+    """
+    right = candidates.right(answers)
+    lost, share = (-candidates.scores()).masked_fill(~right, 0.0), right.float()
+    sums, counts = (torch.stack([part.sum() for part in t.split(candidates.counts)]) for t in (lost, share))
+    return (sums / counts).mean()
 
 
 def unlikelihood_loss(candidates: Candidates, answers: Tensor, *, eps: float = UNLIKELIHOOD_EPS) -> Tensor:
@@ -157,9 +169,13 @@ def unlikelihood_loss(candidates: Candidates, answers: Tensor, *, eps: float = U
 
 
 def choice_loss(candidates: Candidates, answers: Tensor) -> Tensor:
-    """`L_LN = -log(e^β(y) / Σ e^β)` over a row's choices, with length-normalised scores β, averaged over rows."""
-    candidates.right(answers)  # refuses answers that no row has
-    return F.cross_entropy(candidates.by_row(candidates.scores()), answers)
+    """`L_LN = -log(e^β(y) / Σ e^β)` over a row's choices, with length-normalised scores β, averaged over rows.
+
+    Where several choices of a row are right, the probability is that which they have together.
+    """
+    scores = candidates.scores()
+    right = scores.masked_fill(~candidates.right(answers), -torch.inf)
+    return (candidates.by_row(scores).logsumexp(1) - candidates.by_row(right).logsumexp(1)).mean()
 
 
 def distillation_loss(candidates: Candidates, teacher: Tensor) -> Tensor:

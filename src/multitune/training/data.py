@@ -163,9 +163,10 @@ class Collator:
                 row[len(ids) - item.target : len(ids)] = torch.tensor(ids[-item.target :])
             return out
         if self.kind == "multiple_choice" and isinstance(items[0].target, tuple):
-            out = torch.full((len(items), max(len(item.sequences) for item in items)), IGNORED)
-            for row, item in zip(out, items, strict=True):
-                row[: len(item.sequences)] = 0
+            counts = [len(item.sequences if item.ranked is None else item.ranked.choices) for item in items]
+            out = torch.full((len(items), max(counts)), IGNORED)
+            for row, item, count in zip(out, items, counts, strict=True):
+                row[:count] = 0
                 row[list(item.target)] = 1
             return out
         dtype = torch.float32 if self.kind in ("regression", "multilabel") else torch.long
