@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from multitune import Adapter, AdapterError, Backbone, LoRA, Plan, Task, export_adapter, get_method
+from multitune import Adapter, AdapterError, Backbone, Bank, LoRA, Pattern, Plan, Task, export_adapter, get_method
 from multitune.heads import Head
 from multitune.training.data import Collator, TaskRows
 from multitune.training.model import TuningModel
@@ -163,3 +163,42 @@ def test_an_exported_writer_computes_in_peft_what_it_computes_here(name, pair, r
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -7:]
         found = backbone.logits(Plan([adapter.delta_set(backbone)] * 2), ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_an_exported_ranker_scores_in_peft_as_it_does_here(pair, random_params, tmp_path):
+    """The pattern stays behind; what it asks of the model is answered alike."""
+    whole, backbone = pair
+    task = Task(
+        name="r",
+        kind="classification",
+        template=("text",),
+        label="y",
+        labels=("bad", "good"),
+        pattern=Pattern("{text} is :", {"good": "very good"}),
+    )
+    targets = ("attention_output", "ffn_out") if whole.config.model_type == "gpt2" else ("query", "value")
+    method = LoRA(r=2, targets=targets)
+    adapter = Adapter(
+        name="r",
+        method=method,
+        params=random_params(backbone, method, std=0.1),
+        head=Head.for_task(task),
+        head_params={},
+        task=task,
+        backbone=backbone.describe(),
+    )
+    bank = Bank(backbone)
+    bank.add("r", adapter)
+    (found,) = bank.predict([("r", "the film")])
+    export_adapter(adapter, backbone, tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(whole), str(tmp_path / "peft")).eval()
+    prompt = backbone.tokenizer("the film is :", add_special_tokens=False)["input_ids"]
+    expected = []
+    for answer in ("bad", "very good"):
+        own = backbone.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + own])
+        with torch.no_grad():
+            expected.append(-theirs(input_ids=torch.tensor([prompt + own]), labels=labels).loss)
+    torch.testing.assert_close(found.logits, torch.stack(expected), rtol=1e-4, atol=1e-5)

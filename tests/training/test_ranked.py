@@ -173,7 +173,7 @@ def test_each_loss_is_that_of_the_equation_on_a_masked_model(name, masked):
 
 
 def test_several_right_choices_of_a_list(gpt2):
-    """They share the language loss, are no wrong ones, and are right together; rows list as many choices as they like."""
+    """They share the language loss, are no wrong ones, and are right together; rows list as many as they like."""
     task = Task(
         name="list",
         kind="multiple_choice",
