@@ -67,7 +67,7 @@ TASKS = {
 NUM_TRAIN = 32
 """Labelled rows, those of T-Few's experiments on RTE, CB and COPA; the examples of a prompt are drawn from them."""
 NUM_EXAMPLES = 4
-STEPS = 30
+STEPS = 25
 BATCH_SIZE = 8
 MAX_LENGTH = 128
 

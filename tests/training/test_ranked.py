@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from multitune import (
     IA3,
@@ -399,6 +401,32 @@ def test_ranked_rows_in_a_mixed_batch_are_as_if_alone(gpt2, random_adapter, rand
 
 def _numbers(prediction):
     return prediction.logits if prediction.logits is not None else prediction.embedding
+
+
+@pytest.fixture(scope="module")
+def mixed_bank(gpt2, random_adapter, random_params):
+    """Ranked and classified rows, `(name, row)`, and what each of them answers alone."""
+    bank = Bank(gpt2)
+    for name in ("ia3", "lora", "prefix", "prompt", "aot_fc", "bitfit", "pfeiffer"):
+        task = CAUSE if name in ("prefix", "bitfit") else MOOD
+        bank.add(name, ranked_adapter(gpt2, get_method(name)(), task, random_params))
+    bank.add("classifier", random_adapter(gpt2, LoRA(r=3), pooling="last"))
+    rows = [
+        *((name, row) for name in ("ia3", "lora", "prompt", "aot_fc", "pfeiffer", "classifier") for row in ROWS[:3]),
+        *((name, row) for name in ("prefix", "bitfit") for row in CAUSES),
+        (None, "good film"),
+    ]
+    return bank, rows, [bank.predict([row])[0] for row in rows]
+
+
+@settings(max_examples=25, deadline=None)
+@given(picked=st.lists(st.integers(0, 22), min_size=1, max_size=12), batch_size=st.integers(1, 9))
+def test_ranked_rows_of_random_mixes_are_as_if_alone(mixed_bank, close, picked, batch_size):
+    bank, rows, alone = mixed_bank
+    found = bank.predict([rows[i] for i in picked], batch_size=batch_size)
+    for i, prediction in zip(picked, found, strict=True):
+        close(_numbers(prediction), _numbers(alone[i]))
+        assert prediction.probabilities.keys() == alone[i].probabilities.keys()
 
 
 def test_masked_and_classified_rows_share_a_batch(masked, random_adapter, random_params, close):
