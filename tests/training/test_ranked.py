@@ -2,10 +2,10 @@
 
 import math
 
+import hypothesis
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multitune import (
@@ -419,8 +419,8 @@ def mixed_bank(gpt2, random_adapter, random_params):
     return bank, rows, [bank.predict([row])[0] for row in rows]
 
 
-@settings(max_examples=25, deadline=None)
-@given(picked=st.lists(st.integers(0, 22), min_size=1, max_size=12), batch_size=st.integers(1, 9))
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(picked=st.lists(st.integers(0, 22), min_size=1, max_size=12), batch_size=st.integers(1, 9))
 def test_ranked_rows_of_random_mixes_are_as_if_alone(mixed_bank, close, picked, batch_size):
     bank, rows, alone = mixed_bank
     found = bank.predict([rows[i] for i in picked], batch_size=batch_size)
@@ -502,7 +502,7 @@ def test_a_student_comes_to_choose_as_its_teacher(roomy, quick, data, one_thread
 
 
 def test_what_cannot_be_trained_is_refused(gpt2, masked, bert, make_backbone, data, make_data, quick):
-    for backbone, rows, settings, error, words in [
+    for backbone, rows, given, error, words in [
         (bert, data.with_pattern(CLOZE.pattern), {}, BackboneError, "no head of a masked language model"),
         (masked, data, {}, TaskError, r"has no \{mask\}"),
         (gpt2, data.with_pattern(CLOZE.pattern), {}, TaskError, r"text behind \{mask\}"),
@@ -515,7 +515,7 @@ def test_what_cannot_be_trained_is_refused(gpt2, masked, bert, make_backbone, da
         (gpt2, data, {"label_smoothing": 0.1}, ConfigError, "is for generation"),
     ]:
         with pytest.raises(error, match=words):
-            quick(backbone, rows, "lora", **settings)
+            quick(backbone, rows, "lora", **given)
     with pytest.raises(ConfigError, match="pattern leaves no head to train"):
         quick(gpt2, data, "head")
     with pytest.raises(ConfigError, match="must stand in front of the prompt's last token"):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from multitune.errors import DataError, TaskError
-from multitune.prompting.pattern import Pattern
 from multitune.tasks import Task, list_splits, load_task, read_table
 from multitune.tasks.p3 import Asked, P3Template, p3_templates
+from multitune.tasks.pattern import Pattern
 from multitune.tasks.suites import data_root
 
 Row = Mapping[str, Any]
