@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from multitune import attention, hooks
 from multitune.errors import BackboneError
-from multitune.instrument import OWN_ATTENTION
+from multitune.instrument import OWN_ATTENTION, attention_configs
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -24,13 +25,11 @@ def clone(backbone: Backbone) -> Backbone:
     for site in backbone.sites:
         if site.kind == "attention" and backbone.architecture.attention_kind in OWN_ATTENTION:
             model.get_submodule(site.module).__dict__.pop("forward", None)
-    config = model.get_submodule(backbone.architecture.runs).config
-    assert isinstance(config, PretrainedConfig)
-    config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
+    for config in attention_configs(model, backbone.architecture):
+        config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
     model.__dict__.pop("_multitune_owner", None)
-    copied = type(backbone)(model, backbone.tokenizer, backbone.name)
-    copied.lm_linear = copy.deepcopy(backbone.lm_linear)
-    copied.eos_ids = backbone.eos_ids
+    own = replace(backbone.parts, base=model, linear=copy.deepcopy(backbone.lm_linear))
+    copied = type(backbone)(model, backbone.tokenizer, backbone.name, decoder=backbone.decodes, parts=own)
     copied.__dict__["fingerprint"] = backbone.fingerprint
     copied.tokenizer_lock = backbone.tokenizer_lock  # one tokenizer, one lock
     return copied
@@ -38,6 +37,7 @@ def clone(backbone: Backbone) -> Backbone:
 
 def language_model(backbone: Backbone) -> PreTrainedModel:
     """`Backbone.language_model`: transformers' own model with copies of the weights."""
+    backbone.refuse_decoder("no model of transformers' is written yet", "serve its adapters with Bank.generate")
     head = backbone.lm_head
     config = copy.deepcopy(backbone.model.config)
     config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)

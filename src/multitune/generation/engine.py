@@ -185,6 +185,8 @@ class Engine:
         if own is None or own.task.kind != "generation" or not isinstance(prompt, (str, Mapping)):
             return encode_prompt(backbone, prompt)
         beside = 0 if deltas is None else deltas.num_positions
+        if backbone.decodes:  # the text has the decoder to itself
+            return encode_for_task(backbone, own.task, prompt, min(backbone.max_length - beside, own.max_length), where)
         room = backbone.max_length - beside - settings.max_new_tokens
         # No row of the training had a longer prompt: an answer has a token and an end.
         return encode_for_task(backbone, own.task, prompt, min(room, own.max_length - 2), where)

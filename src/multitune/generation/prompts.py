@@ -149,6 +149,7 @@ def make_sequence(
         eos_ids=frozenset(backbone.eos_ids),
         stream=TextStream(_decoder(backbone), settings.stop),
         adapter=adapter,
+        before=backbone.start_ids if backbone.decodes else None,
     )
 
 
