@@ -161,9 +161,11 @@ def split(model: PreTrainedModel, architecture: Architecture) -> Parts:
     base, linear = model.base_model, model.get_output_embeddings()
     if architecture.decoder is not None:
         return _split_decoder(model, architecture.decoder, eos_ids)
+    assert isinstance(base, PreTrainedModel)
+    if model.config.is_encoder_decoder:
+        return Parts(base=base, eos_ids=eos_ids)
     if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
         return Parts(base=model, eos_ids=eos_ids)
-    assert isinstance(base, PreTrainedModel)
     return Parts(base=base, linear=None if model.config.tie_word_embeddings else linear, eos_ids=eos_ids)
 
 

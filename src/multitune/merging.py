@@ -92,6 +92,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         BackboneError: the adapter belongs to another backbone.
     """
     adapter.check_backbone(backbone)
+    backbone.refuse_decoder("merging is not written yet", "serve the adapter with Bank.generate")
     if backbone.lsg is not None:
         raise AdapterError(
             f"adapter '{adapter.name}' cannot be merged: its backbone '{backbone.name}' has LSG attention, which a "

@@ -183,6 +183,8 @@ class DecodingBatch:
         if isinstance(self._cache, PairedCache):
             self._cache.enter([len(self._start)] * len(order), own, taken, cross)
             call.inputs |= {"past_key_values": self._cache, "use_cache": True}
+            # The model counts from the cache's columns, some of which may be memories.
+            call.decoder_positions = torch.arange(len(self._start), device=ids.device).expand(len(ids), -1)
         else:
             self._cache.enter(taken, own)
             shifts = [d.position_shift if d else 0 for d in plan.ordered]
