@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from multitune import (
     IA3,
     Adapter,
+    AdapterError,
     AoTFC,
     Backbone,
     BackboneError,
@@ -20,6 +21,7 @@ from multitune import (
     BitFit,
     ConfigError,
     DeltaSet,
+    Head,
     LoRA,
     Plan,
     PlanError,
@@ -30,12 +32,14 @@ from multitune import (
     convert_to_lsg,
     evaluate,
     get_method,
+    merge,
     method_names,
     train,
     train_many,
 )
 from multitune.batching import Encoded
 from multitune.language_loss import token_losses
+from multitune.merging import merge_deltas
 from multitune.tasks import TaskData
 from multitune.training import TrainJob
 from multitune.training.data import Collator, Item
@@ -418,6 +422,36 @@ def test_recomputed_layers_give_the_same_gradients(make_backbone, texts, random_
         assert len(found[0]) == len(found[1]) > 4
         for a, b in zip(*found, strict=True):
             close(a, b)
+
+
+# ---- merging
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_merged_adapter_is_an_ordinary_encoder_decoder(make_backbone, texts, random_params, close, tmp_path, name):
+    backbone = make_backbone(name)
+    backbone.model.double()
+    method = LoRA(r=2, targets=("query", "value", "cross.key", "ffn_out"))
+    params = {k: t.double() for k, t in random_params(backbone, method, 1).items()}
+    head = Head.for_task(WRITE)
+    adapter = Adapter(
+        name="a", method=method, params=params, head=head, head_params={}, task=WRITE, backbone=backbone.describe(),
+        max_length=32,
+    )  # fmt: skip
+    report = merge(adapter, backbone, tmp_path / "merged")
+    assert report.max_difference < 1e-4 * report.max_magnitude
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    ids, mask, written = texts([6, 4], 5)
+    deltas = DeltaSet(method.deltas(params, backbone))
+    hidden = run(backbone, [deltas] * 2, ids, mask, written)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=written).logits
+    close(logits, backbone.lm_head(hidden))
+    words = LoRA(r=2, targets=("embedding",))
+    deltas = DeltaSet(words.deltas(random_params(backbone, words, 1), backbone))
+    assert set(deltas.by_site) == {"embedding", "decoder.embedding"}
+    with pytest.raises(AdapterError, match="encoder, decoder and head have one table of words"):
+        merge_deltas(backbone, deltas)
 
 
 # ---- what is refused

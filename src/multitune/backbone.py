@@ -133,7 +133,7 @@ class Backbone:
         return copies.clone(self)
 
     def language_model(self) -> PreTrainedModel:
-        """A causal language model of transformers' with copies of these weights and the head; not instrumented.
+        """A language model of transformers' with copies of these weights and the head; not instrumented.
 
         Raises:
             BackboneError: no causal language model, or one without its head.

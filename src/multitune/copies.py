@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from multitune import attention, hooks
 from multitune.errors import BackboneError
@@ -37,18 +37,36 @@ def clone(backbone: Backbone) -> Backbone:
 
 def language_model(backbone: Backbone) -> PreTrainedModel:
     """`Backbone.language_model`: transformers' own model with copies of the weights."""
-    backbone.refuse_decoder("no model of transformers' is written yet", "serve its adapters with Bank.generate")
     head = backbone.lm_head
     config = copy.deepcopy(backbone.model.config)
     config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
-    model = AutoModelForCausalLM.from_config(config)
-    model.base_model.load_state_dict(backbone.model.state_dict())
-    if head.linear is not None:
+    if backbone.decodes:
+        model = _with_decoder(backbone, config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+        model.base_model.load_state_dict(backbone.model.state_dict())
+    if head.linear is not None and not backbone.decodes:
         model.get_output_embeddings().load_state_dict(head.linear.state_dict())
     if backbone.eos_ids:
         model.generation_config.eos_token_id = list(backbone.eos_ids)
     found: PreTrainedModel = model.to(device=backbone.device, dtype=backbone.dtype).eval()
     return found
+
+
+def _with_decoder(backbone: Backbone, config: PretrainedConfig) -> Any:
+    """An encoder-decoder of transformers' with copies of the weights; its head is tied where the backbone's is."""
+    model: Any = AutoModelForSeq2SeqLM.from_config(config)
+    head, decoder, base = backbone.lm_head, backbone.architecture.decoder, model.base_model
+    weights = backbone.model.state_dict()
+    if base is model:  # T5 keeps its stacks beside its head
+        model.load_state_dict(weights, strict=False)
+    else:
+        base.load_state_dict(weights)
+    if head.linear is not None:
+        model.set_output_embeddings(copy.deepcopy(head.linear))
+    if head.bias is not None and decoder is not None and decoder.logit_bias is not None:
+        getattr(model, decoder.logit_bias).copy_(head.bias)
+    return model
 
 
 def with_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> Backbone:
