@@ -22,6 +22,7 @@ from multitune import (
     ConfigError,
     DeltaSet,
     Head,
+    Houlsby,
     LoRA,
     Plan,
     PlanError,
@@ -343,6 +344,51 @@ def test_lora_and_ia3_are_pefts(tiny, plain, texts, name, random_params, close):
     with torch.no_grad():
         expected = theirs(input_ids=ids[:1], decoder_input_ids=written[:1]).logits[0]
     close(backbone.lm_head(ours)[0], expected)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("name", WRITERS)
+def test_prompt_vectors_stand_among_the_encoders_words(tiny, plain, texts, name, position, close):
+    backbone, model = tiny(name), plain(name)
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    method = PromptTuning(length=2, position=position)
+    ids, mask, written = texts([4, 6], 5)
+    ours = run(backbone, [DeltaSet(method.deltas({"vectors": vectors}, backbone)), None], ids, mask, written)
+    with torch.no_grad():
+        words = model.get_encoder().embed_tokens(ids[:1, :4])
+        joined = [vectors[None], words] if position == 0 else [words, vectors[None]]
+        expected = model(inputs_embeds=torch.cat(joined, 1), decoder_input_ids=written[:1]).logits[0]
+    close(backbone.lm_head(ours)[0], expected)
+
+
+def sublayers(name, base, layer, encoder_layers):
+    """The modules that give a layer's sub-layer outputs, in the order they run, by hand."""
+    inside = base.encoder if layer < encoder_layers else base.decoder
+    at = layer if layer < encoder_layers else layer - encoder_layers
+    if name.startswith("t5"):
+        return [part.dropout for part in inside.block[at].layer]
+    one = inside.layers[at]
+    return [one.self_attn.out_proj, *([one.encoder_attn.out_proj] if layer >= encoder_layers else []), one.fc2]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_adapters_stand_behind_every_sublayer_of_both_stacks(tiny, plain, texts, name, random_params, close):
+    backbone, model = tiny(name), plain(name)
+    method = Houlsby(bottleneck=3, activation="relu")
+    params = random_params(backbone, method, 1)
+    base = model if name.startswith("t5") else model.model
+    for layer in range(backbone.num_layers):
+        modules = sublayers(name, base, layer, backbone.num_encoder_layers)
+        parts = ["attention", "ffn"] if len(modules) == 2 else ["attention", "cross.attention", "ffn"]
+        for module, part in zip(modules, parts, strict=True):
+            own = [params[f"layer.{layer}.{part}_sublayer.{k}"] for k in ("down", "down_bias", "up", "up_bias")]
+            module.register_forward_hook(lambda m, args, y, w=own: y + (y @ w[0] + w[1]).relu() @ w[2] + w[3])
+    ids, mask, written = texts([6, 4], 5)
+    one = DeltaSet({k: v for k, v in method.deltas(params, backbone).items() if k.endswith("sublayer")})
+    assert len(one.by_site) == 2 * backbone.num_encoder_layers + 3 * 2
+    ours = run(backbone, [one, None], ids, mask, written)
+    with torch.no_grad():
+        close(backbone.lm_head(ours)[0], model(input_ids=ids[:1], decoder_input_ids=written[:1]).logits[0])
 
 
 def test_deltas_of_a_stack_can_be_chosen_by_methods(tiny):

@@ -43,7 +43,7 @@ def language_model(backbone: Backbone) -> PreTrainedModel:
     if backbone.decodes:
         model = _with_decoder(backbone, config)
     else:
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config).to(backbone.dtype)
         model.base_model.load_state_dict(backbone.model.state_dict())
     if head.linear is not None and not backbone.decodes:
         model.get_output_embeddings().load_state_dict(head.linear.state_dict())
@@ -55,7 +55,7 @@ def language_model(backbone: Backbone) -> PreTrainedModel:
 
 def _with_decoder(backbone: Backbone, config: PretrainedConfig) -> Any:
     """An encoder-decoder of transformers' with copies of the weights; its head is tied where the backbone's is."""
-    model: Any = AutoModelForSeq2SeqLM.from_config(config)
+    model: Any = AutoModelForSeq2SeqLM.from_config(config).to(backbone.dtype)
     head, decoder, base = backbone.lm_head, backbone.architecture.decoder, model.base_model
     weights = backbone.model.state_dict()
     if base is model:  # T5 keeps its stacks beside its head

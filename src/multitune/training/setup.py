@@ -295,7 +295,7 @@ def _check_smoothing(task: Task, config: TrainConfig) -> None:
 
 def _check_prompts(model: TuningModel, splits: Iterable[TaskRows]) -> None:
     """Raise `ConfigError` for vectors that training would put elsewhere than generation, which ends with the prompt."""
-    if model.head.kind != "generation":
+    if model.head.kind != "generation" or model.backbone.decodes:  # a decoder's answer never stands behind the prompt
         return
     places = [a for _, d in model.delta_set().of(Prompt) if isinstance(d, Prompt) for a in d.at]
     if not places:
