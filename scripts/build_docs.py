@@ -160,6 +160,9 @@ COLUMNS = {
     "t5": "T5",
     "t5/gated": "Flan-T5",
     "bart": "BART",
+    "t5/writes": "T5 + decoder",
+    "t5/gated/writes": "Flan-T5 + decoder",
+    "bart/writes": "BART + decoder",
     "gpt2": "GPT-2",
     "opt": "OPT",
     "llama": "Llama",
@@ -186,8 +189,8 @@ def architectures() -> str:
         "a row with the method and a bare row, compared with each row alone. `yes` runs and mixes, `merges` does so "
         "and folds into the weights, `own` trains weights and is served by a backbone of its own; a number stands for "
         "why not, below. What keeps a method from merging is on its page, or depends on the architecture: weights "
-        "that layers share cannot differ between them, and offsets need a bias or an offset to be added to. Encoders "
-        "of T5 and BART are used without their decoders.\n",
+        "that layers share cannot differ between them, and offsets need a bias or an offset to be added to. T5 and "
+        "BART stand here twice: their encoders alone, and both stacks, with every method on all three attentions.\n",
         "| method | " + " | ".join(backbones) + " |",
         "|---|" + "---|" * len(backbones),
     ]
@@ -223,9 +226,11 @@ def cell(cls: type[Method], backbone: Backbone, note: Callable[[str], str]) -> s
         return "own"
     ids = torch.arange(12).view(2, 6) + 5
     with torch.no_grad():
-        mixed = backbone.run(Plan([deltas, None]), ids)
-        alone = torch.cat([backbone.run(Plan([own]), ids[i : i + 1]) for i, own in enumerate((deltas, None))])
-    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-5)
+        mixed, *alone = (
+            backbone.run(Plan(sets), read, decoder_input_ids=read + 1 if backbone.decodes else None)
+            for sets, read in (([deltas, None], ids), ([deltas], ids[:1]), ([None], ids[1:]))
+        )
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-5)
     return "merges" if why_not_mergeable(backbone, deltas) is None else "yes"
 
 

@@ -141,6 +141,24 @@ NEWER = {
     ),
 }
 CONFIGS |= NEWER
+STARTS = dict(pad_token_id=0, eos_token_id=3, decoder_start_token_id=4)
+#: Encoder-decoders whose decoder runs; they write and do nothing else, and so have tests of their own.
+WRITERS = {
+    "t5/writes": ("T5Config", "T5ForConditionalGeneration", T5 | STARTS | dict(num_decoder_layers=2)),
+    "t5/gated/writes": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        T5
+        | STARTS
+        | dict(num_layers=3, num_decoder_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        | dict(attn_implementation="eager"),
+    ),
+    "bart/writes": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        ENCODER_DECODER | STARTS | dict(encoder_layers=3, decoder_layers=2, forced_eos_token_id=None),
+    ),
+}
 DROPOUTS = (
     "dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
     "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate",
@@ -211,7 +229,7 @@ def _tokenizer(pad_id: int) -> transformers.PreTrainedTokenizerFast:
 
 def _model(name: str, seed: int = 0, class_name: str = "", **overrides) -> transformers.PreTrainedModel:
     """A tiny model without dropout, all of whose weights are random, norms and biases included."""
-    config_class, model_class, settings = CONFIGS[name]
+    config_class, model_class, settings = (CONFIGS | WRITERS)[name]
     make = getattr(transformers, config_class)
     off = {key: 0.0 for key in DROPOUTS if hasattr(make(), key)}
     config = make(**(off | settings | overrides))

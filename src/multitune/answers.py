@@ -1,5 +1,8 @@
 """Rows of a generation task as token ids: the prompt, then the answer, then the token that ends a text.
 
+An encoder-decoder reads the prompt with its encoder and writes the answer with its decoder, so that each has all
+positions to itself, and both have the special tokens that its tokenizer gives a text.
+
 Prompt and answer are tokenized apart, so that generation starts from the very ids that training saw in front of an
 answer. An answer is never cut; a prompt that is too long loses words at its front.
 """
@@ -102,6 +105,9 @@ class PromptFormat:
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, each with the end of text."""
+        if self.backbone.decodes:
+            found = self._ids(texts, special=True)
+            return [ids if ids and ids[-1] in self.backbone.eos_ids else [*ids, self.end_id] for ids in found]
         return [[*ids, self.end_id] for ids in self._ids(texts, special=False)]
 
     def cut(self, text: str, room: int) -> list[int] | None:
@@ -125,7 +131,7 @@ class PromptFormat:
     def _written(self, text: str) -> str:
         if self._chat:
             return self._template(self._messages(text), opens=True)
-        return text if text[-1:].isspace() else f"{text}\n"
+        return text if text[-1:].isspace() or self.backbone.decodes else f"{text}\n"
 
     def _messages(self, text: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.task.system}] if self.task.system else []
@@ -151,7 +157,8 @@ def encode_answered(
 
     Args:
         task: of kind generation, its format settled.
-        max_length: most tokens of prompt, answer and end of text together.
+        max_length: most tokens of prompt, answer and end of text together; of an encoder-decoder, of prompt and of
+            answer.
         split: what messages call the rows.
 
     Raises:
@@ -166,9 +173,11 @@ def encode_answered(
     for (row, _), answer in zip(pairs, writer.answers([text for _, text in pairs]), strict=True):
         prompt: list[int] | None = prompts[row]
         assert prompt is not None
-        whole = len(prompt) + len(answer)
+        beside = 0 if backbone.decodes else len(answer)
+        whole = max(len(prompt) + beside, len(answer))
         if whole > max_length:
-            prompt = writer.cut(examples[row].texts[0][0], max_length - len(answer))
+            fits = len(answer) <= max_length
+            prompt = writer.cut(examples[row].texts[0][0], max_length - beside) if fits else None
             (too_long if prompt is None else shortened).append((row, whole))
         if prompt is not None:
             found.append(Answered(input_ids=[*prompt, *answer], num_answer=len(answer), row=row))

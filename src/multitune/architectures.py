@@ -46,6 +46,41 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """What one attention of a layer consists of, and the feed-forward if it comes with it; as in `Architecture`."""
+
+    linears: Mapping[str, str | Part]
+    norms: Mapping[str, str]
+    sublayers: Mapping[str, SubLayer]
+    attention: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The module names of an encoder-decoder's decoder; where they mean the same, as in `Architecture`."""
+
+    runs: str = "decoder"
+    """Model path of the module that runs by itself once the encoder has run."""
+    layers: str
+    embedding: str
+    embedding_norms: Mapping[str, str] = field(default_factory=dict)
+    final_norms: Mapping[str, str] = field(default_factory=dict)
+    own: LayerParts
+    """Attention among the decoder's own tokens, and the feed-forward."""
+    cross: LayerParts
+    """Attention to what the encoder gives."""
+    heads: str
+    """Attribute of the config that counts the heads of both."""
+    positions: str | None = None
+    """Model path of a table of learned positions, which counts from its attribute `offset`; `None` where there is
+    none."""
+    logit_scale: str | None = None
+    """Attribute of the config that says whether what a tied head reads is divided by the root of its width."""
+    logit_bias: str | None = None
+    """Attribute of the language model that holds what is added to all logits, `[1, V]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The module names of one family of models."""
 
@@ -107,6 +142,8 @@ class Architecture:
     """Encoders: model path of the table of learned absolute positions; `None` where positions are of another kind."""
     token_types: str | None = None
     """Model path of the table of token types that is added where the positions are."""
+    decoder: Decoder | None = None
+    """Encoder-decoders: where the decoder keeps its sites; a backbone that runs the encoder alone drops it."""
     first_token: bool = True
     """Whether rows begin with a token that stands for the whole row; without one, `mean` is the pooling to use."""
 
@@ -147,6 +184,27 @@ _BART_SUBLAYERS = {
     "attention": SubLayer(enters="self_attn", leaves="self_attn.out_proj"),
     "ffn": SubLayer(enters="fc1", leaves="fc2"),
 }
+_BART_CROSS = "encoder_attn"
+_BART_DECODER = Decoder(
+    layers="decoder.layers",
+    embedding="decoder.embed_tokens",
+    embedding_norms={"embedding_norm": "decoder.layernorm_embedding"},
+    own=LayerParts(linears=_BART_LINEARS, norms=_BART_NORMS, sublayers=_BART_SUBLAYERS, attention="self_attn"),
+    cross=LayerParts(
+        linears={
+            "query": f"{_BART_CROSS}.q_proj",
+            "key": f"{_BART_CROSS}.k_proj",
+            "value": f"{_BART_CROSS}.v_proj",
+            "attention_output": f"{_BART_CROSS}.out_proj",
+        },
+        norms={"attention_norm": "encoder_attn_layer_norm"},
+        sublayers={"attention": SubLayer(enters=_BART_CROSS, leaves=f"{_BART_CROSS}.out_proj")},
+        attention=_BART_CROSS,
+    ),
+    heads="decoder_attention_heads",
+    positions="decoder.embed_positions",
+    logit_bias="final_logits_bias",
+)
 _LLAMA_LINEARS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -161,20 +219,51 @@ _LLAMA_SUBLAYERS = {
     "ffn": SubLayer(enters="mlp", leaves="mlp.down_proj"),
 }
 _T5_FFN = "layer.1.DenseReluDense"
+
+
+def _t5_attention(path: str) -> dict[str, str | Part]:
+    return {"query": f"{path}.q", "key": f"{path}.k", "value": f"{path}.v", "attention_output": f"{path}.o"}
+
+
+def _t5_ffn(path: str, gated: bool) -> dict[str, str | Part]:
+    if gated:
+        return {"ffn_gate": f"{path}.wi_0", "ffn_in": f"{path}.wi_1", "ffn_out": f"{path}.wo"}
+    return {"ffn_in": f"{path}.wi", "ffn_out": f"{path}.wo"}
+
+
+def _t5_decoder(gated: bool) -> Decoder:
+    own, cross, ffn = "layer.0.SelfAttention", "layer.1.EncDecAttention", "layer.2.DenseReluDense"
+    return Decoder(
+        layers="decoder.block",
+        embedding="decoder.embed_tokens",
+        final_norms={"final_norm": "decoder.final_layer_norm"},
+        own=LayerParts(
+            linears=_t5_attention(own) | _t5_ffn(ffn, gated),
+            norms={"attention_norm": "layer.0.layer_norm", "ffn_norm": "layer.2.layer_norm"},
+            sublayers={
+                "attention": SubLayer(enters=own, leaves="layer.0.dropout"),
+                "ffn": SubLayer(enters=ffn, leaves="layer.2.dropout"),
+            },
+            attention=own,
+        ),
+        cross=LayerParts(
+            linears=_t5_attention(cross),
+            norms={"attention_norm": "layer.1.layer_norm"},
+            sublayers={"attention": SubLayer(enters=cross, leaves="layer.1.dropout")},
+            attention=cross,
+        ),
+        heads="num_heads",
+        logit_scale="scale_decoder_outputs",
+    )
+
+
 _T5 = Architecture(
     model_types=("t5",),
     runs="encoder",
     layers="encoder.block",
     embedding="encoder.embed_tokens",
     final_norms={"final_norm": "encoder.final_layer_norm"},
-    linears={
-        "query": "layer.0.SelfAttention.q",
-        "key": "layer.0.SelfAttention.k",
-        "value": "layer.0.SelfAttention.v",
-        "attention_output": "layer.0.SelfAttention.o",
-        "ffn_in": f"{_T5_FFN}.wi",
-        "ffn_out": f"{_T5_FFN}.wo",
-    },
+    linears=_t5_attention("layer.0.SelfAttention") | _t5_ffn(_T5_FFN, gated=False),
     norms={"attention_norm": "layer.0.layer_norm", "ffn_norm": "layer.1.layer_norm"},
     norm_kind="rms",
     sublayers={
@@ -183,6 +272,7 @@ _T5 = Architecture(
     },
     attention="layer.0.SelfAttention",
     max_length=2048,
+    decoder=_t5_decoder(gated=False),
     first_token=False,
 )
 _DEBERTA_FUSED = "attention.self.in_proj"
@@ -359,16 +449,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sublayers=_BART_SUBLAYERS,
         attention="self_attn",
         positions="encoder.embed_positions",
+        decoder=_BART_DECODER,
     ),
     replace(  # T5 v1.1 and Flan-T5
         _T5,
         when="is_gated_act",
-        linears={
-            **{role: path for role, path in _T5.linears.items() if not role.startswith("ffn_")},
-            "ffn_gate": f"{_T5_FFN}.wi_0",
-            "ffn_in": f"{_T5_FFN}.wi_1",
-            "ffn_out": f"{_T5_FFN}.wo",
-        },
+        linears=_t5_attention("layer.0.SelfAttention") | _t5_ffn(_T5_FFN, gated=True),
+        decoder=_t5_decoder(gated=True),
     ),
     _T5,
     Architecture(

@@ -123,7 +123,8 @@ class Attached:
         self.base = base
         was_training = {m: m.training for m in model.modules()}
         was_trained = {p: p.requires_grad for p in model.parameters()}
-        self.backbone = Backbone(self.base, None, name=str(model.config.name_or_path or model.config.model_type))
+        name_of_model = str(model.config.name_or_path or model.config.model_type)
+        self.backbone = Backbone(self.base, None, name=name_of_model, decoder=False)
         for module, training in was_training.items():
             module.training = training
         _ = self.backbone.fingerprint  # before the adapter's own tensors join the base model

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from multitune.call import current_call
+from multitune.call import Call, current_call
+from multitune.cross_cache import PairedCache
 from multitune.deltas import Memory
 from multitune.joint import JointCall, attend_apart
+from multitune.kv_cache import DistanceBias, RowCache
 from multitune.lsg_attention import Dense, Memories, lsg_attention
 from multitune.plan import Group, Step
 
@@ -50,7 +52,7 @@ def _mask(make: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tens
     Both make their own.
     """
     call = current_call()
-    return make(*args, **kwargs) if call.lsg_open is None and call.cache is None else None
+    return make(*args, **kwargs) if call.lsg_open is None and not call.reads_cache else None
 
 
 def _attend(
@@ -73,7 +75,9 @@ def _attend(
     call = current_call()
     if isinstance(call, JointCall):
         return _attend_joint(call, name, module, query, key, value, attention_mask, kwargs), None
-    if call.cache is not None:
+    if call.reads_cache and isinstance(call.cache, PairedCache):
+        return _attend_paired(call, call.cache, base, module, query, key, value, kwargs, name == "eager"), None
+    if isinstance(call.cache, RowCache):
         attend_masked = partial(_dense, base, module, kwargs)
         window = kwargs.get("sliding_window")
         return call.cache.attend(call.layer, attend_masked, query, key, value, window, always=name == "eager"), None
@@ -100,6 +104,46 @@ def _attend(
         return out
 
     return _by_rows(steps, query.shape[0], attend), None
+
+
+def _attend_paired(
+    call: Call,
+    cache: PairedCache,
+    base: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: dict[str, Any],
+    always: bool,
+) -> Tensor:
+    """`_attend` of an encoder-decoder's decoder that generates; `[B, Q, H, K]`.
+
+    A bias by distance that the model brings counts columns, of which rows hold different tokens: it is made anew.
+    """
+    backbone = call.backbone
+    settings = {key: given for key, given in settings.items() if key != "position_bias"}
+    attend_masked = partial(_dense, base, module, settings)
+    layer = call.layer - backbone.num_encoder_layers
+    if module in backbone.cross_attention:
+        return cache.cross.attend(layer, attend_masked, query, key, value)
+    return cache.own.attend(layer, attend_masked, query, key, value, None, always, backbone.distance_bias)
+
+
+def distance_bias(module: Any) -> DistanceBias:
+    """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1): the decoder's bias by distance, of its first layer."""
+
+    def bias(distances: Tensor) -> Tensor:
+        buckets = module._relative_position_bucket(
+            distances.long(),
+            bidirectional=False,
+            num_buckets=module.relative_attention_num_buckets,
+            max_distance=module.relative_attention_max_distance,
+        )
+        values: Tensor = module.relative_attention_bias(buckets)
+        return values
+
+    return bias
 
 
 def _attend_joint(

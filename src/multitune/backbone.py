@@ -23,7 +23,7 @@ from multitune.frozen import frozen_view
 from multitune.inputs import Batch
 from multitune.joint import JointBatch
 from multitune.language_head import AnyLanguageHead, LanguageHead, MaskedHead
-from multitune.loading import load, split
+from multitune.loading import Parts, load, split, stacks_of
 from multitune.lsg import LSG
 from multitune.masked import masked_head_of, read_masked_head
 from multitune.plan import Plan
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from multitune.compiled import Compiled
     from multitune.generation.prompts import AnySettings
     from multitune.generation.settings import Generation
+    from multitune.kv_cache import DistanceBias
     from multitune.methods import Method
 
 
@@ -42,7 +43,13 @@ class Backbone:
     """One frozen transformer, shared by every task. Loading or unloading adapters changes no module of it."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        *,
+        decoder: bool | None = None,
+        parts: Parts | None = None,
     ) -> None:
         """
         Args:
@@ -51,19 +58,28 @@ class Backbone:
                 `masked_head`).
             tokenizer: its tokenizer; needed to pass texts rather than token ids.
             name: what to call it in messages and adapter files; by default the model's own name or type.
+            decoder: encoder-decoders: whether the decoder runs too, so that the backbone writes; or the encoder alone.
+                By default it runs where the model is one for conditional generation, with its head.
+            parts: of a copy: what the original was taken into, with `model` as its base.
 
         Raises:
             BackboneError: unsupported architecture, or a model that another `Backbone` already instruments.
         """
-        self.architecture: Architecture = architecture_for(model.config.model_type, model.config)
+        self.architecture: Architecture = stacks_of(
+            architecture_for(model.config.model_type, model.config), model, decoder
+        )
         self.mlm_head: MaskedHead | None = masked_head_of(model, self.architecture)
         """The head of a masked language model, as far as it is here; ask for `masked_head`."""
         self.source = ""
         """Where the backbone was loaded from, and the head of a masked language model can be read."""
-        model, linear, self.eos_ids = split(model, self.architecture)
-        self.model = model
+        parts = split(model, self.architecture) if parts is None else parts
+        self.parts = parts
+        """The model's base and head, as they were found."""
+        self.eos_ids = parts.eos_ids
+        """Token ids that end a text."""
+        self.model = model = parts.base
         self.tokenizer = tokenizer
-        self.lm_linear = linear
+        self.lm_linear = parts.linear
         """The head's own map; `None` where it is tied to the word embeddings, or absent."""
         self.name = name or model.config.name_or_path or model.config.model_type
         self.sites: tuple[Site, ...] = find_sites(model, self.architecture)
@@ -72,6 +88,10 @@ class Backbone:
         check_weights(model, self.sites)
         self.attention_names: dict[nn.Module, hooks.NameAt] = {}
         """For every attention module, the name of its site in a call."""
+        self.cross_attention: frozenset[nn.Module] = frozenset()
+        """The attention modules that read the encoder's output."""
+        self.distance_bias: DistanceBias | None = None
+        """What the decoder of an encoder-decoder adds to its own attention's scores by distance."""
         self.disentangled_sites: dict[nn.Module, tuple[str, ...]] = {}
         """DeBERTa: the sites whose deltas need the row-wise attention."""
         self.tokenizer_lock = threading.Lock()
@@ -119,7 +139,7 @@ class Backbone:
         return copies.clone(self)
 
     def language_model(self) -> PreTrainedModel:
-        """A causal language model of transformers' with copies of these weights and the head; not instrumented.
+        """A language model of transformers' with copies of these weights and the head; not instrumented.
 
         Raises:
             BackboneError: no causal language model, or one without its head.
@@ -162,6 +182,17 @@ class Backbone:
         return self.architecture.causal and not getattr(self.model.config, "use_bidirectional_attention", False)
 
     @property
+    def decodes(self) -> bool:
+        """Whether this is an encoder-decoder whose decoder runs, so that it writes and does nothing else."""
+        return self.architecture.decoder is not None
+
+    @cached_property
+    def num_encoder_layers(self) -> int:
+        """Encoder-decoders: the number of the decoder's first layer; elsewhere that of all layers."""
+        of_decoder = [s.layer for s in self.sites if s.stack == "decoder" and s.layer is not None]
+        return min(of_decoder, default=self.num_layers)
+
+    @property
     def default_pooling(self) -> Literal["cls", "last", "mean"]:
         """The token that has seen its whole row: the first, or the last where attention is causal.
 
@@ -200,8 +231,10 @@ class Backbone:
 
     @property
     def has_lm_head(self) -> bool:
-        """Whether this is a causal language model with its head, so that it can generate text."""
-        return self.causal and (self.lm_linear is not None or bool(self.model.config.tie_word_embeddings))
+        """Whether this is a language model with its head, so that it can generate text."""
+        return self.decodes or (
+            self.causal and (self.lm_linear is not None or bool(self.model.config.tie_word_embeddings))
+        )
 
     @cached_property
     def lm_head(self) -> LanguageHead:
@@ -212,15 +245,20 @@ class Backbone:
         """
         if not self.has_lm_head:
             why = "its checkpoint holds the base model without a head" if self.causal else "it is no causal model"
+            fix = "Load a causal language model with its head, such as Backbone.load('smollm2')"
+            if self.model.config.is_encoder_decoder:
+                why, fix = "its encoder runs alone", f"Load it with its decoder: Backbone.load('{self.name}+decoder')"
             raise BackboneError(
-                f"backbone '{self.name}' ({self.model.config.model_type}) has no language-model head: {why}. Load a "
-                f"causal language model with its head, such as Backbone.load('smollm2')"
+                f"backbone '{self.name}' ({self.model.config.model_type}) has no language-model head: {why}. {fix}"
             )
-        softcap = self.architecture.logit_softcap
+        softcap, decoder = self.architecture.logit_softcap, self.architecture.decoder
+        is_scaled = decoder is not None and decoder.logit_scale and getattr(self.model.config, decoder.logit_scale)
         return LanguageHead(
             self.lm_linear,
             embeddings=lambda: self.word_embeddings,
             softcap=None if softcap is None else getattr(self.model.config, softcap, None),
+            scale=self.hidden_size**-0.5 if is_scaled else 1.0,
+            bias=self.parts.bias,
         )
 
     @property
@@ -253,6 +291,30 @@ class Backbone:
         """Heads of keys and values."""
         config = self.model.config
         return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    def heads_at(self, site: Site) -> tuple[int, int]:
+        """Heads of queries, and heads of keys and values, of the attention that a site belongs to."""
+        decoder = self.architecture.decoder
+        if decoder is None or site.stack not in ("decoder", "cross"):
+            return self.num_attention_heads, self.num_key_value_heads
+        heads = int(getattr(self.model.config, decoder.heads))
+        return heads, heads
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """Encoder-decoders: what the decoder begins with; empty elsewhere.
+
+        Raises:
+            BackboneError: the model's configuration does not say.
+        """
+        if not self.decodes:
+            return ()
+        if self.parts.start_id is None:
+            raise BackboneError(
+                f"backbone '{self.name}' does not say which token its decoder begins with; set decoder_start_token_id "
+                f"in its config (T5: the padding id)"
+            )
+        return (self.parts.start_id,)
 
     @property
     def max_length(self) -> int:
@@ -325,6 +387,17 @@ class Backbone:
         """The part of the model that is run: all of it, or the encoder of an encoder-decoder."""
         return self.model.get_submodule(self.architecture.runs)
 
+    @property
+    def stepping(self) -> nn.Module:
+        """The part that runs for every new token of a text: all, or the decoder of an encoder-decoder."""
+        decoder = self.architecture.decoder
+        return self.running if decoder is None else self.model.get_submodule(decoder.runs)
+
+    def refuse_decoder(self, what: str, fix: str) -> None:
+        """Raise `BackboneError` where the decoder of an encoder-decoder runs, with which `what` does not work."""
+        if self.decodes:
+            raise BackboneError(f"backbone '{self.name}' runs an encoder and its decoder, with which {what}; {fix}")
+
     @cached_property
     def site_names(self) -> frozenset[str]:
         """Names of all sites."""
@@ -384,6 +457,8 @@ class Backbone:
         builds some task models without it.
         """
         digest = hashlib.sha256(self.model.config.model_type.encode())
+        if self.decodes:
+            digest.update(b"decoder")
         if self.lsg is not None:
             digest.update(self.lsg.key.encode())
         pooler = self.architecture.pooler
@@ -433,6 +508,7 @@ class Backbone:
             ConfigError: gradient checkpointing is on, whose recomputed layers the compiler cannot be given; or
                 max_graphs is not at least 1.
         """
+        self.refuse_decoder("the compiler is not tested", "run it as it is")
         if self._is_checkpointed:
             raise ConfigError(
                 "compile: gradient checkpointing is on, and the compiler cannot be told which call a recomputed layer "
@@ -488,6 +564,7 @@ class Backbone:
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         slots: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states of one batch under a plan.
 
@@ -498,15 +575,23 @@ class Backbone:
             token_type_ids: int64 `[B, T]`; ignored by models without token types.
             slots: int64 `[B, S]`: the token in front of which each slot of a row stands, as in `Batch.slots`; needed by
                 prompts that stand in slots.
+            decoder_input_ids: int64 `[B, U]` as `Batch.decoder_input_ids`; needed where a decoder runs.
 
         Returns:
-            `[B, T, D]`, rows and tokens as given; inserted prompt vectors are taken out again.
+            `[B, T, D]`, or the decoder's `[B, U, D]`, rows and tokens as given; inserted prompt vectors are taken out
+            again.
 
         Raises:
             PlanError: the plan does not fit the batch, an id is outside the vocabulary, a row is too long, or
                 the backbone is detached.
         """
-        batch = Batch(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, slots=slots)
+        batch = Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            slots=slots,
+            decoder_input_ids=decoder_input_ids,
+        )
         return passes.run(self, plan, batch)
 
     def logits(self, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -637,6 +722,7 @@ class Backbone:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
+        found |= {"decoder": True} if self.decodes else {}
         found |= {} if self.lsg is None else {"lsg": asdict(self.lsg)}
         found |= {} if self.pruned is None else {"pruned": asdict(self.pruned)}
         return found | ({} if self.quantized is None else {"quantized": asdict(self.quantized)})

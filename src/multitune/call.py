@@ -29,6 +29,7 @@ from multitune.plan import Group, Plan, Step
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
+    from multitune.cross_cache import PairedCache
     from multitune.kv_cache import RowCache
     from multitune.lsg import LSG
 
@@ -187,10 +188,12 @@ class Call:
             self.inputs["attention_mask"] = mask
         if types is not None and backbone.takes_token_types:
             self.inputs["token_type_ids"] = types
-        if backbone.causal:
+        if backbone.causal or backbone.decodes:
             self.inputs["use_cache"] = False
         self.inputs |= _positions(plan, backbone, ids, mask)
-        self._bias = self._token_bias(ids)
+        self._bias = self._token_bias(ids, self.prompts)
+        if backbone.decodes:
+            self._read_decoder(batch.decoder_input_ids)
 
     def _begin(self, backbone: Backbone, plan: Plan, stream: Stream | None = None) -> None:
         """What every call starts with."""
@@ -206,16 +209,27 @@ class Call:
         """How often a module that runs as several layers has run, by those layers."""
         self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
         """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
-        self.cache: RowCache | None = None
+        self.cache: RowCache | PairedCache | None = None
         """Where text is generated: keys and values of what came before, the rows' memories among them."""
         self.section: Section | None = None
         """Where set: the layers that run; by default all."""
+        self.decoding = False
+        """Encoder-decoders: whether the decoder has begun."""
+        self.decoder_positions: Tensor | None = None
+        """Encoder-decoders with learned positions: where the decoder's tokens stand, int64 `[B, Q]`; by default they
+        count from 0."""
+        self._decoder_bias: list[TokenRowsOfBatch] = []
 
     def enter(self) -> None:
         """This call becomes the current one."""
 
     def leave(self) -> None:
         """This call is no longer the current one."""
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether attention that runs now goes through the cache: an encoder's does not."""
+        return self.cache is not None and (self.decoding or not self.backbone.decodes)
 
     def enter_layer(self, layers: tuple[int, ...]) -> int:
         """Note that the module that runs as `layers` starts its next pass; returns which layer that is."""
@@ -274,7 +288,24 @@ class Call:
         """What to apply at a site, or `None`."""
         return self.plan.steps.get(site)
 
-    def _token_bias(self, ids: Tensor) -> list[TokenRowsOfBatch]:
+    def _read_decoder(self, ids: Tensor | None) -> None:
+        """Take in what the decoder reads, `ids [B, U]` in plan order."""
+        backbone = self.backbone
+        if ids is None:
+            raise PlanError(
+                f"backbone '{backbone.name}' runs its decoder, which needs decoder_input_ids; to read texts only, load "
+                f"its encoder alone, by its name without '+decoder'"
+            )
+        check_ids(self.plan, backbone, ids)
+        if ids.shape[1] > backbone.max_length:
+            raise PlanError(
+                f"the decoder reads {ids.shape[1]} tokens, but backbone '{backbone.name}' has {backbone.max_length} "
+                f"positions; shorten the answers"
+            )
+        self.inputs["decoder_input_ids"] = ids
+        self._decoder_bias = self._token_bias(ids, prompts=None)
+
+    def _token_bias(self, ids: Tensor, prompts: Prompts | None) -> list[TokenRowsOfBatch]:
         found: list[TokenRowsOfBatch] = []
         training = self.backbone.model.training
         for step in self.plan.steps.get("layers", ()):
@@ -282,15 +313,15 @@ class Call:
             found.append(_rows_from_factors(step.group, step.delta, ids, training))
         if self.plan.tables:
             found.append(_rows_from_tables(self.plan, ids))
-        if self.prompts is not None:
+        if prompts is not None:
             for part in found:
-                part.silence(self.prompts.inserted)
+                part.silence(prompts.inserted)
         return found
 
     @property
     def has_token_bias(self) -> bool:
         """Whether any row has a bias at the layers' inputs."""
-        return bool(self._bias)
+        return bool(self._bias or self._decoder_bias)
 
     def into_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """What goes into a layer, `[B, T', D]`, instead of `hidden`; never changed in place."""
@@ -306,7 +337,7 @@ class Call:
 
     def add_token_bias(self, layer: int, hidden: Tensor) -> Tensor:
         """`hidden [B, T, D]` at a layer's input with the token biases of that layer added; never in place."""
-        if not self._bias:
+        if not self._bias_at(layer):
             return hidden
         lsg = self.backbone.lsg
         if lsg is not None and lsg.num_global:  # they stand for no token
@@ -314,12 +345,18 @@ class Call:
             return torch.cat([front, self._add_bias(layer, rest)], dim=1)
         return self._add_bias(layer, hidden)
 
+    def _bias_at(self, layer: int) -> list[TokenRowsOfBatch]:
+        """The biases of the tokens that a layer's stack reads."""
+        in_decoder = self.backbone.decodes and layer >= self.backbone.num_encoder_layers
+        return self._decoder_bias if in_decoder else self._bias
+
     def _add_bias(self, layer: int, hidden: Tensor) -> Tensor:
-        only = self._bias[0]
-        if len(self._bias) == 1 and only.rows is None:
+        found = self._bias_at(layer)
+        only = found[0]
+        if len(found) == 1 and only.rows is None:
             return hidden + only.at(layer).to(hidden.dtype)
         hidden = hidden.clone()  # the layer below may have handed out the same tensor
-        for part in self._bias:
+        for part in found:
             bias = part.at(layer).to(hidden.dtype)
             if isinstance(part.rows, Tensor):
                 hidden.index_add_(0, part.rows, bias)
@@ -336,6 +373,8 @@ class Call:
 
         LSG: with the global tokens in front, `[B, G + T', D]`, which are taken off first.
         """
+        if self.backbone.decodes:  # the decoder's, in whose rows no prompt stands
+            return _in_order(hidden, self.plan.inverse)
         lsg = self.backbone.lsg
         first = hidden[:, :1]
         if lsg is not None:
@@ -353,7 +392,9 @@ class Call:
 class StepCall(Call):
     """A plan bound to one new token per row of a batch that generates; what came before lies in a cache."""
 
-    def __init__(self, backbone: Backbone, plan: Plan, input_ids: Tensor, positions: Tensor, cache: RowCache) -> None:
+    def __init__(
+        self, backbone: Backbone, plan: Plan, input_ids: Tensor, positions: Tensor, cache: RowCache | PairedCache
+    ) -> None:
         """
         Args:
             input_ids: int64 `[B, 1]`, rows in the plan's order, unlike in other calls.
@@ -365,11 +406,19 @@ class StepCall(Call):
         self.prompts = None
         self.lsg_open = None
         self._unshift = None
+        self._bias = []
+        if backbone.decodes:
+            self.decoder_positions = positions[:, None] + torch.arange(input_ids.shape[1], device=positions.device)
+            nothing = torch.zeros(len(input_ids), 1, backbone.hidden_size, device=positions.device)  # read at first
+            self.inputs = {"input_ids": input_ids, "encoder_hidden_states": nothing.to(backbone.dtype)}
+            self.inputs |= {"past_key_values": cache, "use_cache": True}
+            self._decoder_bias = self._token_bias(input_ids, prompts=None)
+            return
         self.inputs = cache_inputs(cache, input_ids, backbone.position_ids(input_ids, positions))
-        self._bias = self._token_bias(input_ids)
+        self._bias = self._token_bias(input_ids, prompts=None)
 
 
-def cache_inputs(cache: RowCache, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def cache_inputs(cache: RowCache | PairedCache, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """A causal model's inputs where a cache makes the masks."""
     return {
         "input_ids": input_ids,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from multitune import attention, hooks
 from multitune.errors import BackboneError
-from multitune.instrument import OWN_ATTENTION
+from multitune.instrument import OWN_ATTENTION, attention_configs
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -26,14 +27,12 @@ def clone(backbone: Backbone) -> Backbone:
     for site in backbone.sites:
         if site.kind == "attention" and backbone.architecture.attention_kind in OWN_ATTENTION:
             model.get_submodule(site.module).__dict__.pop("forward", None)
-    config = model.get_submodule(backbone.architecture.runs).config
-    assert isinstance(config, PretrainedConfig)
-    config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
+    for config in attention_configs(model, backbone.architecture):
+        config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
     model.__dict__.pop("_multitune_owner", None)
-    copied = type(backbone)(model, backbone.tokenizer, backbone.name)
-    copied.lm_linear = copy.deepcopy(backbone.lm_linear)
+    own = replace(backbone.parts, base=model, linear=copy.deepcopy(backbone.lm_linear))
+    copied = type(backbone)(model, backbone.tokenizer, backbone.name, decoder=backbone.decodes, parts=own)
     copied.mlm_head, copied.source = mlm_head, backbone.source
-    copied.eos_ids = backbone.eos_ids
     copied.__dict__["fingerprint"] = backbone.fingerprint
     copied.tokenizer_lock = backbone.tokenizer_lock  # one tokenizer, one lock
     return copied
@@ -44,14 +43,33 @@ def language_model(backbone: Backbone) -> PreTrainedModel:
     head = backbone.lm_head
     config = copy.deepcopy(backbone.model.config)
     config._attn_implementation = str(config._attn_implementation).removeprefix(attention.PREFIX)
-    model = AutoModelForCausalLM.from_config(config)
-    model.base_model.load_state_dict(backbone.model.state_dict())
-    if head.linear is not None:
+    if backbone.decodes:
+        model = _with_decoder(backbone, config)
+    else:
+        model = AutoModelForCausalLM.from_config(config).to(backbone.dtype)
+        model.base_model.load_state_dict(backbone.model.state_dict())
+    if head.linear is not None and not backbone.decodes:
         model.get_output_embeddings().load_state_dict(head.linear.state_dict())
     if backbone.eos_ids:
         model.generation_config.eos_token_id = list(backbone.eos_ids)
     found: PreTrainedModel = model.to(device=backbone.device, dtype=backbone.dtype).eval()
     return found
+
+
+def _with_decoder(backbone: Backbone, config: PretrainedConfig) -> Any:
+    """An encoder-decoder of transformers' with copies of the weights; its head is tied where the backbone's is."""
+    model: Any = AutoModelForSeq2SeqLM.from_config(config).to(backbone.dtype)
+    head, decoder, base = backbone.lm_head, backbone.architecture.decoder, model.base_model
+    weights = backbone.model.state_dict()
+    if base is model:  # T5 keeps its stacks beside its head
+        model.load_state_dict(weights, strict=False)
+    else:
+        base.load_state_dict(weights)
+    if head.linear is not None:
+        model.set_output_embeddings(copy.deepcopy(head.linear))
+    if head.bias is not None and decoder is not None and decoder.logit_bias is not None:
+        getattr(model, decoder.logit_bias).copy_(head.bias)
+    return model
 
 
 def with_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> Backbone:

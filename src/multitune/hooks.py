@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -226,6 +227,32 @@ def prepend(module: nn.Module, states: Tensor) -> Undo:
     return wrap_forward(module, make)
 
 
+def note_decoding(decoder: nn.Module) -> Undo:
+    """Have the call know when an encoder-decoder's decoder begins."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current_call().decoding = True
+
+    return decoder.register_forward_pre_hook(before, with_kwargs=True).remove
+
+
+def place_rows(table: nn.Module) -> Undo:
+    """Have a table of learned positions read the call's own, where it has some."""
+
+    def make(original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            positions = current_call().decoder_positions
+            if positions is None:
+                placed: Tensor = original(*args, **kwargs)
+                return placed
+            weight, offset = weight_of(table, "weight"), table.offset
+            return F.embedding(positions + offset, weight)  # type: ignore[operator]
+
+        return forward
+
+    return wrap_forward(table, make)
+
+
 def _reads_input(steps: list[Step]) -> bool:
     return any(isinstance(s.delta, Bottleneck) and s.delta.reads_input for s in steps)
 
@@ -290,7 +317,7 @@ def _embedding(model: nn.Module, module: nn.Module, sites: list[Site]) -> list[U
         call = current_call()
         for step in call.plan.steps.get(name, ()):
             output = step(args[0], output, module)
-        return call.insert_prompts(output)
+        return output if site.stack == "decoder" else call.insert_prompts(output)
 
     return [module.register_forward_hook(after).remove]
 

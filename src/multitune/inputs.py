@@ -1,4 +1,6 @@
-"""What one forward pass reads, as tensors.   Legend: B sequences, T tokens of the longest, S slots."""
+"""What one forward pass reads, as tensors.   Legend: B sequences, T tokens of the longest, S slots, U tokens of the
+longest text that a decoder reads.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,9 @@ class Batch:
     slots: Tensor | None = None
     """int64 `[B, S]`: the token in front of which each slot of a row stands, counted from the row's first real token;
     -1 where a row has fewer; `None` where no row has any. Needed by prompts that stand in slots."""
+
+    decoder_input_ids: Tensor | None = None
+    """Encoder-decoders: int64 `[B, U]`, what the decoder reads, padded on the right (its tokens see no later ones)."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor replaced."""

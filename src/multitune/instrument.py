@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from multitune import attention, hooks
-from multitune.architectures import AttentionKind
+from multitune.architectures import Architecture, AttentionKind
 from multitune.call import recompute_context
 from multitune.errors import BackboneError
 from multitune.lsg import GLOBALS
@@ -34,6 +34,7 @@ def attach(backbone: Backbone) -> None:
     try:
         _attach_attention(backbone)
         _attach_globals(backbone)
+        _attach_decoder(backbone)
     except BackboneError:
         backbone.detach()
         raise
@@ -57,16 +58,39 @@ def _attach_attention(backbone: Backbone) -> None:
             backbone.undo.append(hooks.wrap_forward(module, partial(partial, own, module)))
         return
     attention.register_attention()
-    config = backbone.running.config  # an encoder-decoder's encoder may have a config of its own
-    assert isinstance(config, PretrainedConfig)
-    before = config._attn_implementation
-    if before not in attention.WRAPPED:
-        raise BackboneError(
-            f"attention implementation '{before}' cannot carry per-row memories; load the model with "
-            f"attn_implementation='sdpa' or 'eager'"
-        )
-    config._attn_implementation = attention.PREFIX + before
-    backbone.undo.append(lambda: setattr(config, "_attn_implementation", before))
+    for config in attention_configs(model, backbone.architecture):
+        before = config._attn_implementation
+        if before not in attention.WRAPPED:
+            raise BackboneError(
+                f"attention implementation '{before}' cannot carry per-row memories; load the model with "
+                f"attn_implementation='sdpa' or 'eager'"
+            )
+        config._attn_implementation = attention.PREFIX + before
+        backbone.undo.append(partial(setattr, config, "_attn_implementation", before))
+
+
+def attention_configs(model: PreTrainedModel, architecture: Architecture) -> list[PretrainedConfig]:
+    """Where the running stacks read which attention to call: an encoder-decoder's may have configs of their own."""
+    paths = [architecture.runs]
+    if architecture.decoder is not None:
+        paths = [architecture.layers.split(".")[0], architecture.decoder.runs]
+    configs: list[Any] = [model.get_submodule(path).config for path in paths]
+    return list({id(config): config for config in configs}.values())
+
+
+def _attach_decoder(backbone: Backbone) -> None:
+    """A decoder says when it begins, and takes its learned positions from the call where rows differ in them."""
+    decoder = backbone.architecture.decoder
+    if decoder is None:
+        return
+    backbone.undo.append(hooks.note_decoding(backbone.stepping))
+    model, sites = backbone.model, [s for s in backbone.sites if s.kind == "attention"]
+    backbone.cross_attention = frozenset(model.get_submodule(s.module) for s in sites if s.stack == "cross")
+    own = [model.get_submodule(s.module) for s in sites if s.stack == "decoder"]
+    by_distance = next((m for m in own if getattr(m, "has_relative_attention_bias", False)), None)
+    backbone.distance_bias = None if by_distance is None else attention.distance_bias(by_distance)
+    if decoder.positions is not None:
+        backbone.undo.append(hooks.place_rows(backbone.model.get_submodule(decoder.positions)))
 
 
 def _attach_globals(backbone: Backbone) -> None:

@@ -29,6 +29,8 @@ _MEMORY = -1
 _GROWTH = 64
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+#: Distances from a query to what it sees, `[B, Q, S]`, to what that adds to its scores, `[B, Q, S, H]`.
+DistanceBias = Callable[[Tensor], Tensor]
 #: Layer -> keys and values `[H, M, K]` of a row's memory there.
 MemoryOfRow = Mapping[int, tuple[Tensor, Tensor]]
 
@@ -55,6 +57,8 @@ class _Pass:
     """Of rows that enter without memories: attention needs nothing from the cache."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Masks made so far, by table of tokens and window."""
+    biases: dict[int, Tensor] = field(default_factory=dict)
+    """Masks with a bias by distance made so far, by table of tokens."""
     inverse: Tensor | None = None
     """Undoes `order`."""
 
@@ -190,7 +194,15 @@ class RowCache(Cache):
         return (key_states, value_states) if now.own_keys else (held[0], held[1])
 
     def attend(
-        self, layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor, window: int | None, always: bool
+        self,
+        layer: int,
+        attend: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        always: bool,
+        bias: DistanceBias | None = None,
     ) -> Tensor:
         """Attention of one layer, `[B, Q, H, K]`, rows in the plan's order.
 
@@ -200,17 +212,31 @@ class RowCache(Cache):
             key, value: what `update` returned.
             window: how many tokens back a query sees, itself included; `None` for all.
             always: whether `attend` takes no mask for no mask at all, rather than for a causal one.
+            bias: what is added to the scores by distance; 0 for a memory.
         """
         now = self._pass
         assert now is not None
         num_queries = query.shape[2]
-        if now.own_keys and not always and (window is None or window >= num_queries):
+        if now.own_keys and not always and bias is None and (window is None or window >= num_queries):
             return attend(query, key, value, None)  # padding is on the right, where no query of a row looks
         mask = self._mask(layer, window, query.dtype)
+        if bias is not None:
+            mask = self._biased(layer, mask, bias)
         if now.order is None:
             return attend(query, key, value, mask)
         assert now.inverse is not None
         return attend(query.index_select(0, now.inverse), key, value, mask).index_select(0, now.order)
+
+    def _biased(self, layer: int, mask: Tensor, bias: DistanceBias) -> Tensor:
+        """`mask` with a bias by distance, `[B, H, Q, S]`; rows by slot."""
+        now = self._pass
+        assert now is not None
+        table = self._tokens[layer]
+        if id(table) not in now.biases:
+            tokens = table[now.rows, None, : now.width]
+            added = bias(tokens - now.queries[..., None]).masked_fill((tokens == _MEMORY)[..., None], 0)
+            now.biases[id(table)] = mask + added.movedim(-1, 1).to(mask.dtype)
+        return now.biases[id(table)]
 
     def _mask(self, layer: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """`[B, 1, Q, S]`, 0 where a query sees a column and the least number where not; rows by slot."""

@@ -18,15 +18,26 @@ class LanguageHead:
     A tied head reads the word embeddings where they are and keeps no weights of its own.
     """
 
-    def __init__(self, linear: nn.Linear | None, embeddings: Callable[[], Tensor], softcap: float | None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear | None,
+        embeddings: Callable[[], Tensor],
+        softcap: float | None,
+        scale: float = 1.0,
+        bias: Tensor | None = None,
+    ) -> None:
         """
         Args:
             linear: an untied head's own map, or `None` for one that is tied to the word embeddings.
             embeddings: gives the word embeddings `[V, D]` as they are now.
             softcap: logits are `softcap * tanh(logits / softcap)`; `None` leaves them.
+            scale: hidden states are multiplied by it first.
+            bias: `[1, V]`, added to the logits of a model that keeps it beside its head.
         """
         self.linear = linear
         self.softcap = softcap
+        self.scale = scale
+        self.bias = bias
         self._embeddings = embeddings
         if linear is not None:
             linear.requires_grad_(False)
@@ -43,7 +54,10 @@ class LanguageHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` for last hidden states `hidden [..., D]`, in their dtype; differentiable."""
+        hidden = hidden if self.scale == 1 else hidden * self.scale
         logits = F.linear(hidden, self.weight, None if self.linear is None else self.linear.bias)
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

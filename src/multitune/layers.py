@@ -95,6 +95,7 @@ def choose_layers_for(backbone: Backbone, task: Task, table: Any, *, max_length:
 def _choose(backbone: Backbone, encoded: Sequence[Encoded], batch_size: int) -> LayerChoice:
     if not encoded:
         raise DataError("there are no texts to choose layers by; give some of the training texts")
+    backbone.refuse_decoder("layers are not chosen by texts", "name them: layers=0,1,2")
     if backbone.num_layers < 2:
         raise ConfigError(f"backbone '{backbone.name}' has one layer, so that there is nothing to choose")
     encoded = sorted(encoded, key=len)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from multitune.architectures import Architecture, architecture_for
+from multitune.architectures import Architecture, Decoder, architecture_for
 from multitune.errors import BackboneError, ConfigError, suggest, suggest_file
 from multitune.lsg import convert_to_lsg, split_name
 from multitune.masked import masked_head_of
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+#: What stands behind a name to load an encoder-decoder with its decoder, and not its encoder alone.
+DECODER = "+decoder"
 
 
 def load(
@@ -58,24 +63,30 @@ def load(
 
 
 def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, device: str | torch.device) -> Backbone:
+    base = name.removesuffix(DECODER)
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if wanted is None:
         raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     _check_device(device)
-    source = resolve(name)
+    source = resolve(base)
     try:
         config = AutoConfig.from_pretrained(source)
-        architecture_for(config.model_type)
+        row = architecture_for(config.model_type, config)
+        if base != name and row.decoder is None:
+            raise BackboneError(
+                f"'{name}': {config.model_type} is no encoder-decoder and has no decoder of its own; load it as it is: "
+                f"Backbone.load('{base}')"
+            )
         # float16 is cast to below: see Backbone.fingerprint
         load_as = torch.float32 if wanted is torch.float16 else wanted
-        loader = _loader(config)
+        loader = _loader(config) if base == name else AutoModelForSeq2SeqLM
         with quietly():
             model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except BackboneError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(_cannot_load(name, source, error)) from error
+        raise BackboneError(_cannot_load(base, source, error)) from error
     _check_complete(name, model, report["missing_keys"])
     backbone = make(model, tokenizer, name=name)
     backbone.source = str(source)
@@ -117,21 +128,69 @@ def _loader(config: PretrainedConfig) -> Any:
     return AutoModelForTextEncoding if alone else AutoModel
 
 
-def split(
-    model: PreTrainedModel, architecture: Architecture
-) -> tuple[PreTrainedModel, nn.Linear | None, tuple[int, ...]]:
-    """The base model, of a causal language model its own head unless that is tied, and the ids that end a text."""
+def stacks_of(row: Architecture, model: PreTrainedModel, decoder: bool | None) -> Architecture:
+    """The table's row for the stacks of `model` that run: of an encoder-decoder both, or the encoder alone."""
+    if row.decoder is None:
+        if decoder:
+            raise BackboneError(f"{model.config.model_type} is no encoder-decoder and has no decoder of its own")
+        return row
+    writes = isinstance(model.get_output_embeddings(), nn.Linear) if decoder is None else decoder
+    return replace(row, runs="") if writes else replace(row, decoder=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A model as a backbone holds it: its base model, and what turns last hidden states into logits."""
+
+    base: PreTrainedModel
+    linear: nn.Linear | None = None
+    """The head's own map; `None` where it is tied to the word embeddings, or absent."""
+    bias: Tensor | None = None
+    """`[1, V]`, added to the logits."""
+    eos_ids: tuple[int, ...] = ()
+    """Token ids that end a text."""
+    start_id: int | None = None
+    """Encoder-decoders: the token that the decoder begins with."""
+    first_id: int | None = None
+    """Encoder-decoders: the token that every text is made to begin with, if the model says so."""
+
+
+def split(model: PreTrainedModel, architecture: Architecture) -> Parts:
+    """The base model, and of a model that writes its head and the ids that begin and end a text."""
     settings = getattr(model, "generation_config", None) or model.config
     ends = settings.eos_token_id
     eos_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
     base, linear = model.base_model, model.get_output_embeddings()
     if masked_head_of(model, architecture) is not None:
         assert isinstance(base, PreTrainedModel)
-        return base, None, eos_ids
-    if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
-        return model, None, eos_ids
+        return Parts(base=base, eos_ids=eos_ids)
+    if architecture.decoder is not None:
+        return _split_decoder(model, architecture.decoder, eos_ids)
     assert isinstance(base, PreTrainedModel)
-    return base, None if model.config.tie_word_embeddings else linear, eos_ids
+    if model.config.is_encoder_decoder:
+        return Parts(base=base, eos_ids=eos_ids)
+    if not architecture.causal or base is model or not isinstance(linear, nn.Linear):
+        return Parts(base=model, eos_ids=eos_ids)
+    return Parts(base=base, linear=None if model.config.tie_word_embeddings else linear, eos_ids=eos_ids)
+
+
+def _split_decoder(model: PreTrainedModel, decoder: Decoder, eos_ids: tuple[int, ...]) -> Parts:
+    base, linear = model.base_model, model.get_output_embeddings()
+    if base is model:  # T5 keeps its stacks beside its head
+        with torch.device("meta"):
+            base = AutoModel.from_config(model.config)
+        for name, _ in list(base.named_children()):
+            setattr(base, name, getattr(model, name))
+        base.name_or_path = model.name_or_path
+    assert isinstance(base, PreTrainedModel) and isinstance(linear, nn.Linear)
+    tied = linear.weight is base.get_input_embeddings().weight
+    start: Any = None
+    first: Any = None
+    for source in (model.config, getattr(model, "generation_config", None)):
+        start = getattr(source, "decoder_start_token_id", None) if start is None else start
+        first = getattr(source, "forced_bos_token_id", None) if first is None else first
+    bias = None if decoder.logit_bias is None else getattr(model, decoder.logit_bias).detach()
+    return Parts(base=base, linear=None if tied else linear, bias=bias, eos_ids=eos_ids, start_id=start, first_id=first)
 
 
 def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:

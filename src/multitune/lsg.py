@@ -225,6 +225,8 @@ def _check(backbone: Backbone, lsg: LSG) -> None:
         problem = "it is converted already; convert the original"
     elif backbone.quantized is not None:
         problem = "it is quantised, which comes last; convert the original, then quantise"
+    elif backbone.decodes:
+        problem = "its decoder runs too, and LSG here is for encoders; load it without '+decoder'"
     elif backbone.causal:
         problem = "its tokens see only what stands before them, and LSG here is for encoders"
     elif backbone.architecture.positions is None:

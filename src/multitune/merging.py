@@ -46,11 +46,14 @@ def why_not_mergeable(backbone: Backbone, deltas: DeltaSet) -> str | None:
     if backbone.quantized is not None:
         return backbone.quantized.refusal(backbone.name, "take deltas into its weights")
     shared = {site.name for site in backbone.sites if site.shared}
+    one_table = {site.name for site in backbone.sites if site.kind == "embedding" and backbone.decodes}
     for site, of_site in deltas.by_site.items():
         for delta in of_site:
             reason = delta.why_not_merge(backbone.frozen(site))
             if reason is None and site in shared:
                 reason = "other layers run with the same weights, which cannot differ from layer to layer"
+            if reason is None and site in one_table:
+                reason = "encoder, decoder and head have one table of words, which cannot differ among them"
             if reason is not None:
                 return f"its {delta.kind} at {site} cannot be folded into weights: {reason}"
     return None
@@ -81,7 +84,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
 
     The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with the tensors
     of the adapter's head as `Head.shapes` names them, which a base model has no place for. Of an adapter that writes,
-    or ranks texts, it is a causal language model with its head.
+    or ranks texts, it is a language model with its head, causal or an encoder-decoder.
 
     Args:
         adapter: a trained adapter of this backbone.
@@ -144,6 +147,7 @@ def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone) -> tuple[fl
     ids = ids.to(attached.device)
     with torch.no_grad():
         served = deltas.fused(attached.dtype, attached.device)
-        expected: Tensor = attached.run(Plan([served] * len(ids)), ids)
-        found = merged.run(Plan([None] * len(ids)), ids)
+        written = ids if attached.decodes else None
+        expected: Tensor = attached.run(Plan([served] * len(ids)), ids, decoder_input_ids=written)
+        found = merged.run(Plan([None] * len(ids)), ids, decoder_input_ids=written)
     return float((expected - found).abs().max()), float(expected.abs().max())

@@ -65,6 +65,7 @@ def run_above(backbone: Backbone, plan: Plan, layer: int, states: Tensor, batch:
 def _call_in(backbone: Backbone, section: Section, plan: Plan, layer: int, batch: Batch) -> Call:
     """A call that runs the layers of a section."""
     backbone.check_attached()
+    backbone.refuse_decoder("a pass is not cut in two", "run it whole: Backbone.run")
     if plan.parts or not 0 < layer < backbone.num_layers:
         problem = "a plan in pieces" if plan.parts else f"layer {layer} of {backbone.num_layers}"
         raise PlanError(
@@ -78,6 +79,7 @@ def _call_in(backbone: Backbone, section: Section, plan: Plan, layer: int, batch
 def run_joint(backbone: Backbone, batches: Sequence[JointBatch]) -> list[Tensor]:
     """`Backbone.run_joint`: per batch the last hidden states `[K, W, D]`."""
     backbone.check_attached()
+    backbone.refuse_decoder("batches are not joined", "train its adapters one by one: train")
     call = JointCall(backbone, batches)
     with active(call):
         output = backbone.running(**call.inputs)
@@ -87,6 +89,7 @@ def run_joint(backbone: Backbone, batches: Sequence[JointBatch]) -> list[Tensor]
 def keys_and_values(backbone: Backbone, token_ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """`Backbone.keys_and_values`: by attention site what one row attends to, `[T, H, K]` each."""
     backbone.check_attached()
+    backbone.refuse_decoder("a text alone gives no keys and values", "leave the start text out")
     ids = torch.tensor([list(token_ids)], device=backbone.device)
     call = Call(backbone, Plan([None]), Batch(input_ids=ids))
     call.recorded = {}

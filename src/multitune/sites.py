@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from multitune.architectures import Architecture, Part
+from multitune.architectures import Architecture, Decoder, LayerParts, Part
 from multitune.errors import BackboneError, ConfigError, suggest
 
+Stack = Literal["encoder", "decoder", "cross"]
 SiteKind = Literal["linear", "norm", "sublayer", "attention", "layers", "embedding"]
 
 
@@ -26,7 +27,10 @@ class Site:
     """What it does in the model: a key of the architecture's `linears`, `norms` or `sublayers`, or its kind; the whole
     layer, seen as one sub-layer, is the sub-layer `block`."""
     layer: int | None
-    """Layer index, `None` for sites outside the layers."""
+    """Layer index, `None` for sites outside the layers. A decoder's layers count on from its encoder's."""
+    stack: Stack | None = None
+    """Encoder-decoders: whether it belongs to the encoder, to the decoder, or to the decoder's attention to the
+    encoder's output; `None` where only one stack runs."""
     module: str
     """Path of the module in the model (for `layers`: the list of layers)."""
     layers: tuple[str, ...] = ()
@@ -54,6 +58,26 @@ class Site:
     centred: bool = True
     """Norms only: whether the mean is subtracted."""
 
+    @property
+    def prefix(self) -> str:
+        """What its name begins with, and the names of all in the same attention or feed-forward."""
+        return _prefix(self.layer, self.stack)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What selects it: its role in every stack, and its role in its own, such as `cross.query`."""
+        return (self.role,) if self.stack is None else (self.role, f"{self.stack}.{self.role}")
+
+    def has_role(self, roles: Iterable[str]) -> bool:
+        """Whether one of these roles selects it."""
+        return not set(self.roles).isdisjoint(roles)
+
+
+def _prefix(layer: int | None, stack: Stack | None) -> str:
+    if layer is None:
+        return "decoder." if stack == "decoder" else ""
+    return f"layer.{layer}.cross." if stack == "cross" else f"layer.{layer}."
+
 
 def _get(model: nn.Module, path: str, architecture: Architecture) -> nn.Module:
     try:
@@ -66,7 +90,13 @@ def _get(model: nn.Module, path: str, architecture: Architecture) -> nn.Module:
 
 
 def _norm_sites(
-    model: nn.Module, a: Architecture, role: str, layer: int | None, path: str, shared: bool = False
+    model: nn.Module,
+    a: Architecture,
+    role: str,
+    layer: int | None,
+    path: str,
+    shared: bool = False,
+    stack: Stack | None = None,
 ) -> list[Site]:
     """The site of one norm, or nothing where this model leaves that norm out or gives it no gain."""
     parent, _, last = path.rpartition(".")
@@ -76,13 +106,13 @@ def _norm_sites(
     if weight is None:
         return []
     assert isinstance(weight, nn.Parameter)
-    prefix = "" if layer is None else f"layer.{layer}."
     width = weight.shape[0]
     site = Site(
-        name=prefix + role,
+        name=_prefix(layer, stack) + role,
         kind="norm",
         role=role,
         layer=layer,
+        stack=stack,
         module=path,
         in_features=width,
         out_features=width,
@@ -94,7 +124,14 @@ def _norm_sites(
 
 
 def _linear_site(
-    model: nn.Module, a: Architecture, role: str, layer: int, inside: str, where: str | Part, shared: bool
+    model: nn.Module,
+    a: Architecture,
+    role: str,
+    layer: int,
+    inside: str,
+    where: str | Part,
+    shared: bool,
+    stack: Stack | None,
 ) -> Site:
     path = f"{inside}.{where.module if isinstance(where, Part) else where}"
     linear = _get(model, path, a)
@@ -114,10 +151,11 @@ def _linear_site(
         part = (where.index * width, (where.index + 1) * width)
         bias_path = None if where.bias is None else f"{inside}.{where.bias}"
     return Site(
-        name=f"layer.{layer}.{role}",
+        name=_prefix(layer, stack) + role,
         kind="linear",
         role=role,
         layer=layer,
+        stack=stack,
         module=path,
         in_features=width_in,
         out_features=width_out,
@@ -132,7 +170,7 @@ def _linear_site(
 
 
 def _layer_paths(model: nn.Module, a: Architecture) -> tuple[str, ...]:
-    """The path of every layer in the order they run."""
+    """The path of every layer in the order they run; the encoder's where there are two stacks."""
     layers = _get(model, a.layers, a)
     assert isinstance(layers, nn.ModuleList)
     below = map(str, range(len(layers))) if a.layer_order is None else a.layer_order(model.config)
@@ -146,61 +184,101 @@ def find_sites(model: nn.Module, architecture: Architecture) -> tuple[Site, ...]
         BackboneError: the table names a module that the model lacks, or one of another type.
     """
     a = architecture
-    embedding = _get(model, a.embedding, a)
-    assert isinstance(embedding, nn.Embedding)
-    width = embedding.embedding_dim
+    d = a.decoder
+    stack: Stack | None = None if d is None else "encoder"
     layers = _layer_paths(model, a)
+    behind = () if d is None else _decoder_paths(model, a, d)
     hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-    sites = [
-        Site(
-            name="embedding", kind="embedding", role="embedding", layer=None, module=a.embedding,
-            in_features=width, out_features=width, bias=False,
-        )
-    ]  # fmt: skip
+    sites = [_embedding_site(model, a, a.embedding, stack)]
     for role, path in a.embedding_norms.items():
-        sites += _norm_sites(model, a, role, None, path)
+        sites += _norm_sites(model, a, role, None, path, stack=stack)
     sites.append(
         Site(
             name="layers", kind="layers", role="layers", layer=None, module=a.layers,
-            in_features=hidden, out_features=hidden, bias=False, layers=layers,
+            in_features=hidden, out_features=hidden, bias=False, layers=(*layers, *behind),
         )
     )  # fmt: skip
     passes = Counter(layers)
+    own = LayerParts(linears=a.linears, norms=a.norms, sublayers=a.sublayers, attention=a.attention)
     for i, path in enumerate(layers):
-        sites += _layer_sites(model, a, i, path, hidden, shared=passes[path] > 1)
+        sites += _layer_sites(model, a, own, i, path, hidden, shared=passes[path] > 1, stack=stack)
     for role, path in a.final_norms.items():
-        sites += _norm_sites(model, a, role, None, path)
+        sites += _norm_sites(model, a, role, None, path, stack=stack)
+    if d is not None:
+        sites += _decoder_sites(model, a, d, behind, len(layers), hidden)
     return tuple(sites)
 
 
-def _layer_sites(model: nn.Module, a: Architecture, i: int, layer: str, hidden: int, shared: bool) -> list[Site]:
+def _decoder_paths(model: nn.Module, a: Architecture, d: Decoder) -> tuple[str, ...]:
+    layers = _get(model, d.layers, a)
+    assert isinstance(layers, nn.ModuleList)
+    return tuple(f"{d.layers}.{i}" for i in range(len(layers)))
+
+
+def _decoder_sites(
+    model: nn.Module, a: Architecture, d: Decoder, layers: Sequence[str], first: int, hidden: int
+) -> list[Site]:
+    """The decoder's sites; its layers are numbered from `first`."""
+    sites = [_embedding_site(model, a, d.embedding, "decoder")]
+    for role, path in d.embedding_norms.items():
+        sites += _norm_sites(model, a, role, None, path, stack="decoder")
+    for i, path in enumerate(layers, start=first):
+        sites += _layer_sites(model, a, d.own, i, path, hidden, shared=False, stack="decoder")
+        sites += _layer_sites(model, a, d.cross, i, path, hidden, shared=False, stack="cross")
+    for role, path in d.final_norms.items():
+        sites += _norm_sites(model, a, role, None, path, stack="decoder")
+    return sites
+
+
+def _embedding_site(model: nn.Module, a: Architecture, path: str, stack: Stack | None) -> Site:
+    embedding = _get(model, path, a)
+    assert isinstance(embedding, nn.Embedding)
+    width = embedding.embedding_dim
+    return Site(
+        name=_prefix(None, stack) + "embedding", kind="embedding", role="embedding", layer=None, module=path,
+        stack=stack, in_features=width, out_features=width, bias=False,
+    )  # fmt: skip
+
+
+def _layer_sites(
+    model: nn.Module,
+    a: Architecture,
+    parts: LayerParts,
+    i: int,
+    layer: str,
+    hidden: int,
+    shared: bool,
+    stack: Stack | None,
+) -> list[Site]:
     def at(path: str) -> str:
         return f"{layer}.{path}"
 
-    sites = [_linear_site(model, a, role, i, layer, where, shared) for role, where in a.linears.items()]
-    for role, path in a.norms.items():
-        sites += _norm_sites(model, a, role, i, at(path), shared)
-    for role, sub in a.sublayers.items():
+    prefix = _prefix(i, stack)
+    sites = [_linear_site(model, a, role, i, layer, where, shared, stack) for role, where in parts.linears.items()]
+    for role, path in parts.norms.items():
+        sites += _norm_sites(model, a, role, i, at(path), shared, stack)
+    for role, sub in parts.sublayers.items():
         _get(model, at(sub.enters), a)
         _get(model, at(sub.leaves), a)
         sites.append(
             Site(
-                name=f"layer.{i}.{role}_sublayer", kind="sublayer", role=role, layer=i, shared=shared,
+                name=f"{prefix}{role}_sublayer", kind="sublayer", role=role, layer=i, shared=shared, stack=stack,
                 module=at(sub.leaves), enters=at(sub.enters), in_features=hidden, out_features=hidden,
             )
         )  # fmt: skip
-    sites.append(
-        Site(
-            name=f"layer.{i}.block_sublayer", kind="sublayer", role="block", layer=i, shared=shared,
-            module=layer, enters=layer, in_features=hidden, out_features=hidden,
-        )
-    )  # fmt: skip
-    _get(model, at(a.attention), a)
+    if stack != "cross":
+        sites.append(
+            Site(
+                name=f"{prefix}block_sublayer", kind="sublayer", role="block", layer=i, shared=shared, stack=stack,
+                module=layer, enters=layer, in_features=hidden, out_features=hidden,
+            )
+        )  # fmt: skip
+    _get(model, at(parts.attention), a)
     key, value = (next(s for s in sites if s.role == role) for role in ("key", "value"))
     sites.append(
         Site(
-            name=f"layer.{i}.attention", kind="attention", role="attention", layer=i, shared=shared,
-            module=at(a.attention), in_features=key.out_features, out_features=value.out_features,
+            name=f"{prefix}attention", kind="attention", role="attention", layer=i, shared=shared, stack=stack,
+            module=at(parts.attention), in_features=key.out_features, out_features=value.out_features,
         )
     )  # fmt: skip
     return sites
@@ -215,11 +293,14 @@ def select_sites(
 ) -> tuple[Site, ...]:
     """The sites of one kind, narrowed to roles and layers.
 
+    In an encoder-decoder a role selects its sites in every stack, and with the stack in front of it those there:
+    `query` those of all three attentions, `encoder.query`, `decoder.query` or `cross.query` those of one.
+
     Raises:
         ConfigError: a role or a layer matches no site of this kind; nothing is dropped silently.
     """
     of_kind = [s for s in sites if s.kind == kind]
-    known_roles = tuple(dict.fromkeys(s.role for s in of_kind))
+    known_roles = tuple(dict.fromkeys(role for s in of_kind for role in s.roles))
     known_layers = tuple(dict.fromkeys(s.layer for s in of_kind if s.layer is not None))
     if roles is not None:
         roles = (roles,) if isinstance(roles, str) else tuple(roles)
@@ -229,7 +310,7 @@ def select_sites(
                     f"no {kind} site has the role '{role}'.{suggest(role, known_roles)} "
                     f"This backbone has: {', '.join(known_roles)}"
                 )
-        of_kind = [s for s in of_kind if s.role in roles]
+        of_kind = [s for s in of_kind if s.has_role(roles)]
     if isinstance(layers, str):
         raise ConfigError(
             f"layers='{layers}' stands for no layers yet: with 'semantic' train() chooses them by a task's rows; "

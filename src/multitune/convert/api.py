@@ -167,7 +167,11 @@ def export_adapter(
 
 
 def _check_whole(backbone: Backbone) -> None:
-    """Raise `AdapterError` for a quantised backbone, on which the other library would not compute the same."""
+    """Raise `AdapterError` for a quantised backbone, on which the other library would not compute the same.
+
+    And `BackboneError` for an encoder-decoder whose decoder runs.
+    """
+    backbone.refuse_decoder("adapters are not converted yet", "train one here, or convert one of the encoder alone")
     if backbone.quantized is not None:
         name = backbone.name.removesuffix(f"+{backbone.quantized.scheme}")
         raise AdapterError(

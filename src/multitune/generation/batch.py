@@ -13,6 +13,7 @@ from torch import Tensor
 
 from multitune.backbone import Backbone
 from multitune.call import Call, StepCall, active, cache_inputs
+from multitune.cross_cache import PairedCache
 from multitune.deltas import Memory, Prompt
 from multitune.errors import PlanError
 from multitune.generation.prompts import make_sequence
@@ -33,6 +34,9 @@ PROMPT_POSITIONS = 8192
 
 #: What prompts have in common is run once where that saves so many positions; below it a second pass costs more.
 SHARED_POSITIONS = 64
+
+#: Logits of words beside the one that a text is made to begin with.
+_UNLIKELY = -1.0e9
 
 AnySequence = SingleSequence | BeamSequence
 
@@ -62,8 +66,14 @@ class DecodingBatch:
         self.backbone = backbone
         self._head = backbone.lm_head
         self._workspace = workspace
-        self._attention = {s.name: s.layer for s in backbone.sites if s.kind == "attention" and s.layer is not None}
-        self._memories: dict[DeltaSet, MemoryOfRow] = {}
+        first = backbone.num_encoder_layers if backbone.decodes else 0
+        at = [(s, s.layer - first) for s in backbone.sites if s.kind == "attention" and s.layer is not None]
+        self._attention = {s.name: layer for s, layer in at if s.stack in (None, "decoder")}
+        """By site whose keys and values every step adds to: the cache's layer."""
+        self._cross = {s.name: layer for s, layer in at if s.stack == "cross"}
+        """The same of attention to an encoder's output."""
+        self._start = backbone.start_ids
+        self._memories: dict[DeltaSet, tuple[MemoryOfRow, MemoryOfRow]] = {}
         self._plan: Plan | None = None
         self._order: Tensor | None = None
         self._clear()
@@ -71,7 +81,12 @@ class DecodingBatch:
     def _clear(self) -> None:
         self._lanes: list[_Lane] = []
         """The row in every slot of the cache."""
-        self._cache = RowCache(self.backbone.num_layers, self.backbone.device)
+        layers, device = self.backbone.num_layers, self.backbone.device
+        self._cache: RowCache | PairedCache
+        if self.backbone.decodes:
+            self._cache = PairedCache(layers - self.backbone.num_encoder_layers, device)
+        else:
+            self._cache = RowCache(layers, device)
         self._forget_plan()
 
     @property
@@ -106,7 +121,8 @@ class DecodingBatch:
         self._sweep(all_idle=True)
         self._forget_plan()
         alone = not self._lanes and all(s.num_rows == 1 for s in sequences)
-        groups, others = _sharing(sequences) if plan is None else ([], list(sequences))
+        shares = plan is None and not self.backbone.decodes
+        groups, others = _sharing(sequences) if shares else ([], list(sequences))
         pieces = _by_length(others) if plan is None else [others]
         own = plan
         with torch.no_grad():
@@ -130,6 +146,7 @@ class DecodingBatch:
     def _prefill_shared(self, groups: list[_Sharing]) -> None:
         """Run what the prompts of a group have in common once, copy its keys and values, and run the rest of each."""
         first = len(self._lanes)
+        assert isinstance(self._cache, RowCache)  # an encoder sees all of a prompt, so that nothing of it is shared
         _, order = self._read(
             [g.prefix for g in groups], Plan([g.deltas for g in groups], self._workspace, split=False)
         )
@@ -150,21 +167,30 @@ class DecodingBatch:
         self._begin(first, hidden, counts)
 
     def _read(self, prompts: list[tuple[int, ...]], plan: Plan) -> tuple[Tensor, list[int]]:
-        """Run prompts from their beginning in new slots.
+        """Run prompts from their beginning in new slots; an encoder-decoder's decoder then reads its first token.
 
         Returns:
-            Last hidden states `[B, T, D]` with inserted vectors, padded on the right, rows in the order of the slots;
-            and for every slot the prompt that is in it.
+            Last hidden states `[B, T, D]` of what the slots now hold, with inserted vectors, padded on the right, rows
+            in the order of the slots; and for every slot the prompt that is in it.
         """
         ids, mask = self._padded(prompts)
-        call = Call(self.backbone, plan, Batch(input_ids=ids, attention_mask=mask))
+        start = ids.new_tensor([self._start]).expand(len(ids), -1) if self.backbone.decodes else None
+        call = Call(self.backbone, plan, Batch(input_ids=ids, attention_mask=mask, decoder_input_ids=start))
         order = list(range(len(prompts))) if plan.order is None else plan.order.tolist()
         taken = [len(prompts[i]) + (d.prompt_length if d else 0) for i, d in zip(order, plan.ordered, strict=True)]
-        shifts = [d.position_shift if d else 0 for d in plan.ordered]
-        self._cache.enter(taken, [self._memory_of(d) for d in plan.ordered])
-        entered = call.inputs["input_ids"]
-        positions = self.backbone.position_ids(entered, torch.tensor(shifts, device=entered.device))
-        call.cache, call.inputs = self._cache, cache_inputs(self._cache, entered, positions)
+        own, cross = zip(*(self._memory_of(d) for d in plan.ordered), strict=True)
+        call.cache = self._cache
+        if isinstance(self._cache, PairedCache):
+            self._cache.enter([len(self._start)] * len(order), own, taken, cross)
+            call.inputs |= {"past_key_values": self._cache, "use_cache": True}
+            # The model counts from the cache's columns, some of which may be memories.
+            call.decoder_positions = torch.arange(len(self._start), device=ids.device).expand(len(ids), -1)
+        else:
+            self._cache.enter(taken, own)
+            shifts = [d.position_shift if d else 0 for d in plan.ordered]
+            entered = call.inputs["input_ids"]
+            positions = self.backbone.position_ids(entered, torch.tensor(shifts, device=entered.device))
+            call.inputs = cache_inputs(self._cache, entered, positions)
         with active(call):
             hidden: Tensor = self.backbone.running(**call.inputs).last_hidden_state
         self._cache.finish()
@@ -180,7 +206,10 @@ class DecodingBatch:
         ends = torch.tensor(counts, device=hidden.device) - 1
         last = hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
         slots = range(first, len(self._lanes))
-        self._choose(slots, self._head(last).float())
+        logits, forced = self._head(last).float(), self.backbone.parts.first_id
+        if forced is not None:  # for sure, and every other word with hardly a chance: beams need finite scores
+            logits = torch.full_like(logits, _UNLIKELY).index_fill(1, torch.tensor(forced, device=logits.device), 0.0)
+        self._choose(slots, logits)
         for slot in slots:
             self._spread_beams(slot)
 
@@ -208,15 +237,20 @@ class DecodingBatch:
             ids, positions = ids[order], positions[order]
         call = StepCall(self.backbone, plan, ids, positions, self._cache)
         with active(call):
-            hidden: Tensor = self.backbone.running(**call.inputs).last_hidden_state
+            hidden: Tensor = self.backbone.stepping(**call.inputs).last_hidden_state
         return hidden if order is None else hidden.index_select(0, order.argsort())
 
-    def _memory_of(self, deltas: DeltaSet | None) -> MemoryOfRow:
-        """By layer the memory's keys and values `[H, M, K]`, without what only pads it to a common length."""
+    def _memory_of(self, deltas: DeltaSet | None) -> tuple[MemoryOfRow, MemoryOfRow]:
+        """By layer the memory's keys and values `[H, M, K]`, without what only pads it to a common length.
+
+        Returns:
+            Those of attention to what the row holds, and those of attention to an encoder's output.
+        """
         if deltas is None:
-            return {}
+            return {}, {}
         if deltas not in self._memories:
             found: dict[int, tuple[Tensor, Tensor]] = {}
+            cross: dict[int, tuple[Tensor, Tensor]] = {}
             for site, delta in deltas.of(Memory):
                 assert isinstance(delta, Memory)
                 keys, values, is_open = delta.keys, delta.values, delta.open > 0
@@ -225,8 +259,10 @@ class DecodingBatch:
                     keys, values = keys[:count], values[:count]
                 else:
                     keys, values = keys[is_open], values[is_open]
-                found[self._attention[site]] = keys.transpose(0, 1), values.transpose(0, 1)
-            self._memories[deltas] = found
+                for layers, into in ((self._attention, found), (self._cross, cross)):
+                    if site in layers:
+                        into[layers[site]] = keys.transpose(0, 1), values.transpose(0, 1)
+            self._memories[deltas] = found, cross
         return self._memories[deltas]
 
     def _spread_beams(self, slot: int) -> None:
@@ -389,6 +425,9 @@ def check_room(backbone: Backbone, sequence: AnySequence, name: str) -> None:
             f"{name}: token id {wrong} is outside the vocabulary 0..{backbone.vocab_size - 1}; encode the text with "
             f"this backbone's own tokenizer"
         )
+    if backbone.decodes:
+        _check_decoder_room(backbone, sequence, name)
+        return
     if sequence.num_positions > backbone.max_length:
         new = sequence.settings.max_new_tokens
         beside = sequence.num_positions - new - len(sequence.prompt)
@@ -397,6 +436,22 @@ def check_room(backbone: Backbone, sequence: AnySequence, name: str) -> None:
             f"{name}: {len(sequence.prompt)} tokens{prompt} and up to {new} new ones are "
             f"{sequence.num_positions} positions, but backbone '{backbone.name}' has {backbone.max_length}; shorten "
             f"the text, or lower max_new_tokens by {sequence.num_positions - backbone.max_length}"
+        )
+
+
+def _check_decoder_room(backbone: Backbone, sequence: AnySequence, name: str) -> None:
+    """`check_room` of an encoder-decoder, whose decoder has positions of its own."""
+    new, most = sequence.settings.max_new_tokens, backbone.max_length
+    beside = 0 if sequence.deltas is None else sequence.deltas.num_positions
+    if len(sequence.prompt) + beside > most:
+        raise PlanError(
+            f"{name}: {len(sequence.prompt)} tokens and {beside} of its adapter's prompt, but the encoder of backbone "
+            f"'{backbone.name}' has {most} positions; shorten the text"
+        )
+    if new > most:
+        raise PlanError(
+            f"{name}: up to {new} new tokens, but the decoder of backbone '{backbone.name}' has {most} positions; "
+            f"give max_new_tokens={most} at most"
         )
 
 

@@ -19,6 +19,7 @@ from multitune.generation.prompts import (
     encode_for_task,
     encode_prompt,
     make_sequence,
+    prompt_room,
     settings_per_row,
 )
 from multitune.generation.settings import Generation, GenerationSettings
@@ -185,9 +186,8 @@ class Engine:
         if own is None or own.task.kind != "generation" or not isinstance(prompt, (str, Mapping)):
             return encode_prompt(backbone, prompt)
         beside = 0 if deltas is None else deltas.num_positions
-        room = backbone.max_length - beside - settings.max_new_tokens
-        # No row of the training had a longer prompt: an answer has a token and an end.
-        return encode_for_task(backbone, own.task, prompt, min(room, own.max_length - 2), where)
+        room = prompt_room(backbone, beside, settings.max_new_tokens, own.max_length)
+        return encode_for_task(backbone, own.task, prompt, room, where)
 
     def _check_limits(self, sequence: AnySequence, where: str) -> None:
         if sequence.num_rows > self.max_rows:

@@ -23,6 +23,19 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 AnySettings = GenerationSettings | Mapping[str, Any]
 
 
+def prompt_room(backbone: Backbone, inserted: int, new_tokens: int, max_length: int) -> int:
+    """Most tokens of a prompt with which an adapter writes, none of which training had longer; maybe less than 1.
+
+    Args:
+        inserted: positions that the adapter takes.
+        new_tokens: most tokens to write; an encoder-decoder has other positions for them.
+        max_length: that of training, which counted an answer of at least a token and its end where it stands behind.
+    """
+    if backbone.decodes:
+        return min(backbone.max_length - inserted, max_length)
+    return min(backbone.max_length - inserted - new_tokens, max_length - 2)
+
+
 def encode_for_task(backbone: Backbone, task: Task, row: Any, room: int, where: str) -> tuple[int, ...]:
     """Token ids of a row of a generation task, written out as in training; one too long loses words at its front.
 
@@ -149,6 +162,7 @@ def make_sequence(
         eos_ids=frozenset(backbone.eos_ids),
         stream=TextStream(_decoder(backbone), settings.stop),
         adapter=adapter,
+        before=backbone.start_ids if backbone.decodes else None,
     )
 
 

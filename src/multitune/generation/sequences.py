@@ -35,6 +35,13 @@ class Decoded:
     stream: TextStream
     adapter: str | None = None
     finish_reason: FinishReason | None = None
+    before: tuple[int, ...] | None = None
+    """Encoder-decoders: token ids in front of the text, where the prompt is not."""
+
+    @property
+    def seen(self) -> set[int]:
+        """Token ids in front of the text, which the repetition penalty counts."""
+        return set(self.prompt if self.before is None else self.before)
 
     @property
     def num_rows(self) -> int:
@@ -77,7 +84,7 @@ class SingleSequence(Decoded):
     chooser: Chooser = field(init=False)
 
     def __post_init__(self) -> None:
-        self.chooser = Chooser(self.settings, set(self.prompt))
+        self.chooser = Chooser(self.settings, self.seen)
 
     def push(self, token: int, logprob: float) -> None:
         """Take the next token, whose log-probability is no number if the row's scores were none."""
@@ -150,7 +157,7 @@ class BeamSequence(Decoded):
         logprobs = logits.log_softmax(-1)
         scores = logprobs
         if self.settings.repetition_penalty != 1:
-            seen = [set(self.prompt) | set(b.tokens) for b in self.running]
+            seen = [self.seen | set(b.tokens) for b in self.running]
             penalty = self.settings.repetition_penalty
             scores = torch.stack([penalise(row, s, penalty) for row, s in zip(scores, seen, strict=True)])
         so_far = torch.tensor([b.score for b in self.running], device=scores.device)

@@ -58,7 +58,7 @@ class AttnScale(SiteMethod):
         return backbone.find_sites("linear", ("attention_output",), self.layers)
 
     def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"s": torch.zeros(backbone.num_attention_heads)}
+        return {"s": torch.zeros(backbone.heads_at(site)[0])}
 
     def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
-        return InputScale(s=params["s"].repeat_interleave(site.in_features // backbone.num_attention_heads))
+        return InputScale(s=params["s"].repeat_interleave(site.in_features // backbone.heads_at(site)[0]))

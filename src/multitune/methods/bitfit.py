@@ -57,7 +57,7 @@ class BitFit(SiteMethod):
     """Layers to adapt; none stands for all and the norms in front of and behind them."""
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
-        known = {s.role for s in backbone.sites if s.kind in ("linear", "norm")}
+        known = {role for s in backbone.sites if s.kind in ("linear", "norm") for role in s.roles}
         subset = known if self.subset is None else self.subset
         unknown = [role for role in subset if role not in known]
         check(
@@ -72,7 +72,7 @@ class BitFit(SiteMethod):
             s
             for s in backbone.sites
             if s.kind in ("linear", "norm")
-            and s.role in subset
+            and s.has_role(subset)
             and (s.bias or s.kind == "linear")
             and (self.layers is None or s.layer in self.layers)
         ]

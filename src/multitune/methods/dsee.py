@@ -98,7 +98,7 @@ class DSEE(Method):
             tensors[f"{site.name}.values"] = torch.zeros(self.num_sparse)
             tensors[f"{site.name}.indices"] = self._places(site, backbone, generator)
         for site in self._outputs(backbone):
-            tensors[f"{site.name}.heads"] = torch.ones(backbone.model.config.num_attention_heads)
+            tensors[f"{site.name}.heads"] = torch.ones(backbone.heads_at(site)[0])
         return tensors
 
     def _places(self, site: Site, backbone: Backbone, generator: torch.Generator) -> Tensor:

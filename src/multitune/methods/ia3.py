@@ -61,7 +61,7 @@ class IA3(SiteMethod):
         return backbone.find_sites("linear", self.outputs + self.inputs, self.layers)
 
     def init_site(self, site: Site, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"s": torch.zeros(site.in_features if site.role in self.inputs else site.out_features)}
+        return {"s": torch.zeros(site.in_features if site.has_role(self.inputs) else site.out_features)}
 
     def delta(self, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> Delta:
-        return InputScale(s=params["s"]) if site.role in self.inputs else Scale(s=params["s"])
+        return InputScale(s=params["s"]) if site.has_role(self.inputs) else Scale(s=params["s"])

@@ -110,10 +110,10 @@ class PrefixMemory(Method):
 
     def deltas(self, params: Mapping[str, Tensor], backbone: Backbone) -> dict[str, list[Delta]]:
         plain = self._plain(params, backbone)
-        heads = backbone.num_key_value_heads
         shift = self.length if self.shift_positions else 0
 
         def memory(site: Site) -> Memory:
+            heads = backbone.heads_at(site)[1]
             keys, values = (plain[f"{site.name}.{k}"].view(self.length, heads, -1) for k in ("keys", "values"))
             return Memory(keys=keys, values=values, open=torch.ones(self.length, device=keys.device), shift=shift)
 

@@ -78,7 +78,7 @@ class SerialAdapter(SiteMethod):
 
 def _behind_norm(plain: Bottleneck, site: Site, backbone: Backbone) -> Bottleneck:
     """The adapter of a sub-layer that reads what the norm behind its residual sum makes of its output."""
-    norm = cast("FrozenNorm", backbone.frozen(f"layer.{site.layer}.{site.role}_norm"))
+    norm = cast("FrozenNorm", backbone.frozen(f"{site.prefix}{site.role}_norm"))
     down, offset = plain.down, plain.down_bias
     if norm.bias is not None:
         offset = offset + norm.bias.to(down.dtype) @ down

@@ -109,9 +109,8 @@ class UTuning(SiteMethod):
 
 
 def _projections(site: Site, backbone: Backbone) -> tuple[FrozenLinear, FrozenLinear]:
-    """The frozen query and output projections of the attention in a site's layer."""
-    assert site.layer is not None
-    names = (backbone.find_sites("linear", (role,), (site.layer,))[0].name for role in ("query", "attention_output"))
+    """The frozen query and output projections of a site's attention."""
+    names = (f"{site.prefix}{role}" for role in ("query", "attention_output"))
     query, output = (cast("FrozenLinear", backbone.frozen(name)) for name in names)
     return query, output
 
@@ -119,7 +118,7 @@ def _projections(site: Site, backbone: Backbone) -> tuple[FrozenLinear, FrozenLi
 def _prefix_branch(keys: Tensor, values: Tensor, site: Site, backbone: Backbone) -> Bottleneck:
     """The `prefix` tuner from `keys` and `values [M, H·K]`, folded with the frozen projections."""
     query, output = _projections(site, backbone)
-    heads = backbone.num_attention_heads
+    heads = backbone.heads_at(site)[0]
     size = output.in_features // heads
     keys = keys.unflatten(-1, (heads, size)) / math.sqrt(size)
     values = values.unflatten(-1, (heads, size))

@@ -36,7 +36,8 @@ class Item:
 
     sequences: tuple[Encoded, ...]
     target: Any
-    """As `Example.target`; generation: how many tokens at the end of the sequence are the answer."""
+    """As `Example.target`; generation: how many tokens at the end of the sequence are the answer, which an
+    encoder-decoder's decoder reads and the encoder does not."""
     ranked: RankedRow | None = None
     """Of a task with a pattern: its choices, and where they stand in the sequences."""
     teacher: tuple[float, ...] | None = None
@@ -122,16 +123,22 @@ class TaskRows(Dataset[Item]):
 class Collator:
     """Rows to one padded batch, the arguments of `TuningModel.forward`."""
 
-    def __init__(self, kind: str, pad_id: int, states: FrozenStates | None = None) -> None:
+    def __init__(
+        self, kind: str, pad_id: int, states: FrozenStates | None = None, start_ids: Sequence[int] = ()
+    ) -> None:
         """
         Args:
+            start_ids: what an encoder-decoder's decoder begins with.
             states: what the frozen layers give for each sequence, if it is kept.
         """
         self.kind = kind
         self.pad_id = pad_id
         self.states = states
+        self.start_ids = list(start_ids)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        if self.start_ids:
+            return self._two_sided(items)
         sequences = [s for item in items for s in item.sequences]
         batch = pad(sequences, self.pad_id)
         found: dict[str, Tensor | None] = {
@@ -146,6 +153,28 @@ class Collator:
         if ranked:
             found["index"] = index_of(ranked)
             found["teacher"] = _taught(items)
+        return {name: t for name, t in found.items() if t is not None}
+
+    def _two_sided(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The prompts for the encoder; for the decoder its start and the answer, whose every token it is to find."""
+        whole = [item.sequences[0].input_ids for item in items]
+        read = pad(
+            [Encoded(input_ids=ids[: -item.target]) for ids, item in zip(whole, items, strict=True)], self.pad_id
+        )
+        answers = [
+            Encoded(input_ids=[*self.start_ids, *ids[-item.target :]]) for ids, item in zip(whole, items, strict=True)
+        ]
+        written = pad(answers, self.pad_id)
+        targets = written.input_ids.clone()
+        targets[:, : len(self.start_ids)] = IGNORED
+        if written.attention_mask is not None:
+            targets[written.attention_mask == 0] = IGNORED
+        found = {
+            "input_ids": read.input_ids,
+            "attention_mask": read.attention_mask,
+            "decoder_input_ids": written.input_ids,
+            "targets": targets,
+        }
         return {name: t for name, t in found.items() if t is not None}
 
     def _targets(self, items: Sequence[Item], width: int) -> Tensor:

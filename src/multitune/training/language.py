@@ -40,7 +40,7 @@ def answer_losses(
 ) -> list[tuple[float, int]]:
     """Per row the sum of its answer's losses, and how many tokens that is of; rows of similar length run together."""
     order = sorted(range(len(answered)), key=lambda i: len(answered[i].input_ids), reverse=True)
-    collate = Collator("generation", backbone.pad_id)
+    collate = Collator("generation", backbone.pad_id, start_ids=backbone.start_ids)
     found: list[tuple[float, int]] = [(0.0, 0)] * len(answered)
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]

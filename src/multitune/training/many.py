@@ -277,6 +277,7 @@ def _check_arguments(
     for job in jobs:
         if not isinstance(job, TrainJob):
             raise ConfigError(f"train_many takes TrainJob(data=..., method=...), not a {type(job).__name__}")
+    backbone.refuse_decoder("adapters are not trained together", "train them one by one: train(...)")
     dropped = [name for name in _LAYER_DROPS if getattr(backbone.running.config, name, 0)]
     if dropped:
         raise ConfigError(

@@ -81,6 +81,7 @@ class TuningModel(nn.Module):
         slots: Tensor | None = None,
         index: Tensor | None = None,
         teacher: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits, and with targets the mean loss.
 
@@ -88,7 +89,8 @@ class TuningModel(nn.Module):
             input_ids: int64 `[B, T]`; of a multiple choice the sequences of row after row.
             targets: as `heads.loss` takes them; generation as `token_losses` does.
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
-            slots: int64 `[B, S]` as `Backbone.run` takes them.
+            slots, decoder_input_ids: int64 `[B, S]` and `[B, U]`, as `Backbone.run` takes them; with the latter targets
+                are of the decoder's tokens.
             index: ranking: int64 `[N, 5]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
             teacher: ranking: float32 `[R, choices]`, the scores to distil.
 
@@ -103,7 +105,8 @@ class TuningModel(nn.Module):
         with self.arithmetic():
             plan = self.plan(len(ids))
             if states is None:
-                hidden = backbone.run(plan, ids, mask, types, None if slots is None else slots.to(device))
+                slots, written = (None if t is None else t.to(device) for t in (slots, decoder_input_ids))
+                hidden = backbone.run(plan, ids, mask, types, slots, written)
             elif self.frozen_layers < backbone.num_layers:
                 batch = Batch(input_ids=ids, attention_mask=mask, token_type_ids=types)
                 hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), batch)
@@ -200,6 +203,8 @@ class TuningModel(nn.Module):
     def find_frozen_layers(self) -> tuple[int, str]:
         """How many layers lie below all that is trained, and where there are none, why."""
         backbone = self.backbone
+        if backbone.decodes:
+            return 0, f"a pass of backbone '{backbone.name}', an encoder and its decoder, is not cut in two"
         if self.method.changes_weights:
             found = first_trained(self.names, backbone)
         else:

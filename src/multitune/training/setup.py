@@ -328,7 +328,8 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
 
 def _check_prompts(model: TuningModel, splits: Iterable[TaskRows]) -> None:
     """Raise `ConfigError` for vectors that training would put elsewhere than generation, which ends with the prompt."""
-    if not (model.head.kind == "generation" or (model.head.kind == "ranking" and model.backbone.causal)):
+    writes = model.head.kind == "generation" or (model.head.kind == "ranking" and model.backbone.causal)
+    if not writes or model.backbone.decodes:  # a decoder's answer never stands behind the prompt
         return
     places = [a for _, d in model.delta_set().of(Prompt) if isinstance(d, Prompt) for a in d.at]
     if not places:

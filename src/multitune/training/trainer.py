@@ -76,7 +76,7 @@ class TuningTrainer(Trainer):
         self.report = report
         self.best: dict[str, Tensor] | None = None
         self.best_metrics: dict[str, float] = {}
-        self.collator = Collator(train.task.kind, model.backbone.pad_id, states)
+        self.collator = Collator(train.task.kind, model.backbone.pad_id, states, model.backbone.start_ids)
         self.cached_bytes = 0 if states is None else states.nbytes
         order = BatchOrder(
             [len(item) for item in train.items],

@@ -13,7 +13,7 @@ import torch
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError
 from multitune.generation.evaluation import examples_by_prompt
-from multitune.generation.prompts import encode_for_task
+from multitune.generation.prompts import encode_for_task, prompt_room
 from multitune.plan import DeltaSet, Plan
 from multitune.tasks import Example, Task, compute
 from multitune.tasks.metrics import judge_of_training
@@ -71,14 +71,13 @@ class TextJudge:
         backbone = model.backbone
         wanted = examples_by_prompt(examples)
         inserted = model.delta_set().num_positions
-        room = backbone.max_length - inserted - config.eval_new_tokens
-        if room < 1:
+        positions = backbone.max_length - inserted
+        if positions - (0 if backbone.decodes else config.eval_new_tokens) < 1:
             raise ConfigError(
                 f"eval_new_tokens={config.eval_new_tokens} leaves no room for a prompt in the {backbone.max_length} "
                 f"positions of backbone '{backbone.name}'; lower it"
             )
-        # As in Engine: no row of the training had a longer prompt, for an answer has a token and an end.
-        room = min(room, min(config.max_length, backbone.max_length - inserted) - 2)
+        room = prompt_room(backbone, inserted, config.eval_new_tokens, min(config.max_length, positions))
         kept = list(wanted)[: config.eval_texts]
         return cls(
             task=task,
