@@ -110,6 +110,12 @@ def test_training_many_runs_as_its_page_says(minilm, tmp_path, monkeypatch, caps
     assert [job["adapter"] for job in json.loads(result.stdout)] == [str(tmp_path / "adapters" / f) for f in folders]
 
 
+def test_the_example_of_listed_choices_prints_what_it_says(capsys):
+    (code,) = blocks("docs/tasks.md", "python")
+    exec(compile(code, "docs/tasks.md", "exec"), {})
+    assert capsys.readouterr().out == "(0,)\n"
+
+
 def test_no_document_links_to_a_file_that_is_not_there():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):

@@ -30,7 +30,8 @@ def draw(
         subset_seed: draws the rows to learn from; a smaller draw of one seed is part of a larger one.
         per_class: instead of `train_rows`, so many rows of every label (classification only).
 
-    Rows that are judged as one group (`Task.group`) are drawn together: as many whole groups as fit into the number.
+    Rows that are judged as one group (`Task.group`) are drawn together: as many whole groups as fit into the number,
+    and at least one.
 
     Raises:
         ConfigError: both `train_rows` and `per_class`, a number below 1, or `per_class` for another kind of task.
@@ -120,10 +121,21 @@ def _by_label(task: Task, table: Any) -> dict[str, list[int]]:
     """Row numbers by label; all under one name where a task has no labels of which every row has one."""
     if task.kind != "classification":
         return {"": list(range(len(table)))}
+    cells: dict[Any, list[int]] = {}
+    for row, cell in enumerate(_column(table, task.label)):
+        cells.setdefault(cell, []).append(row)
+    # One row of each cell is read by the task, which knows its label by any of its spellings.
+    firsts = task.examples(_take(table, [rows[0] for rows in cells.values()]))
     strata: dict[str, list[int]] = {}
-    for row, example in enumerate(task.examples(table)):
-        strata.setdefault(str(example.target), []).append(row)
-    return strata
+    for example, rows in zip(firsts, cells.values(), strict=True):
+        strata.setdefault(str(example.target), []).extend(rows)
+    return {label: sorted(rows) for label, rows in strata.items()}
+
+
+def _column(table: Any, name: str) -> list[Any]:
+    if hasattr(table, "select"):
+        return list(table[name]) if name in table.column_names else []
+    return [row.get(name) for row in table]
 
 
 def _shuffled(items: Sequence[int], seed: int, name: str) -> list[int]:
