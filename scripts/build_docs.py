@@ -1,6 +1,7 @@
 """Builds what is generated: one page per method and the tables in docs/, and the package's names for type checkers.
 
-`python scripts/build_docs.py` writes; `--check` only compares, and fails when a page is out of date.
+`python scripts/build_docs.py` writes; `--check` only compares, and fails when a page is out of date. The page of tasks
+shows the rows of the folder that MULTITUNE_DATA names, and is left as it is where that is not set.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tasks_page import tasks_page
 from transformers import RobertaConfig, RobertaModel
 
 from multitune import Backbone, Method, exports, get_method, method_names
@@ -247,6 +250,8 @@ def pages() -> dict[Path, str]:
     made |= {SOURCE.joinpath(*name.split("."), "__init__.pyi"): exports.stub(name) for name in STUBS}
     for name in method_names():
         made[DOCS / "methods" / f"{name}.md"] = page(get_method(name), minilm, roberta)
+    if os.environ.get("MULTITUNE_DATA"):
+        made[DOCS / "tasks.md"] = NOTE + "\n" + tasks_page()
     return made
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -233,6 +234,15 @@ def test_tasks() -> None:
     assert found["template"] == ["sentence1", "sentence2"]
     assert found["rows"]["train"] > found["rows"]["validation"] > 0
     assert "different, paraphrase" in good("tasks", "demo/paraphrase").out
+
+
+def test_a_task_for_judging_alone_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "reasoning/svamp"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict({"question": ["1 + 1?"], "answer": ["2"]}).to_parquet(folder / "test.parquet")
+    assert "reasoning/svamp" in good("tasks", "--data", tmp_path).out.split()
+    found = good("tasks", "reasoning/svamp", "--data", tmp_path, "--json").json
+    assert found["rows"] == {"train": 0, "validation": 0, "test": 1} and found["first"]["answer"] == "2"
 
 
 def test_tasks_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

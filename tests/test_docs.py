@@ -127,6 +127,12 @@ def test_the_page_on_answers_as_language_runs(make_backbone, tmp_path, monkeypat
     assert result.exit_code == 0, result.stderr
 
 
+def test_the_example_of_listed_choices_prints_what_it_says(capsys):
+    (code,) = blocks("docs/tasks.md", "python")
+    exec(compile(code, "docs/tasks.md", "exec"), {})
+    assert capsys.readouterr().out == "(0,)\n"
+
+
 def test_no_document_links_to_a_file_that_is_not_there():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):

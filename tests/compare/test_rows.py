@@ -123,10 +123,11 @@ def test_rows_judged_as_one_group_are_drawn_together():
     rows = [{"q": f"q{i % 10}", "a": f"a{i}", "y": LABELS[i % 2]} for i in range(47)]
     data = TaskData(task=task, train=rows, validation=rows)
     drawn = draw(data, train_rows=20, validation_rows=18, subset_seed=3)
-    for part, most in ((drawn.train, 20), (drawn.validation, 18)):
-        found = Counter(row["q"] for row in part)
-        assert all(count == sum(row["q"] == q for row in rows) for q, count in found.items())
-        assert most - 5 < len(part) <= most
+    found = Counter(row["q"] for row in drawn.validation)
+    assert all(count == sum(row["q"] == q for row in rows) for q, count in found.items())
+    assert 18 - 5 < len(drawn.validation) <= 18
+    assert len(drawn.train) == 20 and Counter(row["y"] for row in drawn.train) == {"no": 10, "yes": 10}
+    assert draw(data, validation_rows=47) == data
     assert len(draw(data, validation_rows=1).validation) in (4, 5)  # a group is not cut
 
 

@@ -356,6 +356,21 @@ def test_without_a_folder_tasks_are_read_from_the_hub(hub):
     assert matched.task.labels == ("entailment", "neutral", "contradiction")
 
 
+def test_a_test_split_whose_answers_are_secret_is_left_out(hub):
+    plain = {
+        "premise": ["It rained."] * 4,
+        "choice1": ["Mud."] * 4,
+        "choice2": ["Sun."] * 4,
+        "question": ["effect"] * 4,
+    }
+    splits = {split: datasets.Dataset.from_dict({**plain, "label": [0, 1, 1, 0]}) for split in ("train", "validation")}
+    secret = datasets.Dataset.from_dict({**plain, "label": [-1] * 4})
+    hub["aps/super_glue", "copa"] = datasets.DatasetDict({**splits, "test": secret})
+    assert load_task("super_glue/copa").test is None
+    hub["aps/super_glue", "copa"]["test"] = splits["train"]
+    assert len(load_task("super_glue/copa").test) == 4
+
+
 def test_a_hub_without_the_split_to_judge_by(hub):
     table = datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [0]})
     hub["nyu-mll/glue", "mnli"] = datasets.DatasetDict({"train": table})

@@ -30,7 +30,8 @@ def draw(
         subset_seed: draws the rows to learn from; a smaller draw of one seed is part of a larger one.
         per_class: instead of `train_rows`, so many rows of every label (classification only).
 
-    Rows that are judged as one group (`Task.group`) are drawn together: as many whole groups as fit into the number.
+    Rows that are judged as one group (`Task.group`), such as the answers to one question, are drawn together among the
+    rows to judge by: as many whole groups as fit into the number, and at least one.
 
     Raises:
         ConfigError: both `train_rows` and `per_class`, a number below 1, or `per_class` for another kind of task.
@@ -48,7 +49,8 @@ def draw(
         train = _take(train, _some(data.task, train, train_rows, subset_seed))
     validation = data.validation
     if validation_rows is not None:
-        validation = _take(validation, _some(data.task, validation, validation_rows, _VALIDATION_SEED))
+        some = _whole_groups if data.task.group else _some
+        validation = _take(validation, some(data.task, validation, validation_rows, _VALIDATION_SEED))
     return replace(data, train=train, validation=validation)
 
 
@@ -73,8 +75,6 @@ def _some(task: Task, table: Any, count: int, seed: int) -> list[int]:
     """So many rows of a table."""
     if count >= len(table):
         return list(range(len(table)))
-    if task.group:
-        return _whole_groups(task, table, count, seed)
     strata = _by_label(task, table)
     ranked: list[tuple[float, int]] = []
     for label, rows in strata.items():
@@ -87,6 +87,8 @@ def _some(task: Task, table: Any, count: int, seed: int) -> list[int]:
 
 def _whole_groups(task: Task, table: Any, count: int, seed: int) -> list[int]:
     """Rows of whole groups, in the order drawn, as long as they fit; at least one group."""
+    if count >= len(table):
+        return list(range(len(table)))
     groups: dict[tuple[str, ...], list[int]] = {}
     for row, example in enumerate(task.examples(table)):
         groups.setdefault(example.group, []).append(row)
@@ -120,10 +122,21 @@ def _by_label(task: Task, table: Any) -> dict[str, list[int]]:
     """Row numbers by label; all under one name where a task has no labels of which every row has one."""
     if task.kind != "classification":
         return {"": list(range(len(table)))}
+    cells: dict[Any, list[int]] = {}
+    for row, cell in enumerate(_column(table, task.label)):
+        cells.setdefault(cell, []).append(row)
+    # One row of each cell is read by the task, which knows its label by any of its spellings.
+    firsts = task.examples(_take(table, [rows[0] for rows in cells.values()]))
     strata: dict[str, list[int]] = {}
-    for row, example in enumerate(task.examples(table)):
-        strata.setdefault(str(example.target), []).append(row)
-    return strata
+    for example, rows in zip(firsts, cells.values(), strict=True):
+        strata.setdefault(str(example.target), []).extend(rows)
+    return {label: sorted(rows) for label, rows in strata.items()}
+
+
+def _column(table: Any, name: str) -> list[Any]:
+    if hasattr(table, "select"):
+        return list(table[name]) if name in table.column_names else []
+    return [row.get(name) for row in table]
 
 
 def _shuffled(items: Sequence[int], seed: int, name: str) -> list[int]:

@@ -79,8 +79,8 @@ class Task:
     metric: str = ""
     """Name of the headline metric; "" stands for the usual one of the kind."""
     group: tuple[str, ...] = ()
-    """Columns that say which rows are judged together, such as the answers to one question, by a metric that asks for
-    whole groups."""
+    """Columns that say which rows are judged together, such as the answers to one question. Some metrics ask for whole
+    groups, and draws of rows to judge by keep them whole."""
     format: Format = ""
     """Generation only: "plain" (the prompt, a line break unless it ends in white space, the answer), "chat" (a message
     of the user and one of the assistant, written out by the tokenizer's chat template), or "auto", which training

@@ -138,7 +138,11 @@ SPECS: dict[str, Spec] = {
     "raft/tai_safety_research": replace(_RAFT, template=("title", "abstract_note")),
     # table to text
     "nlg/e2e_nlg": Spec(
-        kind="generation", template=("{meaning_representation}",), label="human_reference", metric="bleu"
+        kind="generation",
+        template=("{meaning_representation}",),
+        label="human_reference",
+        metric="bleu",
+        group=("meaning_representation",),  # every text is a row of its own, and all of one meaning are its references
     ),
     "nlg/webnlg_2017": Spec(kind="generation", template=("{modified_triple_sets}",), label="references", metric="bleu"),
     # its own training rows are not in the folder of suites: the validation split trains, a tenth of it is held out

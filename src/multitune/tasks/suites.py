@@ -156,8 +156,10 @@ def _is_readable(name: str, folder: Path) -> bool:
 
 
 def _is_secret(table: "Dataset | None", task: Task) -> bool:
-    """Whether a split has no labels to judge by: the hub has -1 where they are kept secret."""
-    return table is not None and bool(task.labels) and all(label == -1 for label in table[task.label])
+    """Whether a split has no labels to judge by: where they are kept secret, the hub has -1 or empty lists."""
+    if table is None or task.label not in table.column_names:
+        return table is not None
+    return all(label in (-1, [], "", None) for label in table[task.label])
 
 
 def _load_shipped(name: str, spec: Spec) -> TaskData:

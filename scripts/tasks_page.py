@@ -1,0 +1,119 @@
+"""The page of tasks and suites: tasks as they load from the folder that MULTITUNE_DATA names, suites as they ship."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from multitune.tasks import TaskData, list_tasks, load_task
+from multitune.tasks.specs import SPECS, find_spec
+
+INTRODUCTION = """\
+# Tasks and suites
+
+`mt.load_task(NAME)` and `multitune train --task NAME` read a task by its name; `multitune tasks` lists those at hand,
+and `multitune tasks NAME` shows one. Tasks named `demo/` ship with the library. The others are read from the folder
+that the environment variable `MULTITUNE_DATA` names, or `data_dir=`, which holds
+`<collection>/<task>/<split>.parquet`. Where neither is given, a task with a data set in the last column is read from
+the Hugging Face hub; its columns are those of the folder, its rows may be more.
+
+- **Rows** are those to learn from, to judge by, and of the test split where its labels are published, in the folder
+  that this page was built with. Where a data set has no validation split, a tenth of the rows to learn from is held
+  out, the same every time; of the fifty rows of a RAFT task half. `glue/mnli` is judged by the matched rows,
+  `glue/mnli_mismatched` by the others, where folder or hub have them.
+- Tasks without rows to learn from are published for judging alone: `evaluate(backbone, adapter, load_task(NAME),
+  split="test")`. The makers of `bbh/` ask that it never be trained on.
+- **Metrics** named with *and* are means of the parts, which are reported too. `f1a_and_em` (MultiRC) counts a
+  question when all of its answers are right, and `choice_f1_and_em` (ReCoRD) compares the chosen entity with the
+  right one that it is most like. Both are SuperGLUE's ([Wang et al. 2019](https://arxiv.org/abs/1905.00537)).
+- Some tables get columns as they are read: `query_start` and `query_end` of ReCoRD, `marked` of WSC (the text with
+  stars around the pronoun that is meant), `context` of PubMedQA, `right` of AQuA. Rows that such an adapter is to
+  answer need them too.
+
+A choice whose options differ from row to row is a `Task` whose one choice is a column of lists:
+
+```python
+import multitune as mt
+
+task = mt.Task(name="capital", kind="multiple_choice", template=("question",), choices=("options",), label="answer")
+row = {"question": "The capital of Peru?", "options": ["Lima", "Quito", "La Paz"], "answer": "Lima"}
+print(task.encode(row).target)  # (0,): the places of all options that are right
+```
+"""
+
+SUITES = """\
+## Suites
+
+A suite is a recipe that ships with the library: tasks with the part of their rows that is used and why, methods, seeds
+and settings. They are sized for two CPU cores; their files say what to take out for all rows. `multitune compare NAME`
+runs one and goes on where it was stopped; `overhead` trains nothing and is the grid of `benchmarks/overhead.py`.
+
+| suite | backbone | tasks | methods | seeds | rows |
+|---|---|---|---|---|---|
+"""
+
+
+def tasks_page() -> str:
+    """The page, without the line that says that it is generated."""
+    lines = [INTRODUCTION, SUITES + "\n".join(map(_suite, _suites())) + "\n", "## Tasks\n"]
+    for collection, names in groupby(_ordered(list_tasks()), key=lambda name: name.partition("/")[0]):
+        lines += [f"### {collection}\n", "| task | kind | labels | rows | metric | source |"]
+        lines.append("|---|---|---|---|---|---|")
+        lines += [_row(name, load_task(name)) for name in names]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _ordered(names: tuple[str, ...]) -> list[str]:
+    """Collection by collection: first those of the table of tasks in its order, then the others by name."""
+    table = list(dict.fromkeys(name.partition("/")[0] for name in SPECS))
+    places = {name: place for place, name in enumerate(SPECS)}
+
+    def place(name: str) -> tuple[Any, ...]:
+        collection = name.partition("/")[0]
+        known = table.index(collection) if collection in table else len(table)
+        return known, collection, places.get(name, len(places)), name
+
+    return sorted(names, key=place)
+
+
+def _row(name: str, data: TaskData) -> str:
+    spec, task = find_spec(name), data.task
+    tables = (data.train, data.validation, data.test)
+    rows = " / ".join("–" if not table else f"{len(table):,}" for table in tables)
+    hub = spec.hub.format(task=name.partition("/")[2]) if spec is not None and spec.hub else ""
+    shown = f"`{hub}`" if hub else "ships" if spec is not None and spec.shipped else "folder"
+    kind = task.kind.replace("_", " ")
+    return f"| `{name}` | {kind} | {len(task.labels) or '–'} | {rows} | `{task.metric}` | {shown} |"
+
+
+def _suites() -> Iterator[tuple[str, dict[str, Any]]]:
+    folder = Path(str(resources.files("multitune.compare"))) / "suites"
+    for file in sorted(folder.glob("*.yaml")):
+        yield file.stem, yaml.safe_load(file.read_text("utf-8"))
+
+
+def _suite(item: tuple[str, dict[str, Any]]) -> str:
+    name, suite = item
+    link = f"[{name}](../src/multitune/compare/suites/{name}.yaml)"
+    if "tasks" not in suite:
+        grid = f"batches of {_listed(suite['rows'])} rows of {_listed(suite['lengths'])} tokens"
+        return f"| {link} | {suite['backbone']} | – | {len(suite['methods'])} | – | {grid} |"
+    tasks = [{"task": task} if isinstance(task, str) else task for task in suite["tasks"]]
+    few = suite.get("few_shot")
+    if few is not None:
+        rows = f"{_listed(few['per_class'])} a label, each drawn {few['subset_seeds']} times"
+    else:
+        most = max(task.get("train_rows", 0) for task in tasks)
+        rows = f"at most {most:,} to learn from" if most else "all"
+    named = ", ".join(task["task"].partition("/")[2] for task in tasks)
+    return f"| {link} | {suite['backbone']} | {named} | {len(suite['methods'])} | {suite['seeds']} | {rows} |"
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values))
