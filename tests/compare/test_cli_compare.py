@@ -28,7 +28,7 @@ def file(values, tmp_path):
 
     def make(**changes):
         path = tmp_path / "evening.yaml"
-        path.write_text(yaml.safe_dump(values(name=None, **changes)), "utf-8")
+        path.write_text(yaml.safe_dump(values(name=None, **changes), sort_keys=False), "utf-8")
         return path
 
     return make
