@@ -38,7 +38,7 @@ def test_a_dry_run_prints_the_trials_and_trains_nothing(run, file, tmp_path):
     result = run(file(), "--dry-run")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[-1] == "6 trials"
+    assert lines[-1].startswith("6 trials; about ")
     assert [line.split()[1] for line in lines[2:-1]] == ["lora", "lora", "bitfit"] * 2
     assert not (tmp_path / "compare-evening").exists()
     told = json.loads(run(file(), "--dry-run", "--json").stdout)
@@ -47,7 +47,9 @@ def test_a_dry_run_prints_the_trials_and_trains_nothing(run, file, tmp_path):
 
 def test_a_dry_run_of_a_search_says_the_most_it_can_come_to(run, file):
     result = run(file(search={"trials": 1}), "--dry-run")
-    assert result.stdout.splitlines()[-1].startswith("4 trials at most")  # of lora 1 + 1, and bitfit with 2 seeds
+    assert result.stdout.splitlines()[-1].startswith(
+        "4 trials at most; about "
+    )  # of lora 1 + 1, and bitfit with 2 seeds
 
 
 def test_methods_and_seeds_of_the_command_line_replace_the_recipes(run, file):

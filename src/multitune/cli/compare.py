@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
+from multitune.compare.estimate import estimate
 from multitune.compare.recipe import Recipe
 from multitune.compare.records import Record, Trial
 from multitune.compare.run import (
@@ -173,11 +174,11 @@ def _dry(plan: Plan, as_json: bool) -> None:
     show(shared.table(rows, columns, right=("seed", "rows", "judged on")))
     if plan.recipe.search is not None:
         print(
-            f"{count(total)} trials at most: of each grid above {plan.recipe.search.trials} settings with seed "
-            f"{plan.search_seed()}, then the best with {len(plan.recipe.seeds)} seeds"
+            f"of each grid above {plan.recipe.search.trials} settings with seed {plan.search_seed()}, then the best "
+            f"with {_several(len(plan.recipe.seeds), 'seed')}"
         )
-    else:
-        print(_several(total, "trial"))
+    most = " at most" if plan.recipe.search is not None else ""
+    print(f"{_several(total, 'trial')}{most}; about {duration(estimate(plan))} in one process")
 
 
 def _finals(plan: Plan) -> list[Job]:
@@ -187,8 +188,6 @@ def _finals(plan: Plan) -> list[Job]:
 
 
 def _announce(plan: Plan, folder: Path) -> None:
-    from multitune.compare.estimate import estimate
-
     tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
     methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
     for cell in {id(cell.draws[0]): cell for cell in plan.cells}.values():
