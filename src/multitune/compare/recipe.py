@@ -151,13 +151,15 @@ class Recipe:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where} is a mapping with the keys tasks and methods, not {values!r}")
         given = {str(key).replace("-", "_"): value for key, value in values.items() if value is not None}
+        if given.get("measures") == "inference":
+            raise ConfigError(f"{where} measures time of inference and trains nothing: python benchmarks/overhead.py")
         _check_keys(given, _TOP, where)
         for key in ("tasks", "methods"):
             if not given.get(key):
                 raise ConfigError(f"{where} needs '{key}', such as tasks: [demo/topic] and methods: [lora, bitfit]")
         training = _training(given.get("training", {}), f"{where}, training")
         methods = tuple(_methods(given["methods"], where))
-        found = cls(
+        return cls(
             name=str(given.get("name", "comparison")),
             backbone=str(given.get("backbone", "minilm")),
             device=str(given.get("device", "cpu")),
@@ -169,9 +171,6 @@ class Recipe:
             training=training,
             few_shot=None if "few_shot" not in given else _few_shot(given["few_shot"], where),
         )
-        if found.search is None and found.few_shot is None and not found.seeds:
-            raise ConfigError(f"{where} has no seeds; give for example seeds: 3")
-        return found
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:

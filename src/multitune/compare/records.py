@@ -74,7 +74,8 @@ class Outcome:
     processor_seconds: float | None = None
     """Processor time; none where other trials ran in the same process."""
     peak_memory: int | None = None
-    """Most bytes of memory the process held; none where other trials ran in it."""
+    """Most bytes of memory the process held during the run, what earlier runs left in it included; none where others
+    ran beside it."""
     together: int = 1
     """How many trials ran in the same process at a time, which makes `seconds` incomparable with those of 1."""
     history: tuple[Mapping[str, float], ...] = ()

@@ -144,6 +144,14 @@ def number_of_trials(plan: Plan) -> int:
     return searched + finals
 
 
+def number_known(plan: Plan, folder: Path) -> int:
+    """How many of a plan's trials an earlier run has ended; makes no store where there is none."""
+    if not (folder / FILE).exists():
+        return 0
+    store = Store(folder / FILE)
+    return min(number_of_trials(plan), sum(store.has(key) for key in {job.trial.key for job in plan.finals()}))
+
+
 def _look(plan: Plan, searches: Mapping[str, Search], ledger: _Ledger) -> None:
     """Run all searches to their ends, a trial of each at a time; one with a single point has nothing to look for."""
     cells = {cell.name: cell for cell in plan.cells}

@@ -18,7 +18,7 @@ _SEEDS = (0, 1, 2)
 #: Most rows of a table that are drawn, so that a first answer takes minutes.
 _TRAIN_ROWS, _VALIDATION_ROWS = 2000, 500
 #: Optimizer steps to aim at: enough for a few hundred rows to be learnt, whatever the size of the table.
-_STEPS, _BATCH_SIZE, _MOST_EPOCHS = 250, 16, 20
+_STEPS, _BATCH_SIZE, _MOST_EPOCHS = 200, 16, 15
 
 
 def suites() -> dict[str, Path]:

@@ -13,12 +13,13 @@ from multitune.compare.budgets import fit
 from multitune.compare.recipe import Budget, MethodEntry, Point, Recipe, TaskEntry
 from multitune.compare.records import Trial, digest
 from multitune.compare.rows import draw, rows_fingerprint
-from multitune.errors import ConfigError, MultituneError
+from multitune.errors import ConfigError, DataError, MultituneError
 from multitune.heads import Head
 from multitune.methods import Method
 from multitune.quantized import check_trains
 from multitune.tasks import TaskData
 from multitune.training.config import COSMETIC, TrainConfig
+from multitune.training.data import warn_of_empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,10 @@ class Plan:
             subset_seed=subset_seed,
             per_class=per_class,
         )
+        for split, table in (("training", part.train), ("validation", part.validation)):
+            if table is None or not len(table):
+                raise DataError(f"task '{whole.task.name}' has no {split} rows; a comparison needs both")
+            warn_of_empty(part.task, split, part.task.examples(table))
         facts: dict[str, Any] = {**entry.source, "fingerprint": rows_fingerprint(part)}
         facts |= {"train_rows": entry.train_rows, "validation_rows": entry.validation_rows, "subset_seed": subset_seed}
         if per_class is not None:
