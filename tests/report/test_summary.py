@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import yaml
 from invented import ENVIRONMENT, comparison, failed, record
 
 from multitune.compare.gathering import summarise
 from multitune.compare.overhead import OverheadRow
+from multitune.compare.recipe import Recipe
+from multitune.compare.records import Record
+from multitune.compare.report.rerun import recipes_of
 from multitune.compare.summary import paired_runs
+from multitune.compare.trials import Plan
 
 
 def test_settings_that_differ_within_a_task_tell_candidates_apart():
@@ -116,3 +121,31 @@ def test_overhead_is_the_mean_over_shapes_that_every_method_has():
     assert found["lora"].overhead_alone == pytest.approx((1.1 * 1.2) ** 0.5)
     assert (found["lora"].overhead_mixed, found["ia3"].overhead_mixed) == (2.0, None)
     assert found["head"].overhead_alone is None
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"methods": {"lora": {"r": [2, 4], "learning_rate": [1e-3, 2e-3]}, "vera": {}, "full": {}}, "seeds": [0, 3]},
+        {"methods": ["lora", "ptuning_v2", "lora+bitfit", "aot_kronecker"], "budgets": ["1%", 40000], "seeds": [5]},
+        {"methods": ["bitfit"], "few_shot": {"per_class": [2, 4], "subset_seeds": [1, 4]}, "seeds": 2},
+        {
+            "methods": {"lora": {"targets": [["query"], ["query", "value"]]}},
+            "training": {"epochs": 2, "pooling": "mean"},
+        },
+    ],
+)
+def test_the_recipe_of_a_row_gives_its_very_trials(recipe, minilm):
+    tasks = ["demo/topic", {"task": "demo/intent", "train_rows": 20, "subset_seed": 2, "max_length": 32}]
+    tasks = tasks[:1] if "few_shot" in recipe else tasks
+    jobs = Plan(Recipe.from_dict({"name": "a", "tasks": tasks, **recipe}), minilm).finals()
+    records = [Record(trial=j.trial, budget=j.budget, outcome=record().outcome) for j in jobs]
+    again = set()
+    for candidate in summarise(records).candidates:
+        keys = set()
+        for text in recipes_of(candidate):
+            values = yaml.safe_load(text)
+            keys |= {j.trial.key for j in Plan(Recipe.from_dict(values), minilm).finals()}
+        assert keys == {r.trial.key for r in candidate.records}
+        again |= keys
+    assert again == {j.trial.key for j in jobs}

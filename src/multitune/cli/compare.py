@@ -313,7 +313,7 @@ def _finish(comparison: Comparison, as_json: bool) -> None:
         print_json({"results": lines, "recommendation": said, "folder": str(comparison.folder)})
     else:
         _show(lines)
-        print(f"\nrecommended: {advice.method or 'none'}", *advice.reasons, sep="\n- ")
+        print(f"\nrecommended: {advice.candidate or 'none'}", *advice.reasons, sep="\n- ")
         print(f"\nreport: {comparison.folder / 'report.html'}")
     if comparison.failed:
         note(f"{len(comparison.failed)} trials failed; the first: {comparison.failed[0].outcome.error}")

@@ -49,9 +49,7 @@ def report_command(
 ) -> None:
     """Write the report of a comparison: one HTML page, Markdown, CSV; and recommend a method."""
     files = [_store_file(path) for path in stores]
-    records = [r for file in files for r in Store(file).records()]
-    if not records:
-        raise DataError(f"{files[0]} holds no finished trial yet; run `multitune compare` first")
+    records = read_stores(stores)
     measured = [row for file in overhead or [] for row in read_overhead(file)]
     written = write_report(
         _of_tasks(records, task),
@@ -69,6 +67,19 @@ def report_command(
     for reason in advice.reasons:
         print(f"- {reason}")
     note(f"wrote {written.html}, and report.md and report.csv beside it")
+
+
+def read_stores(paths: list[Path]) -> list[Record]:
+    """The records of all these folders or stores.
+
+    Raises:
+        DataError: there is no such store, or there is nothing in them.
+    """
+    files = [_store_file(path) for path in paths]
+    records = [r for file in files for r in Store(file).records()]
+    if not records:
+        raise DataError(f"{files[0]} holds no finished trial yet; run `multitune compare` first")
+    return records
 
 
 def _store_file(path: Path) -> Path:

@@ -175,19 +175,23 @@ def _scale(axes: Any, cost: Cost, values: Sequence[float]) -> None:
     axes.set_xscale("log")
     span = max(np.log10(high / low), 0.5)
     axes.set_xlim(low / 10 ** (0.06 * span + 0.05), high * 10 ** (0.12 * span + 0.05))
-    ticks: Sequence[float] = LogLocator(subs=(1, 2, 5) if span < 1.3 else (1,), numticks=9).tick_values(
-        *axes.get_xlim()
-    )
+    digits = range(1, 10) if span < 0.6 else (1, 2, 5) if span < 1.3 else (1,)
+    ticks = [t for t in LogLocator(subs=digits, numticks=9).tick_values(*axes.get_xlim()) if _inside(axes, t)]
     if cost.name == "seconds":
-        ticks = [t for t in _TIMES if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
-        ticks = ticks[:: 1 + len(ticks) // 7]
+        ticks = [t for t in _TIMES if _inside(axes, t)]
+    ticks = ticks[:: 1 + len(ticks) // 7]
     zero = _place(0.0, cost)
     if min(values) == 0:
         ticks = [zero, *(t for t in ticks if t > 2.5 * zero)]
-    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]))
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x == zero else _short(x, cost)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
+
+
+def _inside(axes: Any, tick: float) -> bool:
+    low, high = axes.get_xlim()
+    return bool(low <= tick <= high)
 
 
 #: Seconds that a clock shows as whole numbers.

@@ -189,6 +189,7 @@ def how_it_ran(summary: Summary) -> list[tuple[str, str]]:
     found = [("backbone", ", ".join(sorted({f"{c.backbone}" for c in summary.candidates})))]
     seeds = sorted({r.trial.seed for r in summary.records})
     found.append(("seeds", ", ".join(map(str, seeds))))
+    found.append(("command", "multitune compare RECIPE --out FOLDER"))
     found.append(("runs", f"{count(len(summary.records))} shown, {count(summary.num_search)} of the search"))
     together = Counter(r.outcome.together for r in summary.records)
     if set(together) != {1}:
