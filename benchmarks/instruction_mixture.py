@@ -145,8 +145,8 @@ def render(done: list[Row], missing: int) -> str:
     notes = [
         f"- `{cell['backbone']}`; {cell['mixture']['rows']} training rows of {len(done[0]['shares'])} tasks, one "
         f"epoch, examples-proportional with a cap of {cell['mixture']['cap']}; {min(shown)} to {max(shown)} rows of "
-        f"each held-out task, {cell['wordings']} wording(s) of it, in percent. With so few rows a difference of some ten "
-        f"points is within chance.",
+        f"each held-out task, {cell['wordings']} wording(s) of it, in percent. With so few rows a difference of some "
+        f"ten points is within chance.",
         f"- Trained: {', '.join(done[0]['shares'])}.",
         f"- Training and judging took {seconds}.",
     ]
