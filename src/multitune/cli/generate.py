@@ -32,7 +32,7 @@ from multitune.errors import ConfigError, DataError, MultituneError
 from multitune.generation import GenerationSettings, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
 from multitune.prompting import with_examples
-from multitune.tasks import Task, TaskData, any_split, list_tasks, load_task
+from multitune.tasks import Task, TaskData, any_split, load_task
 from multitune.tasks.reasoning import READERS, question_rows
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
@@ -236,20 +236,20 @@ def _rows_to_judge_by(
     """The rows, and the task that puts and judges them where it is not the adapter's own."""
     if data is not None:
         return None, any_split(data, split)
-    if task is not None and not examples and _is_for_testing(task):
-        found, rows = question_rows(task, split)
-        return replace(found, format=adapter.task.format, system=adapter.task.system), rows
     loaded = load_task(str(task))
+    if not len(loaded.train) and _are_questions(str(task)):
+        found, rows = question_rows(str(task), split)
+        return replace(found, format=adapter.task.format, system=adapter.task.system), rows
     tables = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     if tables.get(split) is None:
         raise DataError(f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}")
     return _with_examples(adapter, loaded, tables[split], examples) if examples else (None, tables[split])
 
 
-def _is_for_testing(task: str) -> bool:
-    """Whether a task is a set of questions without training rows, which has no task of its own to be trained on."""
+def _are_questions(task: str) -> bool:
+    """Whether a task is one of the sets of questions, whose final answers can be judged whatever an adapter reads."""
     collection, _, name = task.partition("/")
-    return collection == "reasoning" and name in READERS and task not in list_tasks()
+    return collection == "reasoning" and name in READERS
 
 
 def _with_examples(adapter: Adapter, data: TaskData, table: Any, k: int) -> tuple[Task, Any]:
