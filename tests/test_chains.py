@@ -93,6 +93,17 @@ def test_the_bare_model_answers_zero_shot(bank):
     assert found.texts[1] == (by_hand.text.strip(),)
 
 
+def test_in_a_chat_the_trigger_begins_the_answer(make_backbone):
+    backbone = make_backbone("llama", tie_word_embeddings=True, max_position_embeddings=400)
+    messages = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    backbone.tokenizer.chat_template = messages + "{% if add_generation_prompt %}said {% endif %}"
+    found = answer(Bank(backbone), None, [NONE], settings={"max_new_tokens": 4})
+    said = 'user : why?\nEnd with "The answer is", followed by the answer alone. said '
+    ids = [backbone.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (said, "Let's think step by step.")]
+    (by_hand,) = Bank(backbone).generate([(None, ids[0] + ids[1])], {"max_new_tokens": 4})
+    assert found.texts == ((by_hand.text.strip(),),)
+
+
 def test_the_most_frequent_answer_wins_and_silence_has_no_voice():
     assert vote([3.0, None, 4.0, 4.0, None, None]) == 4.0
     assert vote(["b", "a", "a", "b"]) == "b"  # of equals the first

@@ -370,3 +370,19 @@ def test_templates_run_in_a_sandbox():
         escape.put({"a": 1})
     nothing = P3Template(name="n", jinja="{% if a %}p ||| x{% endif %}", answer_choices="", original=True)
     assert nothing.put({"a": 0}) is None and nothing.put({"a": 1}) == Asked(prompt="p", answers=("x",))
+
+
+def test_choices_in_a_list_are_options_and_several_may_be_right(tmp_path):
+    row = {"question": "Which?", "options": ["A)red", "B)blue", "C)green"], "rationale": "x", "correct": "B"}
+    (tmp_path / "reasoning" / "aqua_rat").mkdir(parents=True)
+    Dataset.from_list([row] * 3).to_parquet(tmp_path / "reasoning" / "aqua_rat" / "test.parquet")
+    task = instructed("reasoning/aqua_rat", tmp_path)
+    assert task.train is None  # published for judging alone
+    assert first(task).options == ("A)red", "B)blue", "C)green") and first(task).answers == ("B)blue",)
+    cloze = {"passage": "Ann met Bo.", "query": "Then @placeholder left.", "entities": ["Ann", "Bo", "Cy"]}
+    rows = [{**cloze, "answers": ["Bo", "Ann"], "passage_idx": i, "query_idx": i} for i in range(4)]
+    (tmp_path / "super_glue" / "record").mkdir(parents=True)
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "super_glue" / "record" / f"{split}.parquet")
+    asked = first(instructed("super_glue/record", tmp_path))
+    assert set(asked.answers) == {"Ann", "Bo"} and asked.options == ("Ann", "Bo", "Cy")

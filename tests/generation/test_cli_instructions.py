@@ -118,3 +118,16 @@ def test_judging_refuses_what_it_cannot_honour(place):
     (place / "open.yaml").write_text("tasks: [moods/one]\n")
     bad = run("evaluate", place / "mixed", "--mixture", place / "open.yaml", code=1)
     assert "the mixture holds no task out" in bad.stderr
+
+
+def test_a_set_without_training_rows_judges_an_adapter_of_another(place):
+    folder = place / "data" / "reasoning" / "svamp"
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list([{"question": f"film {n} ?", "answer": str(n)} for n in range(3)]).to_parquet(
+        folder / "test.parquet"
+    )
+    if not (place / "mixed").exists():
+        train(place, "mixed", "--mixture", place / "mixture.yaml")
+    options = ("--task", "reasoning/svamp", "--split", "test", "--max-new-tokens", "3", "--json")
+    found = json.loads(run("generate", "--adapters", place / "mixed", *options).stdout)
+    assert (found["task"], found["rows"]) == ("reasoning/svamp", 3) and 0 <= found["answer_match"] <= 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from multitune import DataError
 from multitune.tasks import compute
 from multitune.tasks.final_answers import final_answer, read_answer, same_answer
-from multitune.tasks.reasoning import READERS, load_questions
+from multitune.tasks.reasoning import READERS, load_questions, question_rows
 
 SOLVED = {
     "question": " How many in all? ",
@@ -146,3 +146,15 @@ def test_the_metric_takes_any_of_the_references():
 
 def test_chains_carry_no_markup():
     assert not any(re.search("<<|####", chain) for chain in READERS["gsm8k"](SOLVED).chains)
+
+
+def test_sets_are_judged_by_their_final_answers(tmp_path):
+    folder = tmp_path / "reasoning" / "aqua_rat"
+    folder.mkdir(parents=True)
+    row = {"question": "x?", "options": ["A)1", "B)2"], "rationale": "so\nAnswer: B", "correct": "B"}
+    Dataset.from_list([row]).to_parquet(folder / "test.parquet")
+    task, rows = question_rows("reasoning/aqua_rat", "test", tmp_path)
+    assert rows == [{"question": "x?\n(A) 1\n(B) 2", "answer": "B"}]
+    (example,) = task.examples(rows)
+    assert (example.texts[0][0], example.target) == ("x?\n(A) 1\n(B) 2", ("B",))
+    assert (task.metric, task.format) == ("answer_match", "auto")

@@ -33,6 +33,7 @@ from multitune.generation import GenerationSettings, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
 from multitune.prompting import with_examples
 from multitune.tasks import Task, TaskData, any_split, load_task
+from multitune.tasks.reasoning import READERS, question_rows
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
 
@@ -215,19 +216,7 @@ def _judge(
     as_json: bool,
 ) -> None:
     (name,) = _only(bank, "judging texts")
-    if data is not None:
-        table: Any = any_split(data, split)
-    else:
-        found = load_task(str(task))
-        tables = {"train": found.train, "validation": found.validation, "test": found.test}
-        if tables.get(split) is None:
-            raise DataError(
-                f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}"
-            )
-        table = tables[split]
-    own: Task | None = None
-    if examples:
-        own, table = _with_examples(bank.adapter(name), found, table, examples)
+    own, table = _rows_to_judge_by(bank.adapter(name), task, data, split, examples)
     done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=rows)
     if out is not None:
         note(f"texts and references stand in {done.save(out) / PAGE_FILE}")
@@ -239,6 +228,28 @@ def _judge(
         return
     cells = [(name, done.task.name, metric, score(value)) for metric, value in shown.items()]
     show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
+
+
+def _rows_to_judge_by(
+    adapter: Adapter, task: str | None, data: str | None, split: str, examples: int
+) -> tuple[Task | None, Any]:
+    """The rows, and the task that puts and judges them where it is not the adapter's own."""
+    if data is not None:
+        return None, any_split(data, split)
+    loaded = load_task(str(task))
+    if not len(loaded.train) and _are_questions(str(task)):
+        found, rows = question_rows(str(task), split)
+        return replace(found, format=adapter.task.format, system=adapter.task.system), rows
+    tables = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
+    if tables.get(split) is None:
+        raise DataError(f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}")
+    return _with_examples(adapter, loaded, tables[split], examples) if examples else (None, tables[split])
+
+
+def _are_questions(task: str) -> bool:
+    """Whether a task is one of the sets of questions, whose final answers can be judged whatever an adapter reads."""
+    collection, _, name = task.partition("/")
+    return collection == "reasoning" and name in READERS
 
 
 def _with_examples(adapter: Adapter, data: TaskData, table: Any, k: int) -> tuple[Task, Any]:

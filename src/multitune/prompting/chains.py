@@ -20,7 +20,7 @@ from multitune.errors import ConfigError, DataError
 from multitune.generation.prompts import AnySettings, settings_per_row
 from multitune.tasks import Task, TaskData, Template
 from multitune.tasks.final_answers import marked_from, read_answer, same_answer
-from multitune.tasks.reasoning import Question
+from multitune.tasks.reasoning import Question, written
 from multitune.tasks.schema import Format
 
 if TYPE_CHECKING:
@@ -220,8 +220,7 @@ def _asked(bank: Bank, adapter: str | None, question: Question, k: int) -> Any:
 
 def _zero_shot(bank: Bank, question: Question, trigger: str) -> tuple[int, ...]:
     """Token ids of a question in words and of the trigger, with which the answer begins; a chat where there can be."""
-    options = "".join(f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(question.options))
-    text = f"{question.text}{options}\n{_ANSWER_FORM}"
+    text = f"{written(question)}\n{_ANSWER_FORM}"
     task = settle_format(
         bank.backbone, Task(name="zero-shot", kind="generation", template=Template(("{question}",)), format="auto")
     )

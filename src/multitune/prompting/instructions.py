@@ -107,23 +107,25 @@ def instructed(name: str, data_dir: str | Path | None = None) -> InstructedTask:
     if templates and name == "reasoning/commonsense_qa":
         return _commonsense_qa(name, templates, data_dir)
     data = load_task(name, data_dir)
-    test = data.validation if data.test is None or collection in ("nlg", "glue", "super_glue") else data.test
+    validated = collection in ("nlg", "glue", "super_glue") and len(data.validation)
+    test = data.validation if data.test is None or validated else data.test
     found = InstructedTask(
         name=name,
         cluster=_CLUSTER_OF.get(name, collection),
         wordings=(),
         metric="rouge_l" if data.task.metric == "perplexity" else data.task.metric,
-        train=data.train,
+        train=data.train if len(data.train) else None,
         test=test,
     )
+    some = data.train if len(data.train) else test
     if templates:
         free = data.task.metric if data.task.kind == "generation" else "exact_match"
-        fitting = _fitting(templates, data.train)
+        fitting = _fitting(templates, some)
         if fitting:
             return replace(found, wordings=fitting, metric=free)
     if data.task.kind == "generation":
         about = _about(collection, short, data_dir)
-        options = _options_of(data.task, data.train)
+        options = _options_of(data.task, some)
         wordings = tuple(_defined(data.task, said, options) for said in about.instructions or ("",))
         cluster = found.cluster if name in _CLUSTER_OF else about.cluster or found.cluster
         return replace(found, wordings=wordings, cluster=cluster)
@@ -157,12 +159,14 @@ def _by_labels(task: Task) -> Wording:
     def put(row: Row) -> Asked:
         example = task.encode(row)
         texts = example.texts[0] if task.kind == "classification" else example.texts[0][:1]
-        options = task.labels if task.kind == "classification" else tuple(t[-1] for t in example.texts)
-        if not isinstance(example.target, int):
+        choices = example.choices or tuple(t[-1] for t in example.texts)
+        options = task.labels if task.kind == "classification" else choices
+        right = (example.target,) if isinstance(example.target, int) else example.target
+        if not isinstance(right, tuple):
             raise DataError(f"the row has no answer in column {task.label!r}")
         said = [option.replace("_", " ") for option in options]
         prompt = "\n".join([*texts, "", "Options:", *(f"- {option}" for option in said), "Answer with one of them."])
-        return Asked(prompt=prompt, answers=(said[example.target],), options=tuple(said))
+        return Asked(prompt=prompt, answers=tuple(said[int(place)] for place in right), options=tuple(said))
 
     return put
 

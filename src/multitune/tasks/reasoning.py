@@ -17,7 +17,9 @@ from typing import Any
 
 from multitune.errors import DataError, suggest
 from multitune.tasks.readers import read_table
+from multitune.tasks.schema import Task
 from multitune.tasks.suites import data_root
+from multitune.tasks.templates import Template
 from multitune.tasks.text_metrics import last_number
 
 _MARKUP = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
@@ -54,6 +56,35 @@ def load_questions(name: str, split: str = "test", data_dir: str | Path | None =
     if short not in READERS:
         raise DataError(f"no questions '{name}'; there are {', '.join(READERS)}.{suggest(short, READERS)}")
     return [READERS[short](row) for row in read_table(data_root(data_dir) / "reasoning" / short, split=split)]
+
+
+def question_rows(
+    name: str, split: str = "test", data_dir: str | Path | None = None
+) -> tuple[Task, list[dict[str, str]]]:
+    """A set of questions as rows to judge by: the task that reads them, by their final answers, and its rows.
+
+    Options stand below the question, each with its letter.
+
+    Raises:
+        DataError: see `load_questions`.
+    """
+    short = name.removeprefix("reasoning/")
+    rows = [{"question": written(q), "answer": q.answer} for q in load_questions(short, split, data_dir)]
+    task = Task(
+        name=f"reasoning/{short}",
+        kind="generation",
+        template=Template(("{question}",)),
+        label="answer",
+        metric="answer_match",
+        format="auto",
+    )
+    return task, rows
+
+
+def written(question: Question) -> str:
+    """A question with its options below it, each with its letter."""
+    options = zip(_LETTERS, question.options, strict=False)
+    return "\n".join([question.text, *(f"({letter}) {option}" for letter, option in options)])
 
 
 def _plain(row: Mapping[str, Any]) -> Question:

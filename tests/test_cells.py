@@ -1,0 +1,103 @@
+"""Benchmarks kept as cells: none is run twice, a cut-off store goes on, and what is missing is said."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CELLS = [{"n": n, "settings": {"r": n}} for n in range(3)]
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("_cells")
+    for name in ("_cells", "_store"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def go(cells, tmp_path, capfd):
+    """Run the benchmark with some options; gives what it printed and the cells that were worked on."""
+
+    def run(*options):
+        worked = tmp_path / "worked.txt"
+        worked.write_text("")
+
+        def work(cell):  # in a process of its own
+            with worked.open("a") as out:
+                out.write(f"{cell['n']} ")
+            return {"scores": cell["n"] ** 2}
+
+        args = cells.parser("about").parse_args(["--store", str(tmp_path / "store"), *options])
+
+        def render(done, missing):
+            return "\n".join([str([row["scores"] for row in done]), *cells.about(done, missing, "python this.py")])
+
+        cells.go("bench", args, CELLS, work, lambda row: f"scored {row['scores']}", render)
+        return capfd.readouterr().out, [int(n) for n in worked.read_text().split()]
+
+    return run
+
+
+def test_a_finished_cell_is_not_run_again(go, tmp_path):
+    first, worked = go()
+    assert worked == [0, 1, 2] and "[0, 1, 4]" in first and "missing" not in first
+    assert go()[1] == []
+    store = tmp_path / "store" / "bench-1of1.jsonl"
+    lines = store.read_text().splitlines()
+    store.write_text("\n".join([lines[0], lines[2][:40]]))  # as a kill leaves it
+    again, worked = go()
+    assert worked == [1, 2] and "[0, 1, 4]" in again
+    assert sum(bool(line) and json.loads(line)["cell"]["n"] == 2 for line in store.read_text().splitlines()[2:]) == 1
+
+
+def test_shards_share_the_cells_and_a_table_counts_what_is_missing(go, tmp_path):
+    _, worked = go("--shard", "1/2")
+    assert worked == [0, 2]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    shown, worked = go("--table", "--write", str(page))
+    assert worked == [] and "1 runs of 3 are still missing" in shown
+    assert "[0, 4]" in page.read_text() and "old" not in page.read_text() and page.read_text().endswith("after\n")
+    assert go("--shard", "2/2")[1] == [1]
+
+
+def test_a_document_without_markers_is_refused_before_the_work(go, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here")
+    with pytest.raises(SystemExit, match="it needs the lines"):
+        go("--write", str(page))
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["table_to_text", "instruction_mixture", "dcot"])
+def test_every_script_names_its_cells_and_its_place_in_the_page(name, cells, monkeypatch):
+    script = importlib.import_module(name)
+    found = {}
+    monkeypatch.setattr(script, "go", lambda name, args, cells, *more: found.update(name=name, cells=cells))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    script.main()
+    del sys.modules[name]
+    assert found["name"] == name and len({json.dumps(cell, sort_keys=True) for cell in found["cells"]}) >= 2
+    page = (BENCHMARKS.parent / "docs" / "instructions.md").read_text("utf-8")
+    assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
+
+
+def test_the_page_uses_names_that_exist():
+    import re
+
+    import multitune
+
+    page = (BENCHMARKS.parent / "docs" / "instructions.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "page", "exec")
+        for line in (line for line in block.splitlines() if line.startswith("from ")):
+            exec(line, {})
+        for name in re.findall(r"\bmt\.(\w+)", block):
+            assert hasattr(multitune, name), name
