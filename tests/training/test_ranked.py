@@ -1,5 +1,6 @@
 """Rows with several candidate answers, trained and judged as language: T-Few, patterns with masks, distillation."""
 
+import dataclasses
 import math
 
 import hypothesis
@@ -559,6 +560,20 @@ def test_long_rows_lose_the_ends_of_their_longest_columns(gpt2, masked):
         (found,) = encode_ranked(masked, CLOZE, [{"text": "good " * 30, "y": "good"}], max_length=12, split="train")
     assert all(len(s) <= 12 for s in found.sequences)
     assert all(masked.tokenizer.mask_token_id in s.input_ids for s in found.sequences)
+
+
+def test_a_served_row_that_is_too_long_is_cut_or_named(gpt2, random_params):
+    bank = Bank(gpt2)
+    adapter = ranked_adapter(gpt2, LoRA(r=2), MOOD, random_params)
+    bank.add("cut", adapter)
+    bank.add("short", dataclasses.replace(adapter, max_length=6))
+    room = 32 - len(tokens(gpt2, MOOD.pattern.text({"text": ""}))) - 2  # of the longest answers
+    whole, fits = bank.predict([("cut", "good " * 50), ("cut", "good " * room)])
+    torch.testing.assert_close(whole.logits, fits.logits)
+    with pytest.raises(DataError, match="row 1: pattern and answers alone take more than the 6 tokens"):
+        bank.predict([("cut", "x"), ("short", "x")])
+    with pytest.raises(DataError, match=r"row 0: .*got 2 text\(s\), but the pattern reads the columns text"):
+        bank.predict([("cut", ("x", "y"))])
 
 
 def test_patterns_that_no_model_can_read_are_refused():
