@@ -141,7 +141,7 @@ def _encoded(bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], 
     """Token ids of rows that a task other than the adapter's own puts."""
     backbone = bank.backbone
     (decoding,) = settings_per_row(settings, 1)
-    room = backbone.max_length - decoding.max_new_tokens
+    room = backbone.max_length - (0 if backbone.decodes else decoding.max_new_tokens)
     if name is not None and not bank.adapter(name).method.changes_weights:
         (deltas,) = bank.delta_sets([name])
         room -= 0 if deltas is None else deltas.num_positions

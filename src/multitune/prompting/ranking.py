@@ -119,8 +119,7 @@ class _Reader:
         batch_size: int,
     ) -> tuple[list[tuple[float, ...]], bool]:
         """Per prompt the scores of its answers, all behind one prefix; and whether that was read once for all."""
-        front = text_ids(self.backbone, prefix, first=True)
-        prompts = [text_ids(self.backbone, text, first=not prefix) for text, _ in asked]
+        front, prompts = self._prompts(prefix, [text for text, _ in asked])
         once = bool(front) and len(asked) > 1 and self._shares
         rows: list[Answered] = []
         room = self.backbone.max_length - (0 if self.deltas is None else self.deltas.num_positions)
@@ -128,6 +127,8 @@ class _Reader:
             for answer in answers:
                 ids = text_ids(self.backbone, answer, first=False)
                 needed = len(front) + len(prompt) + len(ids)
+                if self.backbone.decodes:  # the answer has the decoder to itself
+                    needed = max(len(prompt), len(ids))
                 if needed > room:
                     raise DataError(
                         f"row {number}: its examples, prompt and answer are {needed} tokens, but backbone "
@@ -143,6 +144,17 @@ class _Reader:
             pairs = [next(found) for _ in answers]
             out.append(tuple(-loss / (count if normalised else 1) for loss, count in pairs))
         return out, once
+
+    def _prompts(self, prefix: str, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of what all texts have in front, and of each; an encoder reads both as one text."""
+        backbone = self.backbone
+        if not backbone.decodes:
+            front = text_ids(backbone, prefix, first=True)
+            return front, [text_ids(backbone, text, first=not prefix) for text in texts]
+        assert backbone.tokenizer is not None
+        with backbone.tokenizer_lock:
+            found = backbone.tokenizer([prefix + text for text in texts], truncation=False, return_attention_mask=False)
+        return [], [list(ids) for ids in found["input_ids"]]
 
     def _memory(self, ids: list[int]) -> DeltaSet:
         """The keys and values of tokens that all rows have in front, at their positions."""
