@@ -138,8 +138,7 @@ def about_tests(summary: Summary) -> list[str]:
     others = [t for t in summary.tasks if t not in by_rows]
     found = [
         f"Of {count(len(testable))} pairs, {count(different)} differ by more than chance explains (p < {ALPHA:g} after "
-        f"Holm's correction for all pairs). Methods that share a letter were not shown to differ, which does not show "
-        f"that they are equal."
+        f"Holm's correction for all pairs). That two were not shown to differ does not show that they are equal."
     ]
     if by_rows:
         found.append(
