@@ -28,9 +28,9 @@ from typing import Any
 import transformers
 
 import multitune
-from multitune.compare import Store
-from multitune.compare.run import Progress, compare
-from multitune.compare.store import FILE
+from multitune.comparing import Store
+from multitune.comparing.run import Progress, compare
+from multitune.comparing.store import FILE
 
 #: What differs between two runs of one trial.
 _OF_A_RUN = ("seconds", "processor_seconds", "peak_memory", "together", "environment")

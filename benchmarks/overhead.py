@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from multitune import Adapter, Backbone, Bank, DeltaSet, Head, Method, Plan, Task, make_method, method_names
-from multitune.compare.overhead import OverheadRow, read_overhead
+from multitune.comparing.overhead import OverheadRow, read_overhead
 from multitune.errors import ConfigError, MultituneError
 from multitune.merging import merge_deltas, why_not_mergeable
 

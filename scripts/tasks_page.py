@@ -93,14 +93,14 @@ def _row(name: str, data: TaskData) -> str:
 
 
 def _suites() -> Iterator[tuple[str, dict[str, Any]]]:
-    folder = Path(str(resources.files("multitune.compare"))) / "suites"
+    folder = Path(str(resources.files("multitune.comparing"))) / "suites"
     for file in sorted(folder.glob("*.yaml")):
         yield file.stem, yaml.safe_load(file.read_text("utf-8"))
 
 
 def _suite(item: tuple[str, dict[str, Any]]) -> str:
     name, suite = item
-    link = f"[{name}](../src/multitune/compare/suites/{name}.yaml)"
+    link = f"[{name}](../src/multitune/comparing/suites/{name}.yaml)"
     if "tasks" not in suite:
         grid = f"batches of {_listed(suite['rows'])} rows of {_listed(suite['lengths'])} tokens"
         return f"| {link} | {suite['backbone']} | – | {len(suite['methods'])} | – | {grid} |"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from multitune.compare.records import Outcome, Record, Trial
+from multitune.comparing.records import Outcome, Record, Trial
 
 ENVIRONMENT = {
     "machine": "a machine, 2 cores, Linux x86_64",

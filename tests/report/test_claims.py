@@ -10,9 +10,9 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from multitune.cli import app
-from multitune.compare.claims import judge
-from multitune.compare.papers import CLAIMS, Claim, Part
-from multitune.compare.store import FILE, Store
+from multitune.comparing.claims import judge
+from multitune.comparing.papers import CLAIMS, Claim, Part
+from multitune.comparing.store import FILE, Store
 
 
 def runs(scores, task="glue/rte", **more):

@@ -9,8 +9,8 @@ from invented import comparison
 from typer.testing import CliRunner
 
 from multitune.cli import app
-from multitune.compare.overhead import OverheadRow
-from multitune.compare.store import FILE, Store
+from multitune.comparing.overhead import OverheadRow
+from multitune.comparing.store import FILE, Store
 
 RECORDS = comparison({"lora": (0.2, 1000), "head": (0.0, 0)}, {"demo/topic": 0.5, "demo/intent": 0.6}, num_rows=40)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from invented import comparison, failed, record
 
-from multitune.compare.overhead import OverheadRow
-from multitune.compare.report import recommend
+from multitune.comparing.overhead import OverheadRow
+from multitune.comparing.report import recommend
 
 TASKS = {"a": 0.5, "b": 0.55}
 

@@ -19,11 +19,11 @@ from invented import comparison, failed, record
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from multitune.compare.gathering import summarise
-from multitune.compare.overhead import OverheadRow
-from multitune.compare.report import write_report
-from multitune.compare.report.content import _COLUMNS
-from multitune.compare.report.rerun import recipes_of
+from multitune.comparing.gathering import summarise
+from multitune.comparing.overhead import OverheadRow
+from multitune.comparing.report import write_report
+from multitune.comparing.report.content import _COLUMNS
+from multitune.comparing.report.rerun import recipes_of
 from multitune.errors import DataError
 
 VOID = {"meta", "link", "br"}

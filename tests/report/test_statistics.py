@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from multitune.compare.statistics import (
+from multitune.comparing.statistics import (
     estimate,
     holm,
     letters,

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from invented import ENVIRONMENT, comparison, failed, record
 
-from multitune.compare.gathering import summarise
-from multitune.compare.overhead import OverheadRow
-from multitune.compare.recipe import Recipe
-from multitune.compare.records import Record
-from multitune.compare.report.rerun import recipes_of
-from multitune.compare.summary import paired_runs
-from multitune.compare.trials import Plan
+from multitune.comparing.gathering import summarise
+from multitune.comparing.overhead import OverheadRow
+from multitune.comparing.recipe import Recipe
+from multitune.comparing.records import Record
+from multitune.comparing.report.rerun import recipes_of
+from multitune.comparing.summary import paired_runs
+from multitune.comparing.trials import Plan
 
 
 def test_settings_that_differ_within_a_task_tell_candidates_apart():

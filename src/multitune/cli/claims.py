@@ -11,8 +11,8 @@ import typer
 from multitune.cli import shared
 from multitune.cli.report import read_stores
 from multitune.cli.shared import AsJson, app, note, print_json, show
-from multitune.compare.claims import as_markdown, judge
-from multitune.compare.papers import CLAIMS
+from multitune.comparing.claims import as_markdown, judge
+from multitune.comparing.papers import CLAIMS
 from multitune.errors import DataError, suggest_file
 from multitune.files import replace_file
 

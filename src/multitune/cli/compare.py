@@ -17,10 +17,10 @@ from rich.progress import Progress as Bar
 
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
-from multitune.compare.estimate import estimate
-from multitune.compare.recipe import Recipe
-from multitune.compare.records import Record, Trial
-from multitune.compare.run import (
+from multitune.comparing.estimate import estimate
+from multitune.comparing.recipe import Recipe
+from multitune.comparing.records import Record, Trial
+from multitune.comparing.run import (
     RECIPE_FILE,
     Comparison,
     Progress,
@@ -30,14 +30,14 @@ from multitune.compare.run import (
     run_plan,
     with_choices,
 )
-from multitune.compare.runners import make_runner
-from multitune.compare.sources import recipe_of
-from multitune.compare.trials import Job, Plan, name_of
+from multitune.comparing.runners import make_runner
+from multitune.comparing.sources import recipe_of
+from multitune.comparing.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
 from multitune.methods import make_method
 
 if TYPE_CHECKING:
-    from multitune.compare.runners import Runner
+    from multitune.comparing.runners import Runner
 
 _DATA = "Your own table"
 
@@ -303,7 +303,7 @@ def _result(record: Record) -> str:
 
 def _finish(comparison: Comparison, as_json: bool) -> None:
     """The table, the report and the recommendation."""
-    from multitune.compare.report import write_report
+    from multitune.comparing.report import write_report
 
     recipe_text = (comparison.folder / RECIPE_FILE).read_text("utf-8")
     advice = write_report(comparison.records, comparison.folder, recipe_text=recipe_text).recommendation

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from multitune.cli.shared import AsJson, app, note, print_json
-from multitune.compare.overhead import read_overhead
-from multitune.compare.records import Record
-from multitune.compare.report import write_report
-from multitune.compare.store import FILE, Store
+from multitune.comparing.overhead import read_overhead
+from multitune.comparing.records import Record
+from multitune.comparing.report import write_report
+from multitune.comparing.store import FILE, Store
 from multitune.errors import ConfigError, DataError, suggest, suggest_file
 
 RECIPE = "recipe.yaml"

@@ -1,0 +1,155 @@
+"""From records to a summary: which runs belong to one candidate, and which to one task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from multitune.comparing.overhead import OverheadRow, mean_ratio
+from multitune.comparing.records import Record
+from multitune.comparing.statistics import mean_over_tasks
+from multitune.comparing.summary import Candidate, Cell, Summary, draw_of
+
+
+def summarise(records: Sequence[Record], overhead: Sequence[OverheadRow] = ()) -> Summary:
+    """What a report of these records shows; of the search only where nothing else is there."""
+    final = [r for r in records if r.purpose == "final"]
+    counted = list({r.trial.key + str(r.budget): r for r in final or records}.values())
+    tasks = _task_names(counted)
+    found = _candidates(counted, tasks)
+    order = tuple(dict.fromkeys(tasks[r.trial.key] for r in sorted(counted, key=lambda r: tasks[r.trial.key])))
+    metrics = {tasks[r.trial.key]: r.outcome.metric for r in counted}
+    candidates = [_candidate(name, of, order, tasks, overhead) for name, of in found.items()]
+    candidates.sort(key=lambda c: (c.overall is None, -c.overall.mean if c.overall else 0.0, c.name))
+    return Summary(
+        tasks=order,
+        metrics=metrics,
+        candidates=tuple(candidates),
+        records=tuple(counted),
+        num_search=sum(r.purpose == "search" for r in records),
+        only_search=bool(records) and not final,
+        overhead=tuple(overhead),
+    )
+
+
+def _task_names(records: Sequence[Record]) -> dict[str, str]:
+    """Name of the task under its condition, by the key of the trial."""
+    conditions: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    prints: dict[tuple[str, str, int], dict[str, None]] = defaultdict(dict)
+    for r in records:
+        condition = {k: r.trial.data.get(k) for k in ("per_class", "train_rows", "validation_rows")}
+        conditions[r.trial.task][_json(condition)] = condition
+        prints[r.trial.task, _json(condition), draw_of(r)][_fingerprint(r)] = None
+    names = {}
+    for r in records:
+        of_task = conditions[r.trial.task]
+        key = _json({k: r.trial.data.get(k) for k in ("per_class", "train_rows", "validation_rows")})
+        varying = {k for k in of_task[key] if len({_json(c[k]) for c in of_task.values()}) > 1}
+        said = [_in_words(k, of_task[key][k]) for k in of_task[key] if k in varying]
+        versions = list(prints[r.trial.task, key, draw_of(r)])
+        if len(versions) > 1:
+            said.append(f"rows {_fingerprint(r)[:6]}")
+        names[r.trial.key] = ", ".join([r.trial.task, *said])
+    return names
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name == "per_class":
+        return "all rows" if value is None else f"{value} per class"
+    which = "training" if name == "train_rows" else "validation"
+    return f"all {which} rows" if value is None else f"{value:,} {which} rows"
+
+
+def _fingerprint(record: Record) -> str:
+    """Of the rows the run had."""
+    return str(record.trial.data.get("fingerprint", ""))
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _settings(record: Record) -> dict[str, str]:
+    """What may tell candidates of one method and budget apart, as text; the method's own settings first."""
+    training = {k: v for k, v in record.trial.training.items() if k != "seed"}
+    return {k: _json(v) for k, v in {**training, **record.trial.settings}.items()}
+
+
+def _candidates(records: Sequence[Record], tasks: Mapping[str, str]) -> dict[str, list[Record]]:
+    """Records by the name of their candidate.
+
+    What differs *within* a task tells candidates apart. What differs only between tasks does not: a search chooses the
+    learning rate of each task for itself, and the candidate is then the method with its search.
+    """
+    backbones = {r.trial.backbone for r in records}
+    groups: dict[tuple[str, str, str | None], list[Record]] = defaultdict(list)
+    for r in records:
+        groups[r.trial.backbone, r.trial.method, r.budget].append(r)
+    found: dict[str, list[Record]] = defaultdict(list)
+    for (backbone, method, budget), of in groups.items():
+        differing = _differing(of, tasks)
+        for r in of:
+            settings = _settings(r)
+            said = [method] + ([budget] if budget is not None else [])
+            said += [f"{k}={settings.get(k, 'unset').strip(chr(34))}" for k in differing]
+            found[", ".join(said) + (f" on {backbone}" if len(backbones) > 1 else "")].append(r)
+    return found
+
+
+def _differing(records: Iterable[Record], tasks: Mapping[str, str]) -> list[str]:
+    by_task: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for r in records:
+        by_task[tasks[r.trial.key]].append(_settings(r))
+    names = dict.fromkeys(name for of in by_task.values() for settings in of for name in settings)
+    return [n for n in names if any(len({s.get(n) for s in of}) > 1 for of in by_task.values())]
+
+
+def _candidate(
+    name: str,
+    records: Sequence[Record],
+    tasks: Sequence[str],
+    names: Mapping[str, str],
+    overhead: Sequence[OverheadRow],
+) -> Candidate:
+    cells = {}
+    for task in tasks:
+        of = [r for r in records if names[r.trial.key] == task]
+        if of:
+            finished = [r for r in of if _gave_a_score(r)]
+            cells[task] = Cell(tuple(finished), tuple(r for r in of if not _gave_a_score(r)))
+    known = [cells[t].score for t in tasks if t in cells]
+    scores = [s for s in known if s is not None]
+    first = records[0]
+    return Candidate(
+        name=name,
+        method=first.trial.method,
+        budget=first.budget,
+        backbone=first.trial.backbone,
+        cells=cells,
+        overall=mean_over_tasks(scores) if len(scores) == len(tasks) else None,
+        overhead_alone=_ratio(first, overhead, ("alone", "factors", "fused")),
+        overhead_mixed=_ratio(first, overhead, ("mixed",)),
+    )
+
+
+def _gave_a_score(record: Record) -> bool:
+    score = record.outcome.score
+    return record.outcome.status == "finished" and score is not None and math.isfinite(score)
+
+
+def _ratio(record: Record, overhead: Sequence[OverheadRow], forms: Sequence[str]) -> float | None:
+    """Mean ratio of the first of these forms that was measured, over the shapes that every method of it has."""
+    here = [row for row in overhead if row.backbone == record.trial.backbone]
+    for form in forms:
+        of_form = [row for row in here if row.form == form]
+        mine = [row for row in of_form if row.method == record.trial.method]
+        exact = [row for row in mine if _json(row.settings) == _json(record.trial.settings)]
+        if mine:
+            shapes: dict[str, set[tuple[int, int]]] = defaultdict(set)
+            for row in of_form:
+                shapes[row.method].add((row.rows, row.length))
+            return mean_ratio(exact or mine, sorted(set.intersection(*shapes.values())))
+    return None

@@ -1,0 +1,126 @@
+"""What has been run, in one SQLite file that later runs extend and several processes may write to."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from multitune.comparing.records import Outcome, Record, Trial
+from multitune.errors import DataError
+
+FILE = "store.sqlite"
+"""Name of the store in the folder of a comparison."""
+
+_FORMAT = 1
+#: Seconds to wait for another process that writes.
+_PATIENCE = 60.0
+#: A trial is run once, whatever it is used for: two budgets, or the search and the final runs, may share it.
+_TABLES = """
+CREATE TABLE IF NOT EXISTS trials (
+    key TEXT PRIMARY KEY, grouped TEXT NOT NULL, task TEXT NOT NULL, method TEXT NOT NULL, seed INTEGER NOT NULL,
+    status TEXT NOT NULL, score REAL, trial TEXT NOT NULL, outcome TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS trials_by_task ON trials (task, method);
+CREATE TABLE IF NOT EXISTS uses (
+    key TEXT NOT NULL REFERENCES trials (key), purpose TEXT NOT NULL, budget TEXT NOT NULL,
+    PRIMARY KEY (key, purpose, budget)
+);
+"""
+
+
+class Store:
+    """Finished trials by key. Every `add` is on the disk when it returns."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            DataError: the file is no store, or one of a later version.
+        """
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._open() as connection:
+                version = connection.execute("PRAGMA user_version").fetchone()[0]
+                if version > _FORMAT:
+                    raise DataError(
+                        f"{self.path} is a store of format {version}, and this version of multitune reads up to "
+                        f"{_FORMAT}; update multitune, or give another folder"
+                    )
+                if version < _FORMAT:
+                    foreign = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+                    if {name for (name,) in foreign} - {"trials", "uses"}:
+                        raise DataError(f"{self.path} is an SQLite file of something else; give another folder")
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_FORMAT}; COMMIT;")
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{self.path} cannot be read as a store of trials: {error}; give another folder") from error
+
+    def add(self, record: Record) -> None:
+        """Keep a record. A trial that is there keeps its outcome; the record's purpose and budget are added to it."""
+        trial, outcome = record.trial, record.outcome
+        values = record.to_dict()
+        row = (
+            trial.key, trial.group, trial.task, trial.method, trial.seed, outcome.status, outcome.score,
+            json.dumps(values["trial"], sort_keys=True), json.dumps(values["outcome"], sort_keys=True),
+        )  # fmt: skip
+        with self._open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            use = (trial.key, record.purpose, record.budget or "")
+            connection.execute("INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", use)
+            connection.execute("COMMIT")
+
+    def has(self, key: str) -> bool:
+        """Whether the trial of this key has been run."""
+        with self._open() as connection:
+            return connection.execute("SELECT 1 FROM trials WHERE key = ?", (key,)).fetchone() is not None
+
+    def outcome(self, key: str) -> Outcome | None:
+        """What the trial of this key gave, if it has been run."""
+        with self._open() as connection:
+            found = connection.execute("SELECT outcome FROM trials WHERE key = ?", (key,)).fetchone()
+        return None if found is None else _outcome(found[0])
+
+    def records(
+        self, *, purpose: Literal["search", "final"] | None = None, tasks: Sequence[str] | None = None
+    ) -> list[Record]:
+        """The records in the order in which their trials ended, one for every purpose and budget of a trial.
+
+        Args:
+            purpose: only those of this purpose.
+            tasks: only those of these tasks.
+        """
+        query = (
+            "SELECT trial, outcome, purpose, budget FROM uses JOIN trials USING (key) "
+            "WHERE (?1 IS NULL OR purpose = ?1) ORDER BY trials.rowid, uses.rowid"
+        )
+        with self._open() as connection:
+            rows = connection.execute(query, (purpose,)).fetchall()
+        found = [
+            Record(trial=Trial(**json.loads(trial)), outcome=_outcome(outcome), purpose=use, budget=budget or None)
+            for trial, outcome, use, budget in rows
+        ]
+        return [r for r in found if tasks is None or r.trial.task in tasks]
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection of this call's own: none is ever carried into another thread or process."""
+        connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = FULL")  # WAL's usual setting loses the last commits with the power
+            yield connection
+        finally:
+            connection.close()
+
+
+def _outcome(text: str) -> Outcome:
+    values = json.loads(text)
+    values["history"] = tuple(values["history"])
+    if values["row_scores"] is not None:
+        values["row_scores"] = tuple(values["row_scores"])
+    return Outcome(**values)

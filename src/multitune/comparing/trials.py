@@ -1,0 +1,229 @@
+"""From a recipe to its trials: rows, sizes, settings, seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from multitune.backbone import Backbone
+from multitune.comparing.budgets import fit
+from multitune.comparing.recipe import Budget, MethodEntry, Point, Recipe, TaskEntry
+from multitune.comparing.records import Trial, digest
+from multitune.comparing.rows import draw, rows_fingerprint
+from multitune.errors import ConfigError, DataError, MultituneError
+from multitune.heads import Head
+from multitune.methods import Method
+from multitune.quantized import check_trains
+from multitune.tasks import TaskData
+from multitune.training.config import COSMETIC, TrainConfig
+from multitune.training.data import warn_of_empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A trial with the rows it needs and what it is for."""
+
+    trial: Trial
+    data: TaskData
+    purpose: Literal["search", "final"] = "final"
+    budget: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """One draw of a task's rows."""
+
+    task: str
+    data: TaskData
+    facts: Mapping[str, Any]
+    """`Trial.data`."""
+    training: Mapping[str, Any]
+    """Training settings of the recipe and of the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is searched by itself: one method on one task under one budget."""
+
+    draws: tuple[Rows, ...]
+    """Draws of the task's rows, of which the first is searched on."""
+    method: MethodEntry
+    budget: str | None
+    points: tuple[Mapping[str, Any], ...]
+    """Choices of settings, the size that the budget asks for filled in."""
+
+    @cached_property
+    def name(self) -> str:
+        """Tells this cell from others, whatever else the recipe compares."""
+        own = {"method": self.method.name, "budget": self.budget, "points": list(self.points)}
+        return digest({"rows": dict(self.draws[0].facts), "task": self.draws[0].task, **own})
+
+
+class Plan:
+    """A recipe on its backbone: every cell, checked."""
+
+    def __init__(self, recipe: Recipe, backbone: Backbone) -> None:
+        """
+        Raises:
+            MultituneError: a task that cannot be read, a setting that does not fit the backbone or the task.
+        """
+        self.recipe = recipe
+        self.backbone = backbone
+        self.left_out: list[str] = []
+        """Sentences about methods that a budget is too small for."""
+        self._fitted: dict[str, dict[str, Any] | None] = {}
+        draws = [group for entry in recipe.tasks for group in self._draws(entry)]
+        _check_names(draws)
+        self.cells = tuple(
+            cell for budget in recipe.budgets or (None,) for group in draws for cell in self._cells(group, budget)
+        )
+        self._check()
+
+    # ---------------------------------------------------------------- rows
+
+    def _draws(self, entry: TaskEntry) -> Iterator[tuple[Rows, ...]]:
+        whole, few = entry.load(), self.recipe.few_shot
+        if few is None:
+            yield (self._rows(entry, whole, entry.subset_seed, None),)
+            return
+        if entry.train_rows is not None:
+            raise ConfigError(
+                f"task '{whole.task.name}': train_rows and few_shot both say how many rows to learn from; leave out "
+                f"one of them"
+            )
+        for per_class in few.per_class:
+            yield tuple(self._rows(entry, whole, seed, per_class) for seed in few.subset_seeds)
+
+    def _rows(self, entry: TaskEntry, whole: TaskData, subset_seed: int, per_class: int | None) -> Rows:
+        part = draw(
+            whole,
+            train_rows=entry.train_rows,
+            validation_rows=entry.validation_rows,
+            subset_seed=subset_seed,
+            per_class=per_class,
+        )
+        for split, table in (("training", part.train), ("validation", part.validation)):
+            if table is None or not len(table):
+                raise DataError(f"task '{whole.task.name}' has no {split} rows; a comparison needs both")
+            warn_of_empty(part.task, split, part.task.examples(table))
+        facts: dict[str, Any] = {**entry.source, "fingerprint": rows_fingerprint(part)}
+        facts |= {"train_rows": entry.train_rows, "validation_rows": entry.validation_rows, "subset_seed": subset_seed}
+        if per_class is not None:
+            facts["per_class"] = per_class
+        training = {**self.recipe.training, **entry.training}
+        return Rows(task=whole.task.name, data=part, facts=facts, training=training)
+
+    # ---------------------------------------------------------------- settings
+
+    def _cells(self, draws: tuple[Rows, ...], budget: Budget | None) -> Iterator[Cell]:
+        for entry in self.recipe.methods:
+            points = []
+            for point in entry.points():
+                fitted = self._fit(entry, point, budget, draws[0])
+                if fitted is not None and fitted not in points:
+                    points.append(fitted)
+            if not points:
+                assert budget is not None
+                line = f"{entry.name} is left out at {budget.name}: its smallest form has more parameters"
+                self.left_out += [line] if line not in self.left_out else []
+                continue
+            # a method that trains the backbone itself has no budget: it is the reference, and the same in all of them
+            named = None if budget is None or entry.method(points[0]).changes_weights else budget.name
+            yield Cell(draws=draws, method=entry, budget=named, points=tuple(points))
+
+    def _fit(self, entry: MethodEntry, point: Point, budget: Budget | None, rows: Rows) -> dict[str, Any] | None:
+        if budget is None or entry.method(point).changes_weights:
+            return dict(point)
+        training = entry.training(point)
+        own = {key: value for key, value in point.items() if key not in training}
+        length = min(TrainConfig.from_dict({**rows.training, **training}).max_length, self.backbone.max_length)
+        key = json.dumps([entry.name, own, budget.name, length], sort_keys=True, default=str)
+        if key not in self._fitted:
+            most = budget.parameters(self.backbone.num_parameters)
+            self._fitted[key] = fit(self.backbone, entry.name, own, most, max_length=length)
+        fitted = self._fitted[key]
+        return None if fitted is None else fitted | training
+
+    # ---------------------------------------------------------------- trials
+
+    def job(
+        self, cell: Cell, point: Point, rows: Rows, seed: int, purpose: Literal["search", "final"] = "final"
+    ) -> Job:
+        """The trial of one choice of settings on one draw of rows with one seed."""
+        method, config = self._made(cell.method, point, rows, seed)
+        training = {name: value for name, value in config.to_dict().items() if name not in COSMETIC}
+        trial = Trial(
+            task=rows.task,
+            data=dict(rows.facts),
+            backbone=self.recipe.backbone,
+            backbone_fingerprint=self.backbone.fingerprint,
+            method=cell.method.name,
+            settings=method.settings(),
+            training=training,
+        )
+        return Job(trial=trial, data=rows.data, purpose=purpose, budget=cell.budget)
+
+    def finals(self, chosen: Mapping[str, Sequence[Point]] | None = None) -> list[Job]:
+        """The trials that count, a whole comparison with the first seed before the next.
+
+        Args:
+            chosen: by name of a cell the settings to run; by default all of its own.
+        """
+        jobs: dict[tuple[str, str | None], Job] = {}
+        for seed in self.recipe.seeds:
+            for cell in self.cells:
+                for point in cell.points if chosen is None else chosen.get(cell.name, ()):
+                    for rows in cell.draws:
+                        job = self.job(cell, point, rows, seed)
+                        jobs.setdefault((job.trial.key, job.budget), job)
+        return list(jobs.values())
+
+    def search_seed(self) -> int:
+        """The seed of the trials that look for settings."""
+        return self.recipe.seeds[0]
+
+    def _made(self, entry: MethodEntry, point: Point, rows: Rows, seed: int) -> tuple[Method, TrainConfig]:
+        method = entry.method(point)
+        config = TrainConfig.from_dict({**rows.training, **entry.training(point), "seed": seed}).resolve(method)
+        return method, replace(config, pooling=config.pooling or self.backbone.default_pooling)
+
+    def _check(self) -> None:
+        """Refuse now what a trial would be refused for later."""
+        seen: set[str] = set()
+        for cell in self.cells:
+            for point in cell.points:
+                method, config = self._made(cell.method, point, cell.draws[0], 0)
+                key = json.dumps([method.name, method.settings(), str(config.pooling)], default=str)
+                for rows in cell.draws:
+                    assert config.pooling is not None
+                    Head.for_task(rows.data.task, pooling=config.pooling).check(self.backbone)
+                if key in seen:
+                    continue
+                seen.add(key)
+                try:
+                    check_trains(self.backbone, method)
+                    if not method.changes_weights and not method.asks_for_layers:
+                        self.backbone.shapes_of(method)
+                except MultituneError as error:
+                    raise type(error)(f"method '{cell.method.name}': {error}") from error
+
+
+def name_of(of: Trial | Rows) -> str:
+    """The task, and how many rows to learn from were drawn."""
+    facts = of.data if isinstance(of, Trial) else of.facts
+    if facts.get("per_class") is not None:
+        return f"{of.task} ({facts['per_class']} a label)"
+    return of.task if facts.get("train_rows") is None else f"{of.task} ({facts['train_rows']} rows)"
+
+
+def _check_names(draws: Sequence[tuple[Rows, ...]]) -> None:
+    names = [name_of(group[0]) for group in draws]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"two tasks are called '{twice[0]}' and would be one in the report; name each table once, or give own rows "
+            f"a 'name'"
+        )

@@ -1,0 +1,135 @@
+"""`multitune compare`: what it says before, while and after."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from multitune.cli.compare import duration
+from multitune.cli.shared import app, load_command
+from multitune.comparing import Store, execute
+from multitune.comparing.estimate import estimate
+from multitune.comparing.run import load
+from multitune.comparing.store import FILE
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(*arguments)`: the command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    load_command("compare")
+    return lambda *arguments: CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+@pytest.fixture
+def file(values, tmp_path):
+    """`file(**changes)`: a recipe's file."""
+
+    def make(**changes):
+        path = tmp_path / "evening.yaml"
+        path.write_text(yaml.safe_dump(values(name=None, **changes), sort_keys=False), "utf-8")
+        return path
+
+    return make
+
+
+def test_a_dry_run_prints_the_trials_and_trains_nothing(run, file, tmp_path):
+    result = run(file(), "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1].startswith("6 trials; about ")
+    assert [line.split()[1] for line in lines[2:-1]] == ["lora", "lora", "bitfit"] * 2
+    assert not (tmp_path / "compare-evening").exists()
+    told = json.loads(run(file(), "--dry-run", "--json").stdout)
+    assert told["trials"] == len(told["final"]) == 6
+
+
+def test_a_dry_run_of_a_search_says_the_most_it_can_come_to(run, file):
+    result = run(file(search={"trials": 1}), "--dry-run")
+    assert result.stdout.splitlines()[-1].startswith(
+        "4 trials at most; about "
+    )  # of lora 1 + 1, and bitfit with 2 seeds
+
+
+def test_methods_and_seeds_of_the_command_line_replace_the_recipes(run, file):
+    told = json.loads(run(file(), "--dry-run", "--json", "--methods", "head,lora", "--seeds", "5,").stdout)
+    assert {(t["method"], t["settings"].get("r"), t["training"]["seed"]) for t in told["final"]} == {
+        ("head", None, 5),
+        ("lora", 2, 5),
+        ("lora", 4, 5),
+    }
+
+
+def test_a_budget_that_is_too_small_is_said(run, file):
+    result = run(file(methods=["lora", "head"], budgets=[5]), "--dry-run")
+    assert "lora is left out at 5: its smallest form has more parameters" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "three"], "--seeds takes a number"),
+        (["--methods", ","], "--methods takes names"),
+        (["--methods", "lora,bitfitt"], "Did you mean 'bitfit'"),
+        (["--label", "mood"], "--label is for a table"),
+        (["--runner", "cluster"], "no runner is called 'cluster'"),
+    ],
+)
+def test_a_slip_is_one_line(run, file, arguments, message):
+    result = run(file(), *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_ctrl_c_says_how_to_go_on(run, file, tmp_path, monkeypatch):
+    train_many, calls = execute.train_many, []
+
+    def second_time_interrupted(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_many(*arguments, **settings)
+
+    monkeypatch.setattr(execute, "train_many", second_time_interrupted)
+    result = run(file(), "--out", "here")
+    assert result.exit_code == 130
+    assert result.stderr.strip().endswith("interrupted; 1 of 6 trials are in here; the same command goes on")
+    assert len(Store(tmp_path / "here" / FILE).records()) == 1
+
+
+def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_folder, tmp_path):
+    pytest.importorskip("multitune.comparing.report", reason="the report is another part")
+    arguments = (moods, "--backbone", tiny_folder, "--methods", "head,bitfit", "--seeds", "2")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    said = result.stderr.splitlines()
+    assert said[0].startswith("moods: classification, 2 labels, text from text, answer from mood; 43 rows")
+    assert said[1].startswith("4 trials: 2 methods on 1 task, 2 seeds; about ")
+    assert said[2].startswith("1 of 4: moods head seed 0 accuracy ")
+    assert "recommended: " in result.stdout and "report: compare-moods/report.html" in result.stdout
+    assert {"report.html", "report.md", "report.csv", "recipe.yaml", FILE} <= {
+        p.name for p in (tmp_path / "compare-moods").iterdir()
+    }
+    told = json.loads((again := run(*arguments, "--json")).stdout)
+    assert "4 trials, 4 of them from earlier runs," in again.stderr
+    assert [line["trials"] for line in told["results"]] == [2, 2]
+    assert told["recommendation"]["method"] in ("head", "bitfit") and told["recommendation"]["reasons"]
+    scores = [r.outcome.score for r in Store(tmp_path / "compare-moods" / FILE).records() if r.trial.method == "head"]
+    (line,) = (line for line in told["results"] if line["method"] == "head")
+    assert line["score"] == pytest.approx(sum(scores) / 2)
+
+
+def test_the_estimate_grows_with_the_steps(recipe):
+    def seconds(**changes):
+        return estimate(load(recipe(methods=["bitfit"], **changes)))
+
+    few = seconds(training={"max_steps": 10}, seeds=1)
+    assert 0 < few < 60
+    assert seconds(training={"max_steps": 4000}, seeds=3) > 10 * few
+
+
+def test_times_are_said_in_words():
+    assert [duration(s) for s in (0.2, 1.4, 89, 100, 5000, 7200)] == [
+        "1 second", "1 second", "89 seconds", "2 minutes", "83 minutes", "2.0 hours"
+    ]  # fmt: skip
