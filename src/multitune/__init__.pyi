@@ -6,7 +6,6 @@ from multitune.attaching import detach as detach
 from multitune.backbone import Backbone as Backbone
 from multitune.bank import Bank as Bank
 from multitune.bank import Prediction as Prediction
-from multitune.compare.run import compare as compare
 from multitune.convert import export_adapter as export_adapter
 from multitune.convert import import_adapter as import_adapter
 from multitune.errors import AdapterError as AdapterError
@@ -156,7 +155,6 @@ __all__ = [
     "VeRA",
     "__version__",
     "attach",
-    "compare",
     "convert_to_lsg",
     "detach",
     "evaluate",

@@ -19,7 +19,6 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "multitune.attaching": ("attach", "detach"),
     "multitune.backbone": ("Backbone",),
     "multitune.bank": ("Bank", "Prediction"),
-    "multitune.compare.run": ("compare",),
     "multitune.convert": ("export_adapter", "import_adapter"),
     "multitune.errors": (
         "AdapterError",

@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:  # records and stores can be read without tor
 
 
 class _Callable(types.ModuleType):
-    """This module; `multitune.compare(...)` is the function, although the package is called like it."""
+    """This module, which is `multitune.compare` however it was imported: called, it compares."""
 
     def __call__(self, *args: Any, **settings: Any) -> "Comparison":
         found: Comparison = self.compare(*args, **settings)
