@@ -99,7 +99,6 @@ def test_ctrl_c_says_how_to_go_on(run, file, tmp_path, monkeypatch):
 
 
 def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_folder, tmp_path):
-    pytest.importorskip("multitune.comparing.report", reason="the report is another part")
     arguments = (moods, "--backbone", tiny_folder, "--methods", "head,bitfit", "--seeds", "2")
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr

@@ -17,8 +17,8 @@ from multitune.training import TrainConfig, train
 _METHOD = "lora"
 #: A step of full fine-tuning has the gradients of all weights too.
 _FULL = 1.5
-_STEPS = 4
-_ROWS = 64
+_STEPS = 3
+_ROWS = 32
 #: Settings that the time of a step depends on.
 _OF_A_STEP = ("batch_size", "eval_batch_size", "max_length", "precision", "gradient_checkpointing")
 
@@ -41,6 +41,7 @@ def estimate(plan: Plan) -> float:
     Rough: the methods differ by a third, and text that is written to be judged is not counted.
     """
     costs = {id(cell.draws[0]): cell.draws[0] for cell in plan.cells}
+    _time(plan.backbone, plan.cells[0].draws[0], 1, 1)  # what is only done the first time
     timed = {key: _cost(plan.backbone, rows) for key, rows in costs.items()}
     search, found = plan.recipe.search, 0.0
     for cell in plan.cells:
@@ -67,22 +68,21 @@ def _run(config: TrainConfig, cost: Cost, data: TaskData, factor: float) -> floa
 
 
 def _cost(backbone: Backbone, rows: Rows) -> Cost:
-    settings = {name: value for name, value in rows.training.items() if name in _OF_A_STEP}
-    batch = TrainConfig.from_dict(settings).batch_size
-
-    def seconds(steps: int, judged: int) -> float:
-        config = TrainConfig.from_dict({**settings, "max_steps": steps, "progress": False})
-        data = _few(rows.data, batch * (1 + _STEPS), judged)
-        start = time.perf_counter()
-        train(backbone, data, _METHOD, config=config)
-        return time.perf_counter() - start
-
-    seconds(1, 1)  # what is only done the first time
-    short = seconds(1, 1)
-    step = max(0.0, seconds(1 + _STEPS, 1) - short) / _STEPS
+    short = _time(backbone, rows, 1, 1)
+    step = max(0.0, _time(backbone, rows, 1 + _STEPS, 1) - short) / _STEPS
     judged = min(1 + _ROWS, len(rows.data.validation))
-    row = max(0.0, seconds(1, judged) - short) / max(1, judged - 1)
+    row = max(0.0, _time(backbone, rows, 1, judged) - short) / max(1, judged - 1)
     return Cost(fixed=max(0.0, short - step), step=step, row=row)
+
+
+def _time(backbone: Backbone, rows: Rows, steps: int, judged: int) -> float:
+    """Seconds of a run of so many steps that is judged by so many rows."""
+    settings = {name: value for name, value in rows.training.items() if name in _OF_A_STEP}
+    config = TrainConfig.from_dict({**settings, "max_steps": steps, "progress": False})
+    data = _few(rows.data, config.batch_size * (1 + _STEPS), judged)
+    start = time.perf_counter()
+    train(backbone, data, _METHOD, config=config)
+    return time.perf_counter() - start
 
 
 def _few(data: TaskData, train_rows: int, validation_rows: int) -> TaskData:
