@@ -14,6 +14,7 @@ def test_public_names():
         == tasks.__all__
         == [
             "Example",
+            "Pattern",
             "Task",
             "TaskData",
             "Template",
