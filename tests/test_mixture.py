@@ -145,7 +145,10 @@ def gpt2(make_backbone):
 
 
 def mood_task(count=8):
-    patterns = [Pattern("{text} is it good or bad ?"), Pattern("the film {text} is", {"good": "very good"})]
+    patterns = [
+        Pattern("{text} is it good or bad ?"),
+        Pattern("the film {text} is", {"good": "very very not the film"}),
+    ]
     return made("mood", count, wordings=tuple(by_pattern(MOOD, p) for p in patterns))
 
 
@@ -159,14 +162,19 @@ def by_hand(backbone, prompt, option, deltas=None):
 
 
 def test_options_are_ranked_by_their_mean_log_probability(gpt2):
-    (score,) = score_tasks(gpt2, [mood_task()], num_rows=8, num_wordings=5)
+    (score,) = score_tasks(gpt2, [mood_task(7)], num_rows=7, num_wordings=5)
+    long, short = (
+        by_hand(gpt2, rows_of(mood_task(7), 7, 1)[0].prompt, said) for said in ("very very not the film", "bad")
+    )
+    tokens = len(gpt2.tokenizer("very very not the film", add_special_tokens=False)["input_ids"]) + 1
+    assert long > short and long * tokens < short * 2  # the sum, which favours short answers, would choose otherwise
     expected = []
     for wording in (0, 1):
-        rows = rows_of(mood_task(), 8, wording)
+        rows = rows_of(mood_task(7), 7, wording)
         picked = [max(r.options, key=lambda o: by_hand(gpt2, r.prompt, o)) for r in rows]
         expected.append(statistics.mean(p in r.answers for p, r in zip(picked, rows, strict=True)))
     assert score.by_wording == tuple(expected) and score.score == statistics.median(expected)
-    assert (score.metric, score.num_rows, score.chance) == ("accuracy", 8, 0.5)
+    assert (score.metric, score.num_rows, score.chance) == ("accuracy", 7, 0.5)
 
 
 def test_free_answers_are_what_the_model_writes(gpt2):
