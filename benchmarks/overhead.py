@@ -26,9 +26,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 
 import torch
+import yaml
 from _harness import machine
 from _store import append, environment
 from _systems import Batch, Setup, Steps, bare_model, difference
@@ -40,6 +42,8 @@ from multitune.comparing.overhead import OverheadRow, read_overhead
 from multitune.errors import ConfigError, MultituneError
 from multitune.merging import merge_deltas, why_not_mergeable
 
+#: The suite `overhead`: rows of a batch, tokens of a row, backbone.
+GRID = yaml.safe_load((resources.files("multitune.compare") / "suites" / "overhead.yaml").read_text("utf-8"))
 OUT = Path(__file__).parent / "results" / "overhead.jsonl"
 TASK = Task(name="overhead", kind="classification", template=("text",), labels=("no", "yes"))
 #: Largest difference of a row in a batch from that row alone; hidden states are of the order of one.
@@ -206,13 +210,13 @@ def main() -> None:
     """Parse the options, measure what is missing, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", help="with commas between (default: all that share the backbone)")
-    parser.add_argument("--rows", type=numbers, default=[1, 16, 64], help="rows of a batch (default: 1,16,64)")
-    parser.add_argument("--lengths", type=numbers, default=[16, 64, 128, 384], help="tokens (default: 16,64,128,384)")
+    parser.add_argument("--rows", type=numbers, default=GRID["rows"], help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--lengths", type=numbers, default=GRID["lengths"], help="tokens (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="time for one measurement (default: %(default)s)")
     parser.add_argument("--least-rounds", type=int, default=9, help="fewest rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--backbone", default="minilm", help="a name, folder or hub id (default: %(default)s)")
+    parser.add_argument("--backbone", default=GRID["backbone"], help="a name, folder or hub id (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="JSON lines (default: benchmarks/results)")
     options = parser.parse_args()
     try:

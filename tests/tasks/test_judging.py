@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from multitune.errors import DataError, TaskError
-from multitune.tasks import Example, Task, compute, judge, targets_of
+from multitune.tasks import Example, Task, compute, judge
 
 ANSWERS = Task(
     name="answers",
@@ -218,11 +218,3 @@ def test_tags_that_were_cut_off_are_not_judged():
     task = Task(name="t", kind="tagging", template=("words",), label="y", labels=("O", "B-x"))
     examples = [Example(texts=(("a", "b"),), target=(1, 1)), Example(texts=(("a",),), target=(0,))]
     assert judge(task, [(1,), (0,)], examples)["token_accuracy"] == 1.0
-    assert targets_of(task, [(1,), (0,)], examples) == [(1,), (0,)]
-
-
-def test_targets_equal_the_predictions_that_are_right():
-    examples = CLOZE.examples([cloze(["a", "b", "c"], ["a", "c"]), cloze(["a", "b"], "b")])
-    for chosen, right in (([2, 1], [True, True]), ([0, 0], [True, False]), ([1, 1], [False, True])):
-        targets = targets_of(CLOZE, chosen, examples)
-        assert [p == t for p, t in zip(chosen, targets, strict=True)] == right

@@ -29,7 +29,6 @@ def test_public_names():
             "load_task",
             "read_table",
             "split_table",
-            "targets_of",
         ]
     )
     assert all(hasattr(tasks, name) for name in tasks.__all__)

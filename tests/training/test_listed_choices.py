@@ -58,6 +58,16 @@ def test_logits_of_sequences_become_rows():
     assert by_row(torch.arange(6.0), 3, None).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_a_batch_says_which_choices_of_each_row_are_right(bert):
+    table = [
+        {"text": "a", "options": ["x", "y", "z"], "y": ["z", "x"]},
+        {"text": "b", "options": ["x", "y"], "y": "y"},
+    ]
+    batch = Collator(TASK.kind, bert.pad_id)(TaskRows(bert, TASK, table, max_length=16, split="train").items)
+    assert batch["targets"].tolist() == [[1, 0, 1], [0, 1, IGNORED]]
+    assert len(batch["input_ids"]) == 5
+
+
 def test_a_ragged_batch_is_its_rows_one_by_one(bert, random_params, close):
     head, method = Head.for_task(TASK), LoRA()
     model = TuningModel(bert, method, random_params(bert, method), head, head.init(bert, torch.Generator()))

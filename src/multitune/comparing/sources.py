@@ -14,6 +14,7 @@ from multitune.tasks.files import READERS
 #: What a table is compared with: a small one, a large one, and one of every family between them.
 METHODS = ("head", "layernorm", "bitfit", "ia3", "lora", "pfeiffer", "ptuning_v2", "aot_fc")
 _YAML = (".yaml", ".yml")
+_SERVING = "overhead"
 _SEEDS = (0, 1, 2)
 #: Most rows of a table that are drawn, so that a first answer takes minutes.
 _TRAIN_ROWS, _VALIDATION_ROWS = 2000, 500
@@ -24,7 +25,7 @@ _STEPS, _BATCH_SIZE, _MOST_EPOCHS = 200, 16, 15
 def suites() -> dict[str, Path]:
     """The recipes that ship with the package, by name."""
     folder = Path(str(resources.files("multitune.comparing"))) / "suites"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml")) if file.stem != _SERVING}
 
 
 def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: str) -> Recipe:
@@ -52,6 +53,11 @@ def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: str) -> Rec
         return Recipe.read(path)
     if str(given) in suites():
         return Recipe.read(suites()[str(given)])
+    if str(given) == _SERVING:
+        raise ConfigError(
+            f"the suite '{_SERVING}' times serving and trains nothing: run `python benchmarks/overhead.py` of the "
+            f"repository, and see its file with `multitune report FOLDER --overhead FILE`"
+        )
     known = ", ".join(suites()) or "none"
     raise ConfigError(
         f"'{given}' is no suite.{suggest(str(given), suites())} Give a suite ({known}), a recipe (a .yaml file), or a "

@@ -8,7 +8,7 @@ Knows tables and texts, never tensors or models.
 """
 
 from multitune.tasks.infer import infer_task
-from multitune.tasks.judging import judge, targets_of
+from multitune.tasks.judging import judge
 from multitune.tasks.metrics import compute, higher_is_better
 from multitune.tasks.own import any_split, load_table
 from multitune.tasks.pattern import Pattern
@@ -35,5 +35,4 @@ __all__ = [
     "load_task",
     "read_table",
     "split_table",
-    "targets_of",
 ]

@@ -24,10 +24,10 @@ def judge(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -
         right = [tuple(e.choices[place] for place in _places(e)) for e in examples]
         return compute(task.metric, texts, right)
     groups = [example.group for example in examples] if metric.grouped else None
-    return compute(task.metric, predictions, targets_of(task, predictions, examples), task.labels, groups=groups)
+    return compute(task.metric, predictions, _targets(task, predictions, examples), task.labels, groups=groups)
 
 
-def targets_of(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
+def _targets(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -> list[Any]:
     """The rows' targets in the form of their predictions, so that a row is right where both are equal.
 
     Of tagging those of the words that were read. Where several choices of a list are right, the chosen one if it is
