@@ -43,7 +43,7 @@ from multitune.errors import ConfigError, MultituneError
 from multitune.merging import merge_deltas, why_not_mergeable
 
 #: The suite `overhead`: rows of a batch, tokens of a row, backbone.
-GRID = yaml.safe_load((resources.files("multitune.compare") / "suites" / "overhead.yaml").read_text("utf-8"))
+GRID = yaml.safe_load((resources.files("multitune.comparing") / "suites" / "overhead.yaml").read_text("utf-8"))
 OUT = Path(__file__).parent / "results" / "overhead.jsonl"
 TASK = Task(name="overhead", kind="classification", template=("text",), labels=("no", "yes"))
 #: Largest difference of a row in a batch from that row alone; hidden states are of the order of one.
