@@ -202,10 +202,10 @@ def test_a_store_that_is_none_is_refused_before_anything_runs(recipe, tmp_path):
         compare(recipe(), tmp_path)
 
 
-def test_the_package_is_the_function_too(values, tmp_path):
+def test_head_only_counts_no_parameters_and_the_store_has_what_was_returned(values, tmp_path):
     found = mt.compare(values(methods=["head"], seeds=1), tmp_path)
     assert found.records[0].outcome.parameters == 0
-    assert mt.compare.Store(tmp_path / FILE).records() == list(found.records)
+    assert Store(tmp_path / FILE).records() == list(found.records)
 
 
 def test_peak_memory_begins_anew_with_every_trial():
