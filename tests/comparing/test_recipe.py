@@ -64,6 +64,11 @@ def test_a_setting_that_is_both_goes_to_the_method(values):
         ({"tasks": "demo/topic"}, "'tasks' is a list"),
         ({"tasks": [{"task": "demo/topic", "train_row": 3}]}, "task 1: unknown key 'train_row'.* 'train_rows'"),
         ({"tasks": [{"task": "demo/topic", "train_rows": 0}]}, "'train_rows' is a whole number of at least 1"),
+        ({"tasks": [{"task": "demo/topic", "subset_seed": 1}]}, "'subset_seed' says which train_rows are drawn"),
+        (
+            {"tasks": [{"task": "demo/topic", "max_length": 9, "training": {"max_length": 8}}]},
+            "'max_length' stands there twice",
+        ),
         ({"tasks": [{"task": "demo/topic", "label": "x"}]}, "brings its own data, so 'label' cannot be honoured"),
         ({"tasks": [{"task": "demo/topic", "data": "x.csv"}]}, "give one of"),
         ({"tasks": [{"label": "x"}]}, "give one of"),

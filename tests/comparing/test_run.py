@@ -202,6 +202,12 @@ def test_a_store_that_is_none_is_refused_before_anything_runs(recipe, tmp_path):
         compare(recipe(), tmp_path)
 
 
+def test_a_folder_that_is_a_file_is_refused_before_anything_runs(recipe, tmp_path):
+    (tmp_path / "notes").write_text("of mine", "utf-8")
+    with pytest.raises(DataError, match="notes is a file; give a folder"):
+        compare(recipe(), tmp_path / "notes")
+
+
 def test_head_only_counts_no_parameters_and_the_store_has_what_was_returned(values, tmp_path):
     found = mt.compare(values(methods=["head"], seeds=1), tmp_path)
     assert found.records[0].outcome.parameters == 0

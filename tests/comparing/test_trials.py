@@ -75,6 +75,11 @@ def test_budgets_choose_sizes_and_name_what_is_too_large(recipe, bert):
     assert any("lora is left out at" in line for line in plan.left_out)
 
 
+def test_budgets_too_small_for_every_method_are_refused(recipe):
+    with pytest.raises(ConfigError, match="nothing is left to compare: lora is left out at 5.* larger budget"):
+        load(recipe(methods=["lora", "bitfit"], budgets=[5]))
+
+
 def test_a_method_of_one_size_runs_once_for_all_budgets(recipe):
     plan = load(recipe(methods=["bitfit"], budgets=["90%", "95%"], seeds=1))
     jobs = plan.finals()

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from multitune.cli import app
 from multitune.comparing.claims import judge
-from multitune.comparing.papers import CLAIMS, Claim, Part
+from multitune.comparing.papers import CLAIMS, COLLECTIONS, Claim, Part
+from multitune.comparing.sources import recipe_of
 from multitune.comparing.store import FILE, Store
 
 
@@ -75,11 +76,29 @@ def test_a_task_that_one_method_lacks_leaves_the_claim_open():
 
 
 def test_suites_are_judged_apart():
-    records = runs({"ptuning_v2": HIGH, "prompt": LOW}) + runs({"ptuning_v2": LOW, "prompt": HIGH}, "superglue/cb")
+    records = runs({"ptuning_v2": HIGH, "prompt": LOW}) + runs({"ptuning_v2": LOW, "prompt": HIGH}, "super_glue/cb")
     (claim,) = (c for c in CLAIMS if c.number == 4)
     found = {(f.suite, f.part.other): f.verdict for f in judge(records, claim)}
     assert found["glue", "prompt"] == "holds here" and found["superglue", "prompt"] == "does not hold here"
     assert found["glue", "full"] == found["superglue", "full"] == "not run yet"
+
+
+def test_the_runs_of_a_suite_are_those_that_its_claims_are_judged_by():
+    for suite, collection in COLLECTIONS.items():
+        assert {entry.task.partition("/")[0] for entry in recipe_of(suite).tasks} == {collection}
+    assert {suite for claim in CLAIMS for suite in claim.suites} <= set(COLLECTIONS)
+
+
+def test_methods_on_different_backbones_are_not_compared():
+    part = Part(method="ia3", other="full", relation="beats")
+    claim = Claim(number=0, statement="", source="", figure="", parts=(part,), suites=("glue",))
+    records = runs({"ia3": HIGH, "full": LOW}, backbone="a") + runs({"ia3": LOW, "full": MIDDLE}, backbone="b")
+    one, other = judge(records, claim)
+    assert (one.verdict, other.verdict) == ("holds here", "does not hold here")
+    assert one.ours.endswith(" a") and other.ours.endswith(" b")
+    apart = judge(runs({"ia3": HIGH}, backbone="a") + runs({"full": LOW}, backbone="b"), claim)
+    assert [f.verdict for f in apart] == ["not run yet"] * 2
+    assert "no score of full" in apart[0].ours and "no score of ia3" in apart[1].ours
 
 
 def test_the_command_writes_the_document_and_prints_every_claim(tmp_path):

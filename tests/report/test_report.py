@@ -234,6 +234,31 @@ def test_the_recipe_of_a_row_holds_all_that_its_trials_depend_on():
     assert other["tasks"] == [{"data": "mine.csv", "label": "intent"}]
 
 
+def test_every_draw_of_a_task_is_in_the_recipes_of_a_row():
+    drawn = [(100, 0), (200, 0), (100, 1)]
+    records = [record("lora", "glue/rte", data={"train_rows": n, "subset_seed": seed}) for n, seed in drawn]
+    (candidate,) = summarise(records).candidates
+    recipes = [yaml.safe_load(text)["tasks"] for text in recipes_of(candidate)]
+    assert sorted((t["train_rows"], t["subset_seed"]) for tasks in recipes for t in tasks) == sorted(drawn)
+    assert all(len({t["train_rows"] for t in tasks}) == len(tasks) for tasks in recipes)  # a recipe has each name once
+
+
+def test_times_of_serving_on_other_backbones_are_told_apart(tmp_path):
+    times = {"large": 1.5, "minilm": 1.25, "small": 1.75}
+    overhead = [
+        OverheadRow(method="lora", form="alone", rows=1, length=16, ratio=r, milliseconds=3.0, rounds=9, backbone=b)
+        for b, r in times.items()
+    ]
+
+    def listed(*backbones):
+        records = [record("lora", backbone=b) for b in backbones]
+        text = write_report(records, tmp_path, overhead=overhead).html.read_text("utf-8")
+        return re.findall(r'<th scope="row">([^<]*)</th><td>alone</td><td class="n">([^<]*)</td>', text)
+
+    assert listed("minilm") == [("lora", "1.25")]
+    assert listed("large", "minilm") == [("lora on large", "1.50"), ("lora on minilm", "1.25")]
+
+
 # ------------------------------------------------------------------------ in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

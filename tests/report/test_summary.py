@@ -133,6 +133,11 @@ def test_overhead_is_the_mean_over_shapes_that_every_method_has():
             "methods": {"lora": {"targets": [["query"], ["query", "value"]]}},
             "training": {"epochs": 2, "pooling": "mean"},
         },
+        {
+            "methods": ["bitfit"],
+            "tasks": [{"task": "demo/topic", "train_rows": n, "validation_rows": 9} for n in (20, 40)],
+            "seeds": 1,
+        },
     ],
 )
 def test_the_recipe_of_a_row_gives_its_very_trials(recipe, minilm):

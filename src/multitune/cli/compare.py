@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ from multitune.comparing.estimate import estimate
 from multitune.comparing.recipe import Recipe
 from multitune.comparing.records import Record, Trial
 from multitune.comparing.run import (
-    RECIPE_FILE,
     Comparison,
     Progress,
     load,
@@ -32,6 +32,7 @@ from multitune.comparing.run import (
 )
 from multitune.comparing.runners import make_runner
 from multitune.comparing.sources import recipe_of
+from multitune.comparing.store import RECIPE_FILE
 from multitune.comparing.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
 from multitune.methods import make_method
@@ -330,10 +331,6 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     lines = []
     for (task, budget, method, settings), own in groups.items():
         scores = [r.outcome.score for r in own if r.outcome.score is not None]
-        mean = sum(scores) / len(scores) if scores else None
-        spread = None
-        if mean is not None and len(scores) > 1:
-            spread = (sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) ** 0.5
         first = own[0].outcome
         lines.append(
             {
@@ -343,8 +340,8 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "settings": settings,
                 "parameters": next((r.outcome.parameters for r in own if r.outcome.parameters is not None), None),
                 "metric": first.metric,
-                "score": mean,
-                "deviation": spread,
+                "score": statistics.fmean(scores) if scores else None,
+                "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
                 "trials": len(scores),
                 "failed": len(own) - len(scores),
             }

@@ -12,10 +12,8 @@ from multitune.cli.shared import AsJson, app, note, print_json
 from multitune.comparing.overhead import read_overhead
 from multitune.comparing.records import Record
 from multitune.comparing.report import write_report
-from multitune.comparing.store import FILE, Store
+from multitune.comparing.store import FILE, RECIPE_FILE, Store
 from multitune.errors import ConfigError, DataError, suggest, suggest_file
-
-RECIPE = "recipe.yaml"
 
 
 @app.command("report")
@@ -104,5 +102,5 @@ def _of_tasks(records: list[Record], wanted: list[str] | None) -> list[Record]:
 
 def _recipe(store: Path) -> str | None:
     """The recipe beside a store, if it is there."""
-    file = store.parent / RECIPE
+    file = store.parent / RECIPE_FILE
     return file.read_text("utf-8") if file.is_file() else None

@@ -1,7 +1,8 @@
 """Claims of papers, judged by the runs of a store: our figure with its interval, and a verdict.
 
 A claim is read as differences of mean scores between two methods on one suite. The interval is Student's over seeds of
-the paired difference of official scores, averaged over tasks.
+the paired difference of official scores, averaged over tasks. Both methods are on the same backbone: each that was run
+is judged by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from multitune.comparing.gathering import summarise
-from multitune.comparing.papers import CLAIMS, MARGIN, MOST, Claim, Part
+from multitune.comparing.papers import CLAIMS, COLLECTIONS, MARGIN, MOST, Claim, Part
 from multitune.comparing.records import Record
 from multitune.comparing.statistics import Estimate, estimate, mean_over_tasks
 from multitune.comparing.summary import Candidate, Summary
@@ -33,14 +34,25 @@ class Finding:
 
 
 def judge(records: Sequence[Record], claim: Claim) -> list[Finding]:
-    """What these runs say about a claim, for every suite and part."""
-    return [_judge(records, part, suite) for suite in claim.suites for part in claim.parts]
+    """What these runs say about a claim, for every suite, part and backbone."""
+    return [finding for suite in claim.suites for part in claim.parts for finding in _judge(records, part, suite)]
 
 
-def _judge(records: Sequence[Record], part: Part, suite: str) -> Finding:
+def _judge(records: Sequence[Record], part: Part, suite: str) -> list[Finding]:
+    """A finding for each backbone that has runs of the two methods, or one that says that there is none."""
+    by_backbone: dict[str, list[Record]] = {}
+    for r in records:
+        of_suite = r.trial.task.startswith(f"{COLLECTIONS[suite]}/") and r.purpose == "final"
+        if of_suite and r.trial.method in (part.method, part.other):
+            by_backbone.setdefault(r.trial.backbone, []).append(r)
+    if not by_backbone:
+        return [_on_backbone("", [], part, suite)]
+    return [_on_backbone(backbone, of, part, suite) for backbone, of in sorted(by_backbone.items())]
+
+
+def _on_backbone(backbone: str, records: Sequence[Record], part: Part, suite: str) -> Finding:
     command = f"multitune compare {suite} --out compare-{suite} && multitune claims compare-{suite}"
-    mine = [r for r in records if r.trial.task.startswith(f"{suite}/") and r.purpose == "final"]
-    summary = summarise([r for r in mine if r.trial.method in (part.method, part.other)])
+    summary = summarise(records)
 
     def found(verdict: Verdict, ours: str) -> Finding:
         return Finding(part=part, suite=suite, verdict=verdict, ours=ours, command=command)
@@ -48,9 +60,8 @@ def _judge(records: Sequence[Record], part: Part, suite: str) -> Finding:
     one, other = (_best(summary, name) for name in (part.method, part.other))
     lacking = [name for name, c in ((part.method, one), (part.other, other)) if c is None]
     if one is None or other is None:
-        where = f"every task of {suite} that was run" if summary.tasks else f"any task of {suite}"
+        where = f"every task of {suite} that was run on {backbone}" if summary.tasks else f"any task of {suite}"
         return found("not run yet", f"no score of {listed(lacking, most=2)} on {where}")
-    backbones = listed(sorted({c.backbone for c in (one, other)}), most=3)
     difference = _difference(summary, one, other, MOST if part.relation == "most of" else 1.0)
     if difference is None:
         return found("cannot be told here", "the two have no two seeds in common on some task, so no interval")
@@ -58,7 +69,7 @@ def _judge(records: Sequence[Record], part: Part, suite: str) -> Finding:
     ours = (
         f"{points(one.overall.mean)} against {points(other.overall.mean)}"
         f"{_share(one, other)}; {_named(part)} {points(difference.mean)} ({interval(difference.interval)}), "
-        f"{len(summary.tasks)} task{'s' if len(summary.tasks) > 1 else ''}, {difference.n} seeds, {backbones}"
+        f"{len(summary.tasks)} task{'s' if len(summary.tasks) > 1 else ''}, {difference.n} seeds, {backbone}"
     )
     return found(_verdict(part, difference, one, other), ours)
 

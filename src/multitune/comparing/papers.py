@@ -12,6 +12,8 @@ MARGIN = 0.01
 """A method that is on par is at most a point worse."""
 MOST = 0.95
 """A method that reaches most of another's score reaches this share of it."""
+COLLECTIONS = {"glue": "glue", "superglue": "super_glue"}
+"""By suite the collection of its tasks: what stands in front of the slash in their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Claim:
     figure: str
     """The paper's, with its evidence tag."""
     parts: tuple[Part, ...] = ()
-    suites: tuple[str, ...] = ("glue", "superglue")
+    suites: tuple[str, ...] = tuple(COLLECTIONS)
     missing: str = ""
     """Of a claim without parts: why it is not judged yet."""
 

@@ -245,8 +245,15 @@ def _tasks(given: Any, where: str) -> Iterator[TaskEntry]:
         own = {key: str(values[key]) for key in OWN_DATA if key in values}
         if "task" in values and own:
             raise ConfigError(f"{here} brings its own data, so '{next(iter(own))}' cannot be honoured; give data: FILE")
+        if values.get("subset_seed") and "train_rows" not in values:
+            raise ConfigError(
+                f"{here}: 'subset_seed' says which train_rows are drawn, so give their number too (under few_shot the "
+                f"draws are 'subset_seeds')"
+            )
         training = dict(_training(values.get("training", {}), here))
         if "max_length" in values:
+            if "max_length" in training:
+                raise ConfigError(f"{here}: 'max_length' stands there twice, once under 'training'; leave out one")
             training |= _training({"max_length": values["max_length"]}, here)
         yield TaskEntry(
             task=str(values["task"]) if "task" in values else None,

@@ -13,12 +13,9 @@ from multitune.comparing.records import Outcome, Record
 from multitune.comparing.runners import Runner, make_runner
 from multitune.comparing.search import Search, best_of
 from multitune.comparing.sources import recipe_of
-from multitune.comparing.store import FILE, Store
+from multitune.comparing.store import FILE, RECIPE_FILE, Store
 from multitune.comparing.trials import Job, Plan
-from multitune.errors import ConfigError
 from multitune.files import replace_file
-
-RECIPE_FILE = "recipe.yaml"
 
 Watch = Callable[["Progress"], None]
 
@@ -88,7 +85,7 @@ def compare(
 
     Raises:
         ConfigError: a recipe with a slip, found before anything runs; or a missing extra.
-        DataError: rows that cannot be read, or a folder that holds another kind of store.
+        DataError: rows that cannot be read, or a folder that is a file or holds another kind of store.
     """
     found = recipe_of(recipe)
     runs = load(found)
@@ -233,15 +230,9 @@ def _each_once(jobs: Iterable[Job]) -> list[Job]:
 
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
-    """Write the recipe as YAML.
-
-    Raises:
-        ConfigError: the folder is a file.
-    """
+    """Write the recipe as YAML."""
     import yaml
 
-    if file.parent.exists() and not file.parent.is_dir():
-        raise ConfigError(f"{file.parent} is a file; give a folder (--out)")
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
     replace_file(file, lambda temporary: temporary.write_text(text, "utf-8"))
 

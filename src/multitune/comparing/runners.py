@@ -68,21 +68,14 @@ def make_runner(
     return OnRay(load_as, str(backbone.device), workers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Packed:
-    max_jobs: int
-    token_budget: int
-
-
 class Packed:
     """All in this process."""
 
     def __init__(self, backbone: Backbone, *, max_jobs: int, token_budget: int) -> None:
-        self._backbone = backbone
-        self._limits = _Packed(max_jobs=max_jobs, token_budget=token_budget)
+        self._backbone, self._max_jobs, self._token_budget = backbone, max_jobs, token_budget
 
     def run(self, jobs: Sequence[Job], done: Done, say: Say) -> None:
-        run_jobs(self._backbone, jobs, **dataclasses.asdict(self._limits), done=done, say=say)
+        run_jobs(self._backbone, jobs, max_jobs=self._max_jobs, token_budget=self._token_budget, done=done, say=say)
 
     def close(self) -> None:
         """Nothing was taken."""
@@ -149,7 +142,10 @@ class Processes:
     def _send(self, worker: _Worker, job: Job) -> None:
         worker.job = job
         key = _key(job)
-        worker.connection.send((_light(job), key, None if key in worker.keeps else job.data))
+        try:
+            worker.connection.send((_light(job), key, None if key in worker.keeps else job.data))
+        except (BrokenPipeError, ConnectionResetError):
+            raise _gone(worker, job) from None
         worker.keeps.add(key)
 
     def _take(self, worker: _Worker, done: Done) -> None:
@@ -158,16 +154,21 @@ class Processes:
         try:
             answer = worker.connection.recv()
         except (EOFError, ConnectionResetError):
-            worker.process.join()
-            raise ConfigError(
-                f"a process ended with code {worker.process.exitcode} in the trial of {job.trial.method} on "
-                f"{job.trial.task} (a code of -9 is most often too little memory: give fewer workers); what was "
-                f"finished is kept, and the same call goes on"
-            ) from None
+            raise _gone(worker, job) from None
         if isinstance(answer, BaseException):
             raise answer
         worker.job = None
         done(job, answer)
+
+
+def _gone(worker: _Worker, job: Job) -> ConfigError:
+    """What is said of a process that ended before its trial did."""
+    worker.process.join()
+    return ConfigError(
+        f"a process ended with code {worker.process.exitcode} in the trial of {job.trial.method} on "
+        f"{job.trial.task} (a code of -9 is most often too little memory: give fewer workers); what was "
+        f"finished is kept, and the same call goes on"
+    )
 
 
 def _serve(connection: Connection, place: tuple[str, str, int]) -> None:

@@ -14,6 +14,8 @@ from multitune.errors import DataError
 
 FILE = "store.sqlite"
 """Name of the store in the folder of a comparison."""
+RECIPE_FILE = "recipe.yaml"
+"""Name of the recipe beside it."""
 
 _FORMAT = 1
 #: Seconds to wait for another process that writes.
@@ -39,9 +41,11 @@ class Store:
         """Open the file, or make it.
 
         Raises:
-            DataError: the file is no store, or one of a later version.
+            DataError: the file is no store, or one of a later version; or its folder is a file.
         """
         self.path = Path(path)
+        if self.path.parent.is_file():
+            raise DataError(f"{self.path.parent} is a file; give a folder, which is made if it is not there")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._open() as connection:

@@ -80,6 +80,8 @@ class Plan:
         self.cells = tuple(
             cell for budget in recipe.budgets or (None,) for group in draws for cell in self._cells(group, budget)
         )
+        if not self.cells:
+            raise ConfigError(f"nothing is left to compare: {'; '.join(self.left_out)}. Give a larger budget")
         self._check()
 
     # ---------------------------------------------------------------- rows

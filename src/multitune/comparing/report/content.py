@@ -220,7 +220,7 @@ def rows_of_tasks(summary: Summary) -> list[tuple[str, str, str]]:
         rows = [r.outcome.row_scores for r in records if r.outcome.row_scores]
         drawn = "all training rows" if data.get("train_rows") is None else f"{data['train_rows']:,} training rows"
         drawn = drawn if data.get("per_class") is None else f"{data['per_class']} training rows per class"
-        judged = data.get("validation_rows") or (len(rows[0]) if rows else None)
+        judged = len(rows[0]) if rows else data.get("validation_rows")  # there may be fewer than were asked for
         drawn += ", all validation rows" if judged is None else f", {judged:,} validation rows"
         found.append((task, summary.metrics[task], drawn))
     return found

@@ -121,21 +121,22 @@ def _pair(summary: Summary, names: Sequence[str], one: str, other: str) -> dict[
 
 
 def _overhead(summary: Summary) -> dict[str, Any] | None:
-    """Every measured ratio of the report's methods."""
-    shown = {c.method for c in summary.candidates}
-    rows = [row for row in summary.overhead if row.method in shown]
+    """Every measured ratio of the report's methods on its backbones."""
+    shown = {(c.method, c.backbone) for c in summary.candidates}
+    rows = [row for row in summary.overhead if (row.method, row.backbone) in shown]
     if not rows:
         return None
     shapes = sorted({(row.rows, row.length) for row in rows})
+    several = len({row.backbone for row in rows}) > 1
     lines: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
-    for row in sorted(rows, key=lambda r: (r.method, list(FORMS).index(r.form))):
-        lines.setdefault((row.method, row.form), {})[row.rows, row.length] = row.ratio
+    for row in sorted(rows, key=lambda r: (r.method, r.backbone, list(FORMS).index(r.form))):
+        name = f"{row.method} on {row.backbone}" if several else row.method
+        lines.setdefault((name, row.form), {})[row.rows, row.length] = row.ratio
     forms = [form for form in FORMS if any(form == f for _, f in lines)]
     return {
         "shapes": shapes,
         "forms": "; ".join(f"{form}: {FORMS[form]}" for form in forms).capitalize() + ".",
         "rows": [
-            (method, form, [f"{of[s]:.2f}" if s in of else MISSING for s in shapes])
-            for (method, form), of in lines.items()
+            (name, form, [f"{of[s]:.2f}" if s in of else MISSING for s in shapes]) for (name, form), of in lines.items()
         ],
     }

@@ -10,31 +10,42 @@ from typing import Any
 import yaml
 
 from multitune.comparing.records import Record
-from multitune.comparing.summary import Candidate
+from multitune.comparing.summary import Candidate, draw_of
 
 
 def recipes_of(candidate: Candidate) -> list[str]:
     """Recipes for `multitune compare` that run every trial of a candidate again, one for each group of tasks that
-    have settings, training and seeds in common."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for task in candidate.cells.values():
-        records = sorted((*task.finished, *task.failed), key=lambda r: r.trial.seed)
-        by_settings: dict[str, list[Record]] = defaultdict(list)
-        for r in records:
-            by_settings[_json([r.trial.settings, _training(r), r.trial.data.get("per_class"), r.budget])].append(r)
-        for settings, of in by_settings.items():
-            seeds = sorted({r.trial.seed for r in of})
-            draws = sorted({int(r.trial.data.get("subset_seed") or 0) for r in of})
-            groups[_json([settings, seeds, draws])] += of
-    return [_recipe(candidate, of) for of in groups.values()]
+    have settings, training and seeds in common.
+
+    A recipe has a task once with so many rows to learn from; of the same with other rows each has a recipe of its own.
+    """
+    groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    entries: dict[tuple[str, int, str], str] = {}
+    for cell in candidate.cells.values():
+        alike: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for r in sorted((*cell.finished, *cell.failed), key=lambda r: r.trial.seed):
+            alike[_common(r), _json(_task(r))].append(r)
+        for (settings, entry), of in alike.items():
+            common = _json([settings, sorted({r.trial.seed for r in of}), _draws(of)])
+            name, number = _json([of[0].trial.task, of[0].trial.data.get("train_rows")]), 0
+            while entries.setdefault((common, number, name), entry) != entry:
+                number += 1
+            groups[common, number] += of
+    return [_recipe(of) for of in groups.values()]
 
 
-def _recipe(candidate: Candidate, records: Sequence[Record]) -> str:
+def _common(record: Record) -> str:
+    """What the trials of one recipe have in common."""
+    return _json([record.trial.settings, _training(record), record.trial.data.get("per_class"), record.budget])
+
+
+def _draws(records: Sequence[Record]) -> list[int]:
+    return sorted({draw_of(r) for r in records})
+
+
+def _recipe(records: Sequence[Record]) -> str:
     first = records[0].trial
-    draws = sorted({int(r.trial.data.get("subset_seed") or 0) for r in records})
-    tasks: dict[str, Any] = {}
-    for r in records:
-        tasks.setdefault(r.trial.task, _task(r))
+    tasks = {_json(_task(r)): _task(r) for r in records}
     recipe: dict[str, Any] = {
         "name": "again",
         "backbone": first.backbone,
@@ -44,7 +55,7 @@ def _recipe(candidate: Candidate, records: Sequence[Record]) -> str:
         "training": _training(records[0]),
     }
     if first.data.get("per_class") is not None:
-        recipe["few_shot"] = {"per_class": [first.data["per_class"]], "subset_seeds": draws}
+        recipe["few_shot"] = {"per_class": [first.data["per_class"]], "subset_seeds": _draws(records)}
     return yaml.safe_dump(json.loads(_json(recipe)), sort_keys=False, allow_unicode=True, width=100)
 
 
