@@ -1,7 +1,5 @@
 """Recipes are read strictly: a slip is named before anything runs."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -154,16 +152,3 @@ def test_methods_and_seeds_may_be_others(recipe):
     assert [m.name for m in other.methods] == ["bitfit", "ia3"] and other.seeds == (7,)
     kept = recipe().with_methods(["lora"])
     assert kept.methods[0].grid == {"r": (2, 4)}
-
-
-def test_every_suite_that_ships_is_a_recipe():
-    from multitune.comparing.sources import suites
-
-    for name, file in suites().items():
-        if "measures" not in yaml.safe_load(Path(file).read_text("utf-8")):
-            assert isinstance(recipe_of(name), Recipe)
-
-
-def test_a_recipe_of_times_is_sent_to_its_benchmark(values):
-    with pytest.raises(ConfigError, match=r"benchmarks/overhead\.py"):
-        Recipe.from_dict(values(measures="inference"))

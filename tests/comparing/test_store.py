@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import sqlite3
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -90,6 +91,19 @@ def test_several_processes_write_at_a_time(tmp_path):
         writer.join()
     assert [w.exitcode for w in writers] == [0, 0, 0]
     assert sorted(r.trial.seed for r in Store(path).records()) == list(range(24))
+
+
+def test_a_store_that_another_process_is_making_is_waited_for(tmp_path):
+    path = tmp_path / "store.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # as it is while the tables are made
+    release = threading.Timer(0.3, other.rollback)
+    release.start()
+    store = Store(path)
+    release.join()
+    other.close()
+    store.add(record())
+    assert store.records() == [record()]
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path):

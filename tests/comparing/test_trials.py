@@ -48,6 +48,8 @@ def test_a_changed_cell_of_the_table_makes_other_trials(recipe, moods, tmp_path)
     copy.write_text(moods.read_text("utf-8"), "utf-8")
     task = [{"data": str(copy), "label": "mood"}]
     assert {t.key for t in trials(recipe(tasks=task))} == before  # wherever the table lies
+    judged = [{"data": str(moods), "label": "mood", "validation": str(file)} for file in (moods, copy)]
+    assert len({t.key for entry in judged for t in trials(recipe(tasks=[entry], seeds=1))}) == 3  # as of one file
     copy.write_text(moods.read_text("utf-8").replace("film", "movie", 1), "utf-8")
     assert not {t.key for t in trials(recipe(tasks=task))} & before
 

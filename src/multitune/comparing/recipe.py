@@ -58,7 +58,10 @@ class TaskEntry:
     @property
     def source(self) -> dict[str, Any]:
         """Where the rows come from, as JSON values, for the record."""
-        return {"task": self.task} if self.task is not None else {"data": Path(str(self.data)).name, **self.own}
+        if self.task is not None:
+            return {"task": self.task}
+        files = {"data": str(self.data), **{k: v for k, v in self.own.items() if k == "validation"}}
+        return {**self.own, **{key: Path(file).name for key, file in files.items()}}  # wherever the files lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +154,6 @@ class Recipe:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where} is a mapping with the keys tasks and methods, not {values!r}")
         given = {str(key).replace("-", "_"): value for key, value in values.items() if value is not None}
-        if given.get("measures") == "inference":
-            raise ConfigError(f"{where} measures time of inference and trains nothing: python benchmarks/overhead.py")
         _check_keys(given, _TOP, where)
         for key in ("tasks", "methods"):
             if not given.get(key):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,22 +48,42 @@ class Store:
         if self.path.parent.is_file():
             raise DataError(f"{self.path.parent} is a file; give a folder, which is made if it is not there")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + _PATIENCE
+        while not self._is_ready():
+            if time.monotonic() > until:
+                raise DataError(
+                    f"{self.path} has been locked by another process for {_PATIENCE:g} s; end that one first"
+                )
+            time.sleep(0.02)
+
+    def _is_ready(self) -> bool:
+        """Whether the tables are there, or could be made; not while another process makes them.
+
+        SQLite waits for a lock by itself, but not for the one with which a file is switched to a WAL.
+        """
         try:
             with self._open() as connection:
-                version = connection.execute("PRAGMA user_version").fetchone()[0]
-                if version > _FORMAT:
-                    raise DataError(
-                        f"{self.path} is a store of format {version}, and this version of multitune reads up to "
-                        f"{_FORMAT}; update multitune, or give another folder"
-                    )
-                if version < _FORMAT:
-                    foreign = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-                    if {name for (name,) in foreign} - {"trials", "uses"}:
-                        raise DataError(f"{self.path} is an SQLite file of something else; give another folder")
-                    connection.execute("PRAGMA journal_mode = WAL")
-                    connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_FORMAT}; COMMIT;")
+                self._make_tables(connection)
         except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:  # the lower byte says of what kind it is
+                return False
             raise DataError(f"{self.path} cannot be read as a store of trials: {error}; give another folder") from error
+        return True
+
+    def _make_tables(self, connection: sqlite3.Connection) -> None:
+        """Make the tables of a new file; refuse a file that is something else."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > _FORMAT:
+            raise DataError(
+                f"{self.path} is a store of format {version}, and this version of multitune reads up to {_FORMAT}; "
+                f"update multitune, or give another folder"
+            )
+        if version < _FORMAT:
+            there = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            if {name for (name,) in there} - {"trials", "uses"}:
+                raise DataError(f"{self.path} is an SQLite file of something else; give another folder")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_FORMAT}; COMMIT;")
 
     def add(self, record: Record) -> None:
         """Keep a record. A trial that is there keeps its outcome; the record's purpose and budget are added to it."""

@@ -1,8 +1,8 @@
 """Questions that take several steps, with worked solutions where the data set has them or a rule gives them.
 
 The sets stand in the folder of suites, `data_dir` or MULTITUNE_DATA, as <folder>/reasoning/<name>/<split>.parquet.
-Chains are made by rule from what a data set says and kept only where their arithmetic, or what they spell, ends in the
-row's own answer.
+Chains are the data set's own solutions, and others made by rule from what it says; these are kept only where their
+arithmetic, or what they spell, ends in the row's own answer.
 """
 
 from __future__ import annotations
