@@ -82,6 +82,21 @@ def test_budgets_too_small_for_every_method_are_refused(recipe):
         load(recipe(methods=["lora", "bitfit"], budgets=[5]))
 
 
+def test_choices_of_a_grid_that_a_budget_is_too_small_for_are_named(recipe):
+    grid = {"lora": {"targets": [["query"], ["query", "value"]], "learning_rate": [1e-3, 1e-2]}}
+    plan = load(recipe(methods=grid, budgets=[200]))  # rank 1 takes 192 parameters at the query, 384 at both
+    assert plan.left_out == [
+        "lora with targets=['query', 'value'] is left out at 200: its smallest form has more parameters"
+    ]
+    assert [point["targets"] for point in plan.cells[0].points] == [["query"]] * 2
+
+
+def test_full_tuning_is_searched_and_counted_once_for_all_budgets(recipe):
+    grid = {"full": {"learning_rate": [1e-3, 1e-2]}}
+    plan = load(recipe(methods=grid, budgets=["1%", "2%"], search={"trials": 2}, seeds=2))
+    assert len(plan.cells) == 1 and number_of_trials(plan) == 3
+
+
 def test_a_method_of_one_size_runs_once_for_all_budgets(recipe):
     plan = load(recipe(methods=["bitfit"], budgets=["90%", "95%"], seeds=1))
     jobs = plan.finals()

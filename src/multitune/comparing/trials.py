@@ -77,9 +77,8 @@ class Plan:
         self._fitted: dict[str, dict[str, Any] | None] = {}
         draws = [group for entry in recipe.tasks for group in self._draws(entry)]
         _check_names(draws)
-        self.cells = tuple(
-            cell for budget in recipe.budgets or (None,) for group in draws for cell in self._cells(group, budget)
-        )
+        cells = (cell for budget in recipe.budgets or (None,) for group in draws for cell in self._cells(group, budget))
+        self.cells = tuple({cell.name: cell for cell in cells}.values())  # full tuning is one, whatever the budgets
         if not self.cells:
             raise ConfigError(f"nothing is left to compare: {'; '.join(self.left_out)}. Give a larger budget")
         self._check()
@@ -122,15 +121,18 @@ class Plan:
 
     def _cells(self, draws: tuple[Rows, ...], budget: Budget | None) -> Iterator[Cell]:
         for entry in self.recipe.methods:
-            points = []
+            points, small = [], []
             for point in entry.points():
                 fitted = self._fit(entry, point, budget, draws[0])
-                if fitted is not None and fitted not in points:
+                if fitted is None:
+                    small.append(point)
+                elif fitted not in points:
                     points.append(fitted)
+            if budget is not None and small:
+                said = [_with_grid(entry, point) for point in small] if points else [entry.name]
+                lines = [f"{what} is left out at {budget.name}: its smallest form has more parameters" for what in said]
+                self.left_out = list(dict.fromkeys([*self.left_out, *lines]))
             if not points:
-                assert budget is not None
-                line = f"{entry.name} is left out at {budget.name}: its smallest form has more parameters"
-                self.left_out += [line] if line not in self.left_out else []
                 continue
             # a method that trains the backbone itself has no budget: it is the reference, and the same in all of them
             named = None if budget is None or entry.method(points[0]).changes_weights else budget.name
@@ -211,6 +213,12 @@ class Plan:
                         self.backbone.shapes_of(method)
                 except MultituneError as error:
                     raise type(error)(f"method '{cell.method.name}': {error}") from error
+
+
+def _with_grid(entry: MethodEntry, point: Point) -> str:
+    """A method with the hyper-parameters that its grid varies."""
+    varied = [k for k, values in entry.grid.items() if len(values) > 1 and not entry.is_training(k)]
+    return f"{entry.name} with {', '.join(f'{k}={point[k]}' for k in varied)}"
 
 
 def name_of(of: Trial | Rows) -> str:
