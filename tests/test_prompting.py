@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 
 from multitune import Adapter, BackboneError, ConfigError, DataError, Head, Plan, Task, TaskError, get_method
-from multitune.prompting import BM25Examples, NeighbourExamples, Pattern, RandomExamples, rank
+from multitune.prompting import BM25Examples, NeighbourExamples, Pattern, RandomExamples, as_generation, rank
+from multitune.tasks import TaskData
 from multitune.training.choices import Candidates
 
 MOOD = Task(name="mood", kind="classification", template=("text",), label="y", labels=("bad", "good"))
@@ -132,6 +134,19 @@ def test_random_examples_are_the_same_for_all_rows_and_another_where_one_is_the_
     assert other.choose("text anything is :") != usual
 
 
+def test_class_labels_in_another_order_than_the_tasks_mean_their_names(model):
+    features = Features({"text": Value("string"), "y": ClassLabel(names=["good", "bad"])})
+
+    def table(rows):
+        return Dataset.from_list(rows, features=features)
+
+    named, by_id = (rank(model, MOOD, PATTERN, of(ROWS), examples=RandomExamples(of(POOL), 2)) for of in (list, table))
+    assert by_id.scores == named.scores and by_id.metrics == named.metrics
+    assert table(ROWS)["y"] == [0, 1, 1, 0]  # ids, which the task would read the other way round
+    made = as_generation(TaskData(task=MOOD, train=table(ROWS), validation=table(POOL)), PATTERN)
+    assert [row["answers"] for row in made.train] == [["very good"], ["bad"], ["bad"], ["very good"]]
+
+
 def test_bm25_finds_the_words_of_the_question():
     pytest.importorskip("bm25s", reason="pip install 'multitune[generation]'")
     pool = [
@@ -157,6 +172,8 @@ def test_neighbours_are_near_in_meaning(minilm):
     [
         (Pattern("{text}", {"god": "yes"}), MOOD, "the label 'god', which task 'mood' has not. Did you mean 'good'"),
         (Pattern("{text}", {"good": "bad"}), MOOD, "says 'bad' for two labels"),
+        (Pattern("{text}", {"good": " bad"}), MOOD, "says 'bad' for two labels"),
+        (Pattern("It is {mask}"), MOOD, "reads no column"),
         (Pattern("{text} {y}"), MOOD, "reads the answer"),
         (Pattern("{text}"), Task(name="s", kind="regression", template=("text",), label="y"), "of kind regression"),
     ],

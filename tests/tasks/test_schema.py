@@ -156,6 +156,13 @@ def test_examples_go_by_the_names_of_the_table():
     assert [e.target for e in SENTIMENT.examples(table_of_class_labels(["positive", "negative"]))] == [1, 0]
 
 
+def test_rows_have_the_names_of_the_table():
+    table = table_of_class_labels(["positive", "negative"])
+    assert SENTIMENT.rows(table) == [{"text": "x", "label": "positive"}, {"text": "y", "label": "negative"}]
+    rows = [{"text": "x", "label": 0}, {"text": "y"}]
+    assert SENTIMENT.rows(rows) == rows and SENTIMENT.rows(table.remove_columns("label"))[0] == {"text": "x"}
+
+
 def test_examples_of_class_labels_that_are_numbers():
     stars = Task(name="s", kind="classification", template=("text",), label="label", labels=("1", "2"))
     assert [e.target for e in stars.examples(table_of_class_labels(["1", "2"]))] == [0, 1]

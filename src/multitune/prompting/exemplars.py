@@ -200,7 +200,7 @@ def as_generation(data: TaskData, pattern: Any, *, metric: str = "exact_match", 
                     "prompt": front + pattern.text(row),
                     "answers": [pattern.answers(data.task, row)[pattern.target(data.task, row)].strip()],
                 }
-                for row in table
+                for row in data.task.rows(table)
             ]
         )
 

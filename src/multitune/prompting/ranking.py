@@ -66,10 +66,11 @@ def rank(
     """
     pattern.check(task)
     pattern.check_end()
-    rows = [dict(row) for row in table]
+    rows = task.rows(table)
     if not rows:
         raise DataError("there are no rows to rank the answers of; give a table with at least one")
     if examples is not None:
+        examples.name_labels(task)
         examples.prepare(pattern)
     reader = _Reader(backbone, adapter)
     by_prefix: dict[str, list[int]] = {}
@@ -102,7 +103,10 @@ class _Reader:
         _ = backbone.lm_head
         self.backbone, self.deltas = (backbone, None) if adapter is None else served(backbone, adapter)
         if backbone.tokenizer is None:
-            raise BackboneError(f"backbone '{backbone.name}' has no tokenizer, so that it cannot read texts")
+            raise BackboneError(
+                f"backbone '{backbone.name}' has no tokenizer, so that it cannot read texts; give one: "
+                f"Backbone(model, tokenizer)"
+            )
 
     @property
     def _shares(self) -> bool:

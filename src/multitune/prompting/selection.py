@@ -15,6 +15,7 @@ from multitune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
+    from multitune.tasks import Task
 
 Row = Mapping[str, Any]
 
@@ -45,9 +46,14 @@ class Examples(ABC):
         if k < 1:
             raise ConfigError(f"k={k} examples are not possible; give at least 1, or no examples at all for zero-shot")
         self.rows: list[Row] = [dict(row) for row in table]
+        self._table = table if hasattr(table, "features") else self.rows
         self.k = k
         if len(self.rows) < k:
             raise DataError(f"{len(self.rows)} rows are too few for {k} examples; give more rows, or a smaller k")
+
+    def name_labels(self, task: Task) -> None:
+        """Have a task's labels in the pool's rows by name, where its table has ids in a column of class labels."""
+        self.rows = list(task.rows(self._table))
 
     def prepare(self, pattern: Puts) -> None:
         """Read the pool as it is put to the model; called once before `choose`."""

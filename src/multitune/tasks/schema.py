@@ -131,12 +131,17 @@ class Task:
         """
         from datasets import Dataset
 
-        rows: Iterable[Row] = table
         if isinstance(table, Dataset):
             table = table.select_columns(self._columns(table.column_names, labelled))
-            names = class_names(table.features, self.label) if labelled and self.labels else None
-            rows = (_named_label(row, self.label, names) for row in table) if names else table
+        rows = self._named(table)
         return [self._example(row, number, labelled) for number, row in enumerate(rows, start=1)]
+
+    def rows(self, table: "Dataset | Iterable[Mapping[str, Any]]") -> list[dict[str, Any]]:
+        """Every row of a table as a mapping of its own, for what reads rows one by one.
+
+        Ids in a column of class labels are replaced by that column's names, whose order this task's may differ from.
+        """
+        return [dict(row) for row in self._named(table)]
 
     def to_dict(self) -> dict[str, Any]:
         """The task as JSON values; `from_dict` gives back an equal task."""
@@ -211,6 +216,14 @@ class Task:
     @cached_property
     def _choices(self) -> tuple[Template, ...]:
         return tuple(Template((choice,)) for choice in self.choices)
+
+    def _named(self, table: Any) -> Iterable[Any]:
+        """The rows of a table; labels by name where a column of class labels has ids."""
+        from datasets import Dataset
+
+        known = isinstance(table, Dataset) and self.labels and self.label in table.column_names
+        names = class_names(table.features, self.label) if known else None
+        return (_named_label(row, self.label, names) for row in table) if names else table
 
     def _example(self, row: Row, number: int | None, labelled: bool | None) -> Example:
         """One row encoded; `labelled` says whether it must have a label, None that it may."""

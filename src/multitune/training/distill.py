@@ -23,10 +23,7 @@ def teacher_scores(backbone: Backbone, task: Task, table: Any, config: TrainConf
         DataError: fewer rows than examples, or examples that do not fit the backbone's positions; names the row.
     """
     assert task.pattern is not None and config.distill_examples is not None
-    rows = [dict(row) for row in table]
-    if task.kind == "classification":  # ids in a column of class labels may be in another order than the task's
-        targets = [e.target for e in task.examples(table)]
-        rows = [row | {task.label: task.labels[int(t)]} for row, t in zip(rows, targets, strict=True)]  # type: ignore[arg-type]
+    rows = task.rows(table)
     distinct = {_key(row): row for row in rows}  # a table may hold a row many times, which the teacher reads once
     examples = RandomExamples(list(distinct.values()), config.distill_examples, seed=config.seed)
     was_training = backbone.model.training
