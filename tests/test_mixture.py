@@ -122,7 +122,10 @@ def test_training_rows_that_share_a_text_with_a_held_out_row_are_left_out():
         (dict(held_out=("twoo",)), "held_out names 'twoo', which the mixture has not.*two"),
         (dict(weights={"three": 1}), "weights names 'three'"),
         (dict(weights={"one": 0}), "the weight 0 of 'one' is not possible"),
+        (dict(weights={"one": "2"}), "the weight '2' of 'one' is not possible"),
         (dict(cap=0), "cap=0 of a mixture is not possible"),
+        (dict(rows=1.5), "rows=1.5 of a mixture is not possible; give a whole number"),
+        (dict(cap=None), "cap=None of a mixture"),
         (dict(held_out=("one", "two")), "nothing is left to learn from"),
     ],
 )
@@ -225,11 +228,13 @@ def _writer(adapter):
     return replace(adapter, task=task, head=Head.for_task(task, pooling="last"), head_params={}, max_length=60)
 
 
-def test_numbers_below_one_are_refused(gpt2):
+def test_numbers_below_one_and_tasks_without_wordings_are_refused(gpt2):
     with pytest.raises(ConfigError, match="num_rows=0"):
         score_tasks(gpt2, [mood_task()], num_rows=0)
     with pytest.raises(ConfigError, match="num_wordings=0"):
         score_tasks(gpt2, [mood_task()], num_wordings=0)
+    with pytest.raises(DataError, match="has no wording that puts its rows"):
+        score_tasks(gpt2, [replace(mood_task(), wordings=())])
 
 
 # ---------------------------------------------------------------- reading
@@ -362,6 +367,9 @@ def test_big_bench_hard_is_for_testing_only(folder):
     [
         ({"taks": []}, "a mixture has no 'taks'.*tasks"),
         ({"tasks": "super_glue/rte"}, "'tasks' of a mixture is a list of names"),
+        ({"tasks": ["super_glue/rte"], "held_out": None}, "'held_out' of a mixture is a list of names, not None"),
+        ({"tasks": ["super_glue/rte"], "weights": ["super_glue/rte"]}, "'weights' of a mixture is a mapping"),
+        ({"tasks": ["super_glue/rte"] * 2}, "has task 'super_glue/rte' twice"),
         ({}, "a mixture needs 'tasks'"),
     ],
 )

@@ -113,6 +113,8 @@ def test_only_so_many_rows_and_only_adapters_that_write(bank):
     assert len(evaluate_texts(bank, "prefix", ROWS, SETTINGS, num_rows=1).rows) == 1
     with pytest.raises(DataError, match="adapter 'mood' is for classification and writes nothing"):
         evaluate_texts(bank, "mood", ROWS)
+    with pytest.raises(DataError, match="task '.*' is of kind classification and writes nothing"):
+        evaluate_texts(bank, None, ROWS, task=bank.adapter("mood").task)
     with pytest.raises(DataError, match="no rows to judge"):
         evaluate_texts(bank, "lora", [])
 

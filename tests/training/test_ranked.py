@@ -513,6 +513,8 @@ def test_what_cannot_be_trained_is_refused(gpt2, masked, bert, make_backbone, da
         (gpt2, data, {"losses": "chioce"}, ConfigError, "Did you mean 'choice'"),
         (gpt2, data, {"distill_examples": 6}, DataError, "5 rows are too few for 6"),
         (masked, data.with_pattern(CLOZE.pattern), {"distill_examples": 2}, ConfigError, "needs a causal one"),
+        (gpt2, data, {"distill_weight": 0.5}, ConfigError, "give distill_examples too"),
+        (gpt2, make_data(), {"distill_weight": 0.5}, ConfigError, "none was asked for"),
         (gpt2, data, {"label_smoothing": 0.1}, ConfigError, "is for generation"),
     ]:
         with pytest.raises(error, match=words):
@@ -579,6 +581,7 @@ def test_a_served_row_that_is_too_long_is_cut_or_named(gpt2, random_params):
 def test_patterns_that_no_model_can_read_are_refused():
     for make, words in [
         (lambda: Pattern("{mask} {text} {mask}"), "more than once"),
+        (lambda: Pattern("text"), r"no column in braces.*such as '\{text\}'"),
         (lambda: Pattern("{text}", {"good": 1}), "label names to texts"),
         (lambda: Pattern("{text.x}"), "no attribute"),
         (lambda: Pattern.from_dict({"promt": "x"}), "Did you mean 'prompt'"),

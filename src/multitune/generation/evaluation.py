@@ -109,11 +109,12 @@ def evaluate_texts(
         task = bank.adapter(name).task
     task = settle_format(bank.backbone, task)
     if task.kind != "generation":
-        raise DataError(f"adapter '{name}' is for {task.kind} and writes nothing; judge it with evaluate")
+        who = f"adapter '{name}' is for" if own else f"task '{task.name}' is of kind"
+        raise DataError(f"{who} {task.kind} and writes nothing; judge it with evaluate")
     wanted = references_by_prompt(task, table)
     prompts = list(wanted)[:num_rows]
     if not prompts:
-        raise DataError(f"there are no rows to judge adapter '{name}' by; give a table with at least one")
+        raise DataError(f"there are no rows to judge adapter '{name or BARE}' by; give a table with at least one")
     rows = {prompt: wanted[prompt][0] for prompt in prompts}
     metric = "rouge_l" if task.metric == "perplexity" else task.metric
     compute(metric, ["1"], ["1"])  # says now, and not after an hour of writing, that a library is missing

@@ -65,13 +65,17 @@ class Mixture:
                         f"{what} names '{name}', which the mixture has not.{suggest(name, known)} "
                         f"It has {', '.join(known)}"
                     )
-        for name, least in (("cap", 1), ("validation_rows", 1), ("rows", 1)):
+        for name, least in (("cap", 1), ("validation_rows", 1), ("rows", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} of a mixture is not possible; give at least {least}")
-        bad = next((n for n, w in self.weights.items() if not 0 < w < float("inf")), None)
+            optional = name == "rows" and value is None
+            if not optional and (type(value) is not int or value < least):
+                raise ConfigError(
+                    f"{name}={value!r} of a mixture is not possible; give a whole number, at least {least}"
+                )
+        numbers = {n: w if isinstance(w, (int, float)) else 0 for n, w in self.weights.items()}
+        bad = next((n for n, w in numbers.items() if not 0 < w < float("inf")), None)
         if bad is not None:
-            raise ConfigError(f"the weight {self.weights[bad]} of '{bad}' is not possible; give a number above 0")
+            raise ConfigError(f"the weight {self.weights[bad]!r} of '{bad}' is not possible; give a number above 0")
         if not self.learnt:
             raise ConfigError(
                 "every task of the mixture is held out, or for testing only; nothing is left to learn from"
@@ -90,12 +94,14 @@ class Mixture:
                 raise ConfigError(f"a mixture has no '{key}'.{suggest(str(key), _KEYS)} It has {', '.join(_KEYS)}")
         lists = {key: values.get(key, ()) for key in ("tasks", "held_out")}
         for key, given in lists.items():
-            if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+            if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
                 raise ConfigError(f"'{key}' of a mixture is a list of names, not {given!r}")
         if not lists["tasks"]:
             raise ConfigError("a mixture needs 'tasks', a list of names such as glue/rte")
         more = {key: values[key] for key in _KEYS[2:] if key in values}
-        tasks = tuple(instructed(name, data_dir) for name in dict.fromkeys(lists["tasks"]))
+        if not isinstance(more.get("weights", {}), Mapping):
+            raise ConfigError(f"'weights' of a mixture is a mapping of tasks to numbers, not {more['weights']!r}")
+        tasks = tuple(instructed(name, data_dir) for name in lists["tasks"])
         return cls(tasks=tasks, held_out=tuple(lists["held_out"]), **more)
 
     @cached_property

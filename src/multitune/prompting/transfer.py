@@ -11,7 +11,7 @@ from multitune.adapter import Adapter
 from multitune.answers import encode_answered, settle_format
 from multitune.backbone import Backbone
 from multitune.bank import Bank
-from multitune.errors import ConfigError
+from multitune.errors import ConfigError, DataError
 from multitune.generation.evaluation import evaluate_texts
 from multitune.generation.prompts import AnySettings
 from multitune.prompting.exemplars import prompt_task
@@ -64,11 +64,14 @@ def score_tasks(
 
     Raises:
         ConfigError: numbers below 1.
-        DataError: a task of whose rows a wording fits none.
+        DataError: a task without wordings, or of whose rows one fits none.
     """
     for name, value in (("num_rows", num_rows), ("num_wordings", num_wordings)):
         if value < 1:
             raise ConfigError(f"{name}={value} is not possible; give at least 1")
+    silent = next((task.name for task in tasks if not task.wordings), None)
+    if silent is not None:
+        raise DataError(f"task '{silent}' has no wording that puts its rows; give it one, such as by_pattern(...)")
     loaded = adapter if adapter is None or isinstance(adapter, Adapter) else Adapter.load(adapter, backbone)
     judge = _Judge(backbone, loaded, settings or {"max_new_tokens": 64}, max_length, batch_size)
     found = []

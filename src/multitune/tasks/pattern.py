@@ -46,6 +46,11 @@ class Pattern:
         object.__setattr__(self, "verbalizer", dict(said))
         if len(_PLACE.findall(self.prompt)) > 1:
             raise TaskError(f"pattern {self.prompt!r} has {{mask}} more than once; a row has one answer")
+        if "{" not in self.prompt:  # a template would take it for a column's name, and what writes rows out for a text
+            raise TaskError(
+                f"pattern {self.prompt!r} has no column in braces, so that all rows would read alike; write columns "
+                f"into it, such as '{{{self.prompt.strip() or 'COLUMN'}}}'"
+            )
         _ = self.columns  # a malformed template is reported here, not at the first row
 
     @cached_property
@@ -83,15 +88,20 @@ class Pattern:
             )
         if self._template.num_slots or task.label in self._template.columns:
             raise TaskError(f"pattern {self.prompt!r} reads the answer, or has a slot; leave it out")
+        if not self.columns and task.kind == "classification":
+            raise TaskError(
+                f"pattern {self.prompt!r} reads no column, so that all rows would read alike; write the text's into "
+                f"it, such as {'{text} ' + self.prompt!r}"
+            )
         unknown = [name for name in self.verbalizer if name not in task.labels]
         if unknown:
             raise TaskError(
                 f"the verbalizer has the label {unknown[0]!r}, which task '{task.name}' has not."
                 f"{suggest(unknown[0], task.labels)} It has: {', '.join(task.labels) or 'its choices, no labels'}"
             )
-        said = [self._said(name) for name in task.labels]
+        said = [self._said(name).strip() for name in task.labels]  # as `answers` gives them
         twice = [text for text in said if said.count(text) > 1]
-        if twice or not all(text.strip() for text in said):
+        if twice or not all(said):
             raise TaskError(f"the verbalizer says {(twice or [''])[0]!r} for two labels, or nothing; give each its own")
 
     def check_end(self) -> None:

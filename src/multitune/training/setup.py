@@ -309,6 +309,11 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
         ConfigError: settings of a pattern for a task without one, or a distillation that cannot be.
         BackboneError, TaskError: the backbone cannot answer in the pattern.
     """
+    if config.distill_weight != 1 and config.distill_examples is None:
+        raise ConfigError(
+            f"distill_weight={config.distill_weight} is the share of a distillation, and none was asked for; give "
+            f"distill_examples too, or leave it out"
+        )
     if task.pattern is None:
         given = [name for name in ("losses", "distill_examples") if getattr(config, name) is not None]
         if given:
