@@ -534,7 +534,7 @@ def test_a_merged_adapter_is_an_ordinary_encoder_decoder(make_backbone, texts, r
 # ---- what is refused
 
 
-def test_what_a_decoder_does_not_do_is_refused_by_name(tiny, data, texts, make_backbone, tmp_path):
+def test_what_a_decoder_does_not_do_is_refused_by_name(tiny, data, texts, make_backbone, make_model, tmp_path):
     backbone = tiny("bart/writes")
     ids, mask, _ = texts([4], 3)
     with pytest.raises(PlanError, match="needs decoder_input_ids"):
@@ -555,6 +555,8 @@ def test_what_a_decoder_does_not_do_is_refused_by_name(tiny, data, texts, make_b
         PrefixTuning(length=2, start_text="good").init(backbone, torch.Generator())
     with pytest.raises(BackboneError, match="bert is no encoder-decoder"):
         Backbone(transformers.BertModel(transformers.BertConfig(num_hidden_layers=1)), decoder=True)
+    with pytest.raises(BackboneError, match="a BartModel has no head, without which its decoder cannot write"):
+        Backbone(make_model("bart/writes").model, decoder=True)
     silent = make_backbone("bart/writes", decoder_start_token_id=None)
     with pytest.raises(BackboneError, match="which token its decoder begins with"):
         train(silent, data, "lora")
@@ -570,6 +572,20 @@ def test_a_name_with_decoder_loads_both_stacks(make_model, make_backbone, tiny, 
         assert not Backbone.load(folder).decodes
         quantised = Backbone.load(f"{folder}+decoder+int8")
         assert quantised.decodes and quantised.quantized is not None
+    with pytest.raises(BackboneError, match=r"load its encoder alone: '[^+]*\+int8'"):
+        Head(kind="classification", num_outputs=2).check(quantised)
+    with pytest.raises(BackboneError, match=r"Backbone\.load\('[^+]*\+decoder\+int8'\)"):
+        _ = Backbone.load(f"{folder}+int8").lm_head
     with pytest.raises(BackboneError, match="bert is no encoder-decoder"):
         make_model("bert").save_pretrained(tmp_path / "bert")
         Backbone.load(f"{tmp_path / 'bert'}+decoder")
+
+
+def test_a_checkpoint_without_the_head_does_not_write(make_model, tiny, tmp_path):
+    """Where the head is not tied to the word embeddings, these must not stand in for it."""
+    config = copy.deepcopy(make_model("bart/writes").config)
+    config.tie_word_embeddings = False
+    transformers.BartModel(config).save_pretrained(tmp_path)
+    tiny("bart/writes").tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"its checkpoint lacks the weights lm_head\.weight"):
+        Backbone.load(f"{tmp_path}+decoder")

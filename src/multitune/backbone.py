@@ -23,7 +23,7 @@ from multitune.frozen import frozen_view
 from multitune.inputs import Batch
 from multitune.joint import JointBatch
 from multitune.language_head import AnyLanguageHead, LanguageHead, MaskedHead
-from multitune.loading import Parts, load, split, stacks_of
+from multitune.loading import Parts, load, split, stacks_of, with_decoder
 from multitune.lsg import LSG
 from multitune.masked import masked_head_of, read_masked_head
 from multitune.plan import Plan
@@ -247,7 +247,10 @@ class Backbone:
             why = "its checkpoint holds the base model without a head" if self.causal else "it is no causal model"
             fix = "Load a causal language model with its head, such as Backbone.load('smollm2')"
             if self.model.config.is_encoder_decoder:
-                why, fix = "its encoder runs alone", f"Load it with its decoder: Backbone.load('{self.name}+decoder')"
+                why, fix = (
+                    "its encoder runs alone",
+                    f"Load it with its decoder: Backbone.load('{with_decoder(self.name)}')",
+                )
             raise BackboneError(
                 f"backbone '{self.name}' ({self.model.config.model_type}) has no language-model head: {why}. {fix}"
             )

@@ -104,7 +104,7 @@ class Head:
         if self.kind == "ranking":
             _ = backbone.token_head
             return
-        name = backbone.name.removesuffix("+decoder")
+        name = backbone.name.replace("+decoder", "")
         backbone.refuse_decoder(f"a head of kind {self.kind} has nothing to read", f"load its encoder alone: '{name}'")
         if self.pooling == "pooler" and backbone.pooler is None:
             others = " or ".join(f"pooling='{p}'" for p in dict.fromkeys((backbone.default_pooling, "mean")))

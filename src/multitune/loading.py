@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
 #: What stands behind a name to load an encoder-decoder with its decoder, and not its encoder alone.
 DECODER = "+decoder"
 
@@ -87,7 +86,7 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(_cannot_load(base, source, error)) from error
-    _check_complete(name, model, report["missing_keys"])
+    _check_complete(name, model, report["missing_keys"], writes=base != name)
     backbone = make(model, tokenizer, name=name)
     backbone.source = str(source)
     if "lm_head.weight" in report["missing_keys"]:  # the checkpoint of a base model alone: its head is random
@@ -126,6 +125,12 @@ def _loader(config: PretrainedConfig) -> Any:
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     alone = isinstance(encoder, type) and encoder.__name__ in (config.architectures or ())
     return AutoModelForTextEncoding if alone else AutoModel
+
+
+def with_decoder(name: str) -> str:
+    """A backbone's name with `DECODER` where it belongs: in front of other conversions."""
+    base, plus, others = name.partition("+")
+    return f"{base}{DECODER}{plus}{others}"
 
 
 def stacks_of(row: Architecture, model: PreTrainedModel, decoder: bool | None) -> Architecture:
@@ -176,13 +181,18 @@ def split(model: PreTrainedModel, architecture: Architecture) -> Parts:
 
 def _split_decoder(model: PreTrainedModel, decoder: Decoder, eos_ids: tuple[int, ...]) -> Parts:
     base, linear = model.base_model, model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise BackboneError(
+            f"a {type(model).__name__} has no head, without which its decoder cannot write; give a model for "
+            f"conditional generation, or decoder=False for its encoder alone"
+        )
     if base is model:  # T5 keeps its stacks beside its head
         with torch.device("meta"):
             base = AutoModel.from_config(model.config)
         for name, _ in list(base.named_children()):
             setattr(base, name, getattr(model, name))
         base.name_or_path = model.name_or_path
-    assert isinstance(base, PreTrainedModel) and isinstance(linear, nn.Linear)
+    assert isinstance(base, PreTrainedModel)
     tied = linear.weight is base.get_input_embeddings().weight
     start: Any = None
     first: Any = None
@@ -193,13 +203,14 @@ def _split_decoder(model: PreTrainedModel, decoder: Decoder, eos_ids: tuple[int,
     return Parts(base=base, linear=None if tied else linear, bias=bias, eos_ids=eos_ids, start_id=start, first_id=first)
 
 
-def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+def _check_complete(name: str, model: PreTrainedModel, missing: Iterable[str], *, writes: bool) -> None:
     """Refuse a model some of whose weights are not from its checkpoint but random, other each time.
 
-    Checkpoints of masked language models lack a pooler, so the model goes without one.
+    Checkpoints of masked language models lack a pooler, so the model goes without one; and those of a causal base model
+    a head, which only what `writes` by its name cannot do without.
     """
     pooler = architecture_for(model.config.model_type, model.config).pooler
-    lacking = sorted(key for key in missing if key != "lm_head.weight")
+    lacking = sorted(key for key in missing if writes or key != "lm_head.weight")
     if pooler is not None and any(key.startswith(f"{pooler}.") for key in lacking):
         setattr(model, pooler, None)
         lacking = [key for key in lacking if not key.startswith(f"{pooler}.")]
