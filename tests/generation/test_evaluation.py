@@ -115,6 +115,8 @@ def test_only_so_many_rows_and_only_adapters_that_write(bank):
         evaluate_texts(bank, "mood", ROWS)
     with pytest.raises(DataError, match="task '.*' is of kind classification and writes nothing"):
         evaluate_texts(bank, None, ROWS, task=bank.adapter("mood").task)
+    with pytest.raises(DataError, match="row 0: not a word of its prompt fits into the 1 tokens left"):
+        evaluate_texts(bank, None, ROWS, {"max_new_tokens": bank.backbone.max_length - 1}, task=WRITE)
     with pytest.raises(DataError, match="no rows to judge"):
         evaluate_texts(bank, "lora", [])
 

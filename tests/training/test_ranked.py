@@ -323,6 +323,7 @@ def test_a_resumed_run_ends_at_the_same_tensors(roomy, data, quick, same_tensors
     whole = quick(roomy, data, IA3(), **settings)
     with pytest.raises(stopping.error):
         quick(roomy, data, stopping(IA3, 7)(), tmp_path / "a", **settings)
+    assert list((tmp_path / "a").glob("checkpoints/step-*"))
     again = quick(roomy, data, IA3(), tmp_path / "a", **settings)
     same_tensors(again.adapter, whole.adapter)
     with pytest.raises(ConfigError, match="finished adapter"):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from multitune import Bank, ConfigError, LoRA, Task, TrainConfig, TrainJob, get_method, train_many
+from multitune import Bank, ConfigError, DataError, LoRA, Task, TrainConfig, TrainJob, get_method, train_many
 from multitune.generation import evaluate_texts
 from multitune.tasks import TaskData
 
@@ -116,6 +116,12 @@ def test_what_cannot_be_is_refused(metric, settings, message, llama, quick):
     task = Task.from_dict({**WRITE.to_dict(), "metric": metric})
     with pytest.raises(ConfigError, match=message):
         quick(llama, TaskData(task=task, train=ROWS, validation=VALIDATION), LoRA(), **settings)
+
+
+def test_a_prompt_without_room_is_named(llama, data, quick):
+    settings = SETTINGS | dict(eval_new_tokens=llama.max_length - 1)
+    with pytest.raises(DataError, match="validation prompt 0: not a word of its prompt fits.*eval_new_tokens"):
+        quick(llama, data, LoRA(), **settings)
 
 
 def test_other_kinds_write_nothing(bert, make_data, quick):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from multitune.answers import settle_format
 from multitune.errors import DataError
 from multitune.files import replace_file
-from multitune.generation.prompts import encode_for_task, settings_per_row
+from multitune.generation.prompts import encode_rows, settings_per_row
 from multitune.tasks import Example, Task, compute
 from multitune.tasks.text_metrics import Interval, bleu_interval
 
@@ -119,7 +119,7 @@ def evaluate_texts(
     metric = "rouge_l" if task.metric == "perplexity" else task.metric
     compute(metric, ["1"], ["1"])  # says now, and not after an hour of writing, that a library is missing
     start = time.perf_counter()
-    asked: list[Any] = list(rows.values()) if own else _encoded(bank, name, task, rows, settings)
+    asked: Sequence[Any] = list(rows.values()) if own else _encoded(bank, name, task, rows, settings)
     found = bank.generate([(name, row) for row in asked], settings, batch_size=batch_size)
     seconds = time.perf_counter() - start
     texts = [g.text.strip() for g in found]
@@ -138,7 +138,7 @@ def evaluate_texts(
     )
 
 
-def _encoded(bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], settings: Any) -> list[Any]:
+def _encoded(bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], settings: Any) -> Sequence[Any]:
     """Token ids of rows that a task other than the adapter's own puts."""
     backbone = bank.backbone
     (decoding,) = settings_per_row(settings, 1)
@@ -146,7 +146,7 @@ def _encoded(bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], 
     if name is not None and not bank.adapter(name).method.changes_weights:
         (deltas,) = bank.delta_sets([name])
         room -= 0 if deltas is None else deltas.num_positions
-    return [encode_for_task(backbone, task, row, room, f"row {i}") for i, row in enumerate(rows.values())]
+    return encode_rows(backbone, task, rows.values(), room, "row")
 
 
 def references_by_prompt(task: Task, table: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from multitune.answers import PromptFormat
@@ -57,13 +57,28 @@ def encode_for_task(backbone: Backbone, task: Task, row: Any, room: int, where: 
         return tuple(ids)
     kept = writer.cut(text, room) if room > 0 else None
     if kept is None:
-        raise DataError(f"not a word of its prompt fits into the {max(room, 0)} tokens left; lower max_new_tokens")
+        raise DataError(
+            f"not a word of its prompt fits into the {max(room, 0)} tokens left; lower max_new_tokens (in training "
+            f"eval_new_tokens), or train with a larger max_length"
+        )
     warnings.warn(
         f"{where}: its prompt has {len(ids)} tokens and there is room for {room}, so words at its front are cut off",
         DataWarning,
         stacklevel=5,
     )
     return tuple(kept)
+
+
+def encode_rows(backbone: Backbone, task: Task, rows: Iterable[Any], room: int, name: str) -> list[tuple[int, ...]]:
+    """`encode_for_task` of every row; messages call them by a name and their numbers, from 0."""
+    found = []
+    for number, row in enumerate(rows):
+        where = f"{name} {number}"
+        try:
+            found.append(encode_for_task(backbone, task, row, room, where))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+    return found
 
 
 def encode_prompt(backbone: Backbone, prompt: Any) -> tuple[int, ...]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from multitune.backbone import Backbone
 from multitune.errors import ConfigError
 from multitune.generation.evaluation import examples_by_prompt
-from multitune.generation.prompts import encode_for_task, prompt_room
+from multitune.generation.prompts import encode_rows, prompt_room
 from multitune.plan import DeltaSet, Plan
 from multitune.tasks import Example, Task, compute
 from multitune.tasks.metrics import judge_of_training
@@ -79,9 +78,12 @@ class TextJudge:
             )
         room = prompt_room(backbone, inserted, config.eval_new_tokens, min(config.max_length, positions))
         kept = list(wanted)[: config.eval_texts]
+        # The texts of examples are rendered already.
+        verbatim = Task.from_dict({**task.to_dict(), "template": ["{prompt}"], "label": ""})
+        rows = [{"prompt": text} for text in kept]
         return cls(
             task=task,
-            prompts=tuple(_ids(backbone, task, text, room, number) for number, text in enumerate(kept)),
+            prompts=tuple(encode_rows(backbone, verbatim, rows, room, "validation prompt")),
             references=tuple(wanted[text] for text in kept),
             num_tokens=config.eval_new_tokens,
             batch_size=config.eval_batch_size,
@@ -113,9 +115,3 @@ class TextJudge:
             for i, written in zip(picked, found, strict=True):
                 texts[i] = written.text.strip()
         return texts
-
-
-def _ids(backbone: Backbone, task: Task, text: str, room: int, number: int) -> tuple[int, ...]:
-    """A rendered prompt as `Engine` would encode its row."""
-    verbatim = Task.from_dict({**task.to_dict(), "template": ["{prompt}"], "label": ""})
-    return encode_for_task(backbone, verbatim, {"prompt": text}, room, f"validation prompt {number}")
