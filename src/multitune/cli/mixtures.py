@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from multitune.adapter import Adapter
 from multitune.cli import shared
 from multitune.cli.shared import note, print_json, score, show
 from multitune.errors import ConfigError
+from multitune.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -29,12 +28,7 @@ def read_mixture(given: Any) -> Mixture:
     if isinstance(given, Mapping):
         return Mixture.read(given)
     path = Path(str(given))
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read mixture {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"mixture {path} is not YAML: {error}") from error
+    values = read_yaml(path, "mixture")
     if not isinstance(values, Mapping):
         raise ConfigError(f"mixture {path} is a mapping, such as 'tasks: [glue/rte, super_glue/copa]'")
     return Mixture.read(values)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
-import yaml
 
 from multitune.adapter import Adapter
 from multitune.cli import shared
@@ -36,6 +35,7 @@ from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, evaluate, train
 from multitune.training.checkpoints import Checkpoints
 from multitune.words import in_words
+from multitune.yaml_file import read_yaml
 
 SETTINGS = fields_of(TrainConfig)
 
@@ -281,12 +281,7 @@ def read_recipe(path: Path, known: Sequence[str] = tuple(OPTIONS)) -> dict[str, 
     Raises:
         ConfigError: no such file, not YAML, not a mapping, or a key that is no option.
     """
-    try:
-        read = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read recipe {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from error
+    read = read_yaml(path, "recipe")
     if not isinstance(read, dict):
         raise ConfigError(f"recipe {path} is a mapping of options to values, such as 'method: lora'")
     named = {str(key).replace("-", "_"): value for key, value in read.items()}

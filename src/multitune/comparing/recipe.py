@@ -14,6 +14,7 @@ from multitune.methods import Method, make_method
 from multitune.methods.base import ALSO_CALLED
 from multitune.tasks import TaskData, load_table, load_task
 from multitune.training.config import TrainConfig
+from multitune.yaml_file import read_yaml
 
 OWN_DATA = ("validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
 """What a task of the user's own rows may say beside `data`: the keys of a recipe of `multitune train`."""
@@ -180,14 +181,7 @@ class Recipe:
         Raises:
             ConfigError: the file cannot be read, or what `from_dict` raises.
         """
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read recipe {path}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"recipe {path} is not YAML: {error}") from error
+        values = read_yaml(Path(path), "recipe")
         found = cls.from_dict(values, f"recipe {path}")
         return replace(found, name=Path(path).stem) if "name" not in values else found
 
