@@ -140,6 +140,8 @@ def instructed(name: str, data_dir: str | Path | None = None) -> InstructedTask:
 def by_pattern(task: Task, pattern: Pattern) -> Wording:
     """Rows of a classification or a multiple choice by a pattern of yours.
 
+    A row's label is a name or an id of the task's; the rows of a table with class labels of its own are `Task.rows`.
+
     Raises:
         TaskError: a pattern that does not fit the task.
     """
