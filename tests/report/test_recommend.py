@@ -41,6 +41,18 @@ def test_of_methods_within_one_error_the_smallest_is_taken():
     assert "50,000 parameters" in text and "the fewest of the 2" in text
 
 
+def test_equal_scores_are_called_a_tie_and_few_rows_coarse():
+    records = []
+    for method, parameters in (("lora", 9000), ("head", 0)):
+        for seed in range(2):
+            records.append(record(method, seed=seed, score=1.0, parameters=parameters, row_scores=(1.0,) * 8))
+    advice, text = said(records)
+    assert advice.method == "head" and "head ties with lora for the highest mean score" in text
+    assert "judged by only 8 rows: one row more or less is 12.5 points" in text
+    assert "It trains no parameters beside the head" in text and "0 B" not in text
+    assert "judged by only" not in said(runs("lora", [0.8, 0.82]) + runs("head", [0.7, 0.71]))[1]
+
+
 def test_a_tie_in_the_test_is_not_enough_to_give_up_points():
     rng = np.random.default_rng(0)
     records = []

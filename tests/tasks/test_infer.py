@@ -91,6 +91,23 @@ def test_given_columns_and_templates_are_taken():
     assert infer_task(data, text="{title}: {body}").template.columns == ("title", "body")
 
 
+def test_of_columns_without_usual_names_the_label_is_the_one_that_repeats_itself():
+    rows = range(40)
+    notes = [f"note {i // 2}" if i > 30 else f"note {i}" for i in rows]
+    data = table({"id": [*rows], "note": notes, "dept": [["body", "paint", "brakes"][i % 3] for i in rows]})
+    found = infer_task(data)
+    assert (found.label, found.template.columns, found.labels) == ("dept", ("note",), ("body", "brakes", "paint"))
+
+
+def test_two_columns_that_repeat_themselves_are_asked_about():
+    rows = range(40)
+    data = table(
+        {"note": [f"note {i}" for i in rows], "dept": ["ab"[i % 2] for i in rows], "city": ["xy"[i % 2] for i in rows]}
+    )
+    with pytest.raises(DataError, match=r"which column is the label.*Set --label"):
+        infer_task(data)
+
+
 def test_a_text_that_is_given_is_not_the_label():
     data = table({"sentiment": ["x", "y"], "label": ["a", "b"]})
     assert infer_task(data, text="sentiment").label == "label"

@@ -84,7 +84,10 @@ def compare_command(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their number, and stop.")] = False,
-    backbone: shared.OptionalBackboneName = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Backbone; by default the recipe's, or minilm.", show_default=False),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(metavar="DEVICE", help="Where the backbone runs, as torch names devices.", show_default=False),

@@ -372,7 +372,8 @@ def _task_of(adapter: Adapter, name: str | None) -> TaskData:
         return load_task(adapter.task.name)
     except TaskError as error:
         raise DataError(
-            f"adapter '{adapter.name}' was trained on rows of your own; give --data FILE ({error})"
+            f"adapter '{adapter.name}' was trained on rows of your own; give them with --data FILE, one adapter (or "
+            f"several of one table) a call: multitune evaluate {adapter.path or adapter.name} --data FILE ({error})"
         ) from error
 
 

@@ -18,6 +18,9 @@ from multitune.comparing.statistics import ALPHA, Difference
 from multitune.comparing.summary import Candidate, Summary, compare
 from multitune.comparing.wording import count, listed, of_bytes, points, seconds
 
+FEW_ROWS = 100
+"""Validation rows below which a task's score is called coarse."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
@@ -105,6 +108,12 @@ def _score_reason(summary: Summary, best: Candidate, chosen: Candidate, differen
     where = f"over {len(summary.tasks)} tasks" if len(summary.tasks) > 1 else f"on {summary.tasks[0]}"
     if len(summary.complete) == 1:
         return f"{chosen.name} is the only method with scores: {points(chosen.overall.mean)} points {where}."
+    equal = [c.name for c in summary.complete if c is not chosen and _mean(c) == _mean(best)]
+    if equal and _mean(chosen) == _mean(best):
+        return (
+            f"{chosen.name} ties with {listed(equal, most=6)} for the highest mean score {where}: "
+            f"{points(chosen.overall.mean)} points{', and costs least' if len(equal) > 1 else ', and costs less'}."
+        )
     if chosen is best:
         return f"{chosen.name} has the highest mean score {where}: {points(chosen.overall.mean)} points."
     difference = differences[chosen.name]
@@ -113,6 +122,29 @@ def _score_reason(summary: Summary, best: Candidate, chosen: Candidate, differen
         f"{points(best.overall.mean)}, a difference within one standard error ({points(difference.error or 0.0)} "
         f"points), and {chosen.name} costs less."
     )
+
+
+def _mean(candidate: Candidate) -> float:
+    """A complete candidate's mean to the digits that hold of a sum of rounded numbers."""
+    assert candidate.overall is not None
+    return round(candidate.overall.mean, 9)
+
+
+def _few_rows(summary: Summary) -> list[str]:
+    """A warning where a task is judged by so few rows that each of them moves the score."""
+    judged: dict[str, int] = {}
+    for record in summary.records:
+        if record.outcome.row_scores is not None:
+            judged[record.trial.task] = len(record.outcome.row_scores)
+    few = {task: number for task, number in judged.items() if number < FEW_ROWS}
+    if not few:
+        return []
+    task = min(few, key=lambda name: few[name])
+    others = f", and {len(few) - 1} other tasks by fewer than {FEW_ROWS}" if len(few) > 1 else ""
+    return [
+        f"{task} is judged by only {few[task]} rows{others}: one row more or less is {100 / few[task]:.1f} points. "
+        "Hold out more rows before relying on the order."
+    ]
 
 
 def _certainty(
@@ -151,6 +183,7 @@ def _certainty(
             "Some methods ran with one seed only, so that chance in training is not allowed for; another seed may "
             "change the order."
         )
+    found += _few_rows(summary)
     if summary.only_search:
         found.append("All runs are of the search for hyper-parameters, so the scores are those that were searched by.")
     return found
@@ -160,8 +193,8 @@ def _cost_reasons(summary: Summary, chosen: Candidate, among: Sequence[Candidate
     facts, found = facts_of(chosen.method), []
     parameters, file_bytes = chosen.mean("parameters"), chosen.mean("file_bytes")
     if parameters is not None:
-        size = f"It trains {count(parameters)} parameters beside the head"
-        size += f" and its file takes {of_bytes(file_bytes)}" if file_bytes is not None else ""
+        size = f"It trains {count(parameters) if parameters else 'no'} parameters beside the head"
+        size += f" and its file takes {of_bytes(file_bytes)}" if file_bytes else ""
         fewest = len(among) > 1 and all((c.mean("parameters") or float("inf")) >= parameters for c in among)
         found.append(size + (f", the fewest of the {len(among)} methods that come into question." if fewest else "."))
     found += _serving(facts)

@@ -1,6 +1,6 @@
 """Which column of a table holds what: types, and guesses from conventional names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from multitune.errors import DataError, suggest
@@ -33,6 +33,9 @@ LABELS = (
     *("sentiment", "similarity", "rating", "stars"),
 )
 """Columns that are the answer, by convention."""
+
+FEW = 0.25
+"""A column with at most so many different values, as a share of the rows, may hold labels."""
 
 ANSWERS = (
     *("target", "targets", "answer", "answers", "output", "response", "completion", "summary", "references"),
@@ -106,17 +109,27 @@ def require(columns: Iterable[str], column: str, flag: str) -> None:
         )
 
 
-def guess_label(features: "Features", taken: Iterable[str] = ()) -> str:
+def guess_label(
+    features: "Features", taken: Iterable[str] = (), *, variety: Callable[[str], float] | None = None
+) -> str:
     """The column that holds the answer; none of `taken`, which are known to hold text.
 
     A conventional name (`LABELS`) first, then the only column of class labels, then the only column that is
-    neither a conventional text nor a row number. Raises DataError when none or several qualify.
+    neither a conventional text nor a row number, then the only one of these whose values come back again and again
+    while those of the others hardly do. Raises DataError when none or several qualify.
+
+    variety: how many different values a column has, as a share of the rows.
     """
     free = [column for column in features if column not in tuple(taken)]
     by_name = [column for column in free if column in LABELS]
     by_type = [column for column in free if class_names(features, column)]
     left = [column for column in free if column not in (*TEXTS, *IDS, *_flat(PAIRS))]
     found: list[str] = by_name or by_type or left
+    if len(found) > 1 and found is left and variety is not None:
+        shares = {column: variety(column) for column in found}
+        few = [column for column, share in shares.items() if share <= FEW]
+        if len(few) == 1 and all(share > 0.5 for column, share in shares.items() if column not in few):
+            return few[0]
     if len(found) == 1:
         return found[0]
     raise DataError(_ambiguous("label", features, found, "--label (label=…)"))

@@ -45,8 +45,11 @@ def infer_task(
     for column in template.columns if template else ():
         columns.require(table.column_names, column, "--text and --text-pair (text=…, text_pair=…)")
     if label is None:
-        guess = columns.guess_answer if kind == "generation" else columns.guess_label
-        label = guess(table.features, taken=template.columns if template else ())
+        taken = template.columns if template else ()
+        if kind == "generation":
+            label = columns.guess_answer(table.features, taken)
+        else:
+            label = columns.guess_label(table.features, taken, variety=lambda column: _variety(table, column))
     columns.require(table.column_names, label, "--label (label=…)")
     if kind == "generation":
         template = template or Template((columns.guess_prompt(table.features, label),))
@@ -62,6 +65,12 @@ def infer_task(
         )
     labels = () if kind == "regression" else _labels(table, label, kind)
     return Task(name=name, kind=cast(Kind, kind), template=template, label=label, labels=labels)
+
+
+def _variety(table: "Dataset", column: str) -> float:
+    """How many different values a column has, as a share of the rows; 1 where values are lists."""
+    values = table[column]
+    return 1.0 if any(isinstance(v, (list, dict)) for v in values) else len(set(values)) / max(len(values), 1)
 
 
 def _template(text: str | None, text_pair: str | None) -> Template | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from multitune.training.trainer import TuningTrainer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainResult:
     """What a run leaves."""
 
@@ -43,6 +43,14 @@ class TrainResult:
     """Bytes of what the frozen layers gave for the rows, where `cache_frozen` kept it."""
     layer_choice: LayerChoice | None = None
     """What was measured where the method's layers were "semantic"; those chosen are the adapter's method's."""
+
+    def __repr__(self) -> str:
+        where = f", saved in {self.adapter.path}" if self.adapter.path is not None else ""
+        score = f"{self.metric} {self.best_metric:.3f} at step {self.best_step} of {self.num_steps}"
+        return (
+            f"<TrainResult {self.adapter.name}: {self.adapter.method.name}, {score}, {self.num_method_parameters:,} parameters and "
+            f"{self.num_head_parameters:,} of the head, {self.seconds:.1f} s{where}>"
+        )
 
 
 def history_of(trainer: TuningTrainer) -> list[dict[str, float]]:
