@@ -47,10 +47,8 @@ class TrainResult:
     def __repr__(self) -> str:
         where = f", saved in {self.adapter.path}" if self.adapter.path is not None else ""
         score = f"{self.metric} {self.best_metric:.3f} at step {self.best_step} of {self.num_steps}"
-        return (
-            f"<TrainResult {self.adapter.name}: {self.adapter.method.name}, {score}, {self.num_method_parameters:,} parameters and "
-            f"{self.num_head_parameters:,} of the head, {self.seconds:.1f} s{where}>"
-        )
+        size = f"{self.num_method_parameters:,} parameters and {self.num_head_parameters:,} of the head"
+        return f"<TrainResult {self.adapter.name}: {self.adapter.method.name}, {score}, {size}, {self.seconds:.1f} s{where}>"
 
 
 def history_of(trainer: TuningTrainer) -> list[dict[str, float]]:
