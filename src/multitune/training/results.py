@@ -48,7 +48,8 @@ class TrainResult:
         where = f", saved in {self.adapter.path}" if self.adapter.path is not None else ""
         score = f"{self.metric} {self.best_metric:.3f} at step {self.best_step} of {self.num_steps}"
         size = f"{self.num_method_parameters:,} parameters and {self.num_head_parameters:,} of the head"
-        return f"<TrainResult {self.adapter.name}: {self.adapter.method.name}, {score}, {size}, {self.seconds:.1f} s{where}>"
+        what = f"{self.adapter.name}: {self.adapter.method.name}"
+        return f"<TrainResult {what}, {score}, {size}, {self.seconds:.1f} s{where}>"
 
 
 def history_of(trainer: TuningTrainer) -> list[dict[str, float]]:
