@@ -3,79 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError
-from multitune.methods import Method, make_method
+from multitune.methods import Method, get_method, make_method
+from multitune.methods.size import USUAL, Size, size_field
 
 Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What makes a method larger."""
-
-    fields: tuple[str, ...]
-    """Hyper-parameters that it sets."""
-    settings: Callable[[int, Backbone, Settings], dict[str, Any]]
-    """(a size, the backbone, the settings that stay) to values of the fields; more parameters with every size."""
-    least: int = 1
-    takes_positions: bool = False
-    """Whether the rows' texts have that many tokens less."""
-    is_length: bool = False
-    """Whether it counts vectors beside the tokens, of which there are never more than positions."""
-
-
-def _field(name: str, takes_positions: bool = False) -> Size:
-    return Size(
-        fields=(name,),
-        settings=lambda n, *_: {name: n},
-        takes_positions=takes_positions,
-        is_length=name == "length",
-    )
-
-
-def _compacter(n: int, backbone: Backbone, fixed: Settings) -> dict[str, Any]:
-    return {"bottleneck": n * int(fixed.get("phm_dim", 4))}  # which must divide it
-
-
-_COMPACTER = Size(fields=("bottleneck",), settings=_compacter)
-_DENSITY = Size(fields=("density",), settings=lambda n, *_: {"density": round(n * 1e-5, 5)})
-#: Methods with a size of their own kind; of the others the first of `_USUAL` that they have is the size.
-_SIZES: dict[str, Size] = {
-    # it ends with a third less than it begins with, the proportion of Zhang et al. 2023, section 4.1
-    "adalora": Size(fields=("r", "target_r"), settings=lambda n, *_: {"r": n, "target_r": 2 * n // 3}, least=2),
-    "compacter": _COMPACTER,
-    "compacter_pp": _COMPACTER,
-    # both parts alike, as in the released script for GLUE (He et al. 2022)
-    "mam": Size(fields=("bottleneck", "prefix_length"), settings=lambda n, *_: {"bottleneck": n, "prefix_length": n}),
-    "pfeiffer": Size(
-        fields=("reduction_factor",), settings=lambda n, b, _: {"reduction_factor": max(1, b.hidden_size // n)}
-    ),
-    "prompt": _field("length", takes_positions=True),
-    "ptuning_v1": Size(
-        fields=("pattern",),
-        settings=lambda n, *_: {"pattern": f"{{p*{n}}} {{text}}"},
-        takes_positions=True,
-        is_length=True,
-    ),
-    "sift": _DENSITY,
-    "sotu": _DENSITY,
-}
-_USUAL = ("r", "bottleneck", "length", "width")
 _LARGEST = 1 << 17
 
 
 def size_of(name: str) -> Size | None:
     """The size of a method, of the first part that has one; none where its parameters are what they are."""
     for part in name.split("+"):
-        size = _SIZES.get(part)
+        size = get_method(part).size
         if size is None:
             known = make_method(part).settings()
-            size = next((_field(field) for field in _USUAL if field in known), None)
+            size = next((size_field(field) for field in USUAL if field in known), None)
         if size is not None:
             return size if part == name else _of_part(size, f"{part}.")
     return None

@@ -16,6 +16,7 @@ from multitune.deltas import Delta, LowRank
 from multitune.methods.base import Method, Recipe, check, check_positive, check_probability
 from multitune.methods.low_rank import LowRankMethod
 from multitune.methods.registry import register
+from multitune.methods.size import Size
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -56,6 +57,9 @@ class AdaLoRA(LowRankMethod):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2303.10512, eq. 3-12"
+    size: ClassVar[Size | None] = Size(  # a third less at the end, the proportion of section 4.1
+        fields=("r", "target_r"), settings=lambda n, *_: {"r": n, "target_r": 2 * n // 3}, least=2
+    )
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=3e-3,
         source="not swept: LoRA's, from the sweep on small tasks (docs/results.md); released GLUE scripts use 8e-4 on "

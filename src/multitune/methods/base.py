@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multitune.deltas import Delta
 from multitune.errors import ConfigError, suggest
+from multitune.methods.size import Size
 from multitune.words import in_words
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Method:
     """Authors, year, arXiv number, equation."""
     recipe: ClassVar[Recipe]
     """Training settings used when none are given."""
+    size: ClassVar[Size | None] = None
+    """What a parameter budget changes; none for the first of `size.USUAL` among the hyper-parameters, if any."""
     changes_weights: ClassVar[bool] = False
     """Whether it trains the backbone's own weights, and so needs a backbone of its own."""
     identity_at_init: ClassVar[bool] = True

@@ -15,6 +15,7 @@ from multitune.methods.parallel import ParallelAdapter
 from multitune.methods.ptuning_v2 import PTuningV2
 from multitune.methods.registry import register
 from multitune.methods.serial_adapter import Activation
+from multitune.methods.size import Size
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -47,6 +48,9 @@ class MAM(Method):
     title: ClassVar[str] = "MAM adapter"
     paper: ClassVar[str] = "He et al. 2022, arXiv 2110.04366, section 4.6"
     identity_at_init: ClassVar[bool] = False
+    size: ClassVar[Size | None] = Size(  # both parts alike, as in the released script for GLUE
+        fields=("bottleneck", "prefix_length"), settings=lambda n, *_: {"bottleneck": n, "prefix_length": n}
+    )
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=1e-3,
         source="not swept yet: that of the parallel adapter; the released GLUE script uses 1e-4 and 10 epochs",

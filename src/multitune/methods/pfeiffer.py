@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from multitune.methods.base import Layers, Recipe, check_positive
 from multitune.methods.registry import register
 from multitune.methods.serial_adapter import Activation, Reads, SerialAdapter
+from multitune.methods.size import Size
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -36,6 +37,9 @@ class Pfeiffer(SerialAdapter):
     title: ClassVar[str] = "Pfeiffer adapter"
     paper: ClassVar[str] = "Pfeiffer et al. 2020, arXiv 2005.00247, section 3"
     sublayers: ClassVar[tuple[str, ...]] = ("ffn",)
+    size: ClassVar[Size | None] = Size(
+        fields=("reduction_factor",), settings=lambda n, b, _: {"reduction_factor": max(1, b.hidden_size // n)}
+    )
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3, source="sweep on small tasks (docs/results.md)")
 
     reduction_factor: int = 16

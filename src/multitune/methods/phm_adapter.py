@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from multitune.deltas import Delta
 from multitune.methods.base import Layers, check, check_positive
 from multitune.methods.serial_adapter import Activation, Reads, SerialAdapter
+from multitune.methods.size import Size
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -28,6 +29,10 @@ SHARED = "A"
 @dataclass(frozen=True, kw_only=True)
 class PHMAdapter(SerialAdapter):
     """A serial adapter both of whose matrices are sums of Kronecker products; made dense before they are used."""
+
+    size: ClassVar[Size | None] = Size(  # phm_dim must divide it
+        fields=("bottleneck",), settings=lambda n, _, fixed: {"bottleneck": n * int(fixed.get("phm_dim", 4))}
+    )
 
     bottleneck: int = 24
     """Width M of the bottleneck; a multiple of phm_dim. The paper divides the width by 32."""

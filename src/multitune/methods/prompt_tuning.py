@@ -12,6 +12,7 @@ from torch import Tensor
 from multitune.deltas import Delta, Prompt
 from multitune.methods.base import Method, Recipe, check, check_positive
 from multitune.methods.registry import register
+from multitune.methods.size import Size, size_field
 from multitune.methods.starts import embeddings_of, repeat_to, token_ids
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class PromptTuning(Method):
     title: ClassVar[str] = "Prompt tuning"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691, section 2"
     identity_at_init: ClassVar[bool] = False
+    size: ClassVar[Size | None] = size_field("length", takes_positions=True)
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=1e-2, source="sweep on small tasks (docs/results.md); Lester et al. use 0.3 with Adafactor"
     )

@@ -18,6 +18,7 @@ from multitune.deltas import Delta, Prompt
 from multitune.deltas.prompt import in_slot
 from multitune.methods.base import Method, Recipe, check
 from multitune.methods.registry import register
+from multitune.methods.size import Size
 from multitune.methods.starts import token_ids
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ class PTuningV1(Method):
     title: ClassVar[str] = "P-tuning"
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385, section 3"
     identity_at_init: ClassVar[bool] = False
+    size: ClassVar[Size | None] = Size(
+        fields=("pattern",),
+        settings=lambda n, *_: {"pattern": f"{{p*{n}}} {{text}}"},
+        takes_positions=True,
+        is_length=True,
+    )
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=1e-3, source="a guess; the released code uses 1e-5 on LAMA and 1e-4 on SuperGLUE"
     )

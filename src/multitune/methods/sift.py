@@ -10,6 +10,7 @@ from torch import Tensor
 
 from multitune.methods.base import Recipe, WeightGradients, check_positive
 from multitune.methods.registry import register
+from multitune.methods.size import DENSITY, Size
 from multitune.methods.sparse_update import SparseUpdate, largest_places
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class SIFT(SparseUpdate):
     name: ClassVar[str] = "sift"
     title: ClassVar[str] = "SIFT"
     paper: ClassVar[str] = "Song et al. 2024, arXiv 2312.11875, sections 3 and 4"
+    size: ClassVar[Size | None] = DENSITY
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=3e-3, source="one small task (demo/intent); Song et al. use 7e-5 on GLUE with RoBERTa-large"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from multitune.methods.base import Recipe, check
 from multitune.methods.registry import register
+from multitune.methods.size import DENSITY, Size
 from multitune.methods.sparse_update import SparseUpdate
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class SoTU(SparseUpdate):
     name: ClassVar[str] = "sotu"
     title: ClassVar[str] = "SoTU"
     paper: ClassVar[str] = "Ning et al. 2024, arXiv 2411.02813, from its abstract"
+    size: ClassVar[Size | None] = DENSITY
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3, source="one small task (demo/intent)")
 
     density: float = 0.1
