@@ -1,4 +1,4 @@
-"""T-Few's losses and rank classification against the equations, token by token in plain Python."""
+"""T-Few's losses against the equations, token by token in plain Python."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import multitune as mt
-from multitune.training.choices import Candidates, choice_loss, language_loss, tfew_losses, unlikelihood_loss
+from multitune.training.choices import LOSSES, Candidates, choice_loss, language_loss, unlikelihood_loss
 
 
 def logits_of(probabilities):
@@ -17,13 +17,28 @@ def logits_of(probabilities):
     return torch.stack([torch.log1p(-p), torch.log(p)], -1)
 
 
+def from_logits(logits, ids, mask, counts, *, shift):
+    """Candidates from whole logits `[S, T, V]`; with `shift` a position is about the next token."""
+    mask = mask.bool()
+    if shift:
+        logits, ids, mask = logits[:, :-1], ids[:, 1:], mask[:, 1:]
+    ids = ids.masked_fill(~mask, 0)
+    log_probs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return Candidates(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask, counts=tuple(counts))
+
+
+def whole_loss(candidates, answers):
+    """All three of T-Few's losses."""
+    return sum(loss(candidates, answers) for loss in LOSSES.values())
+
+
 def hand_made():
     """Two rows: choices of 2 and 1 tokens; choices of 1, 2 and 1 tokens, all of them token 1."""
     p = [[0.5, 0.25], [0.1, 0.9], [0.2, 0.9], [0.5, 0.5], [0.8, 0.9]]
     mask = [[1, 1], [1, 0], [1, 0], [1, 1], [1, 0]]
     logits = logits_of(p)
     ids = torch.ones(5, 2, dtype=torch.long)
-    return Candidates.from_logits(logits, ids, torch.tensor(mask), (2, 3), shift=False)
+    return from_logits(logits, ids, torch.tensor(mask), (2, 3), shift=False)
 
 
 def test_golden_numbers():
@@ -31,7 +46,6 @@ def test_golden_numbers():
     half = math.log(0.5)
     beta = [(half + math.log(0.25)) / 2, math.log(0.1), math.log(0.2), half, math.log(0.8)]
     assert c.scores().tolist() == pytest.approx(beta, rel=1e-6)
-    assert c.scores(normalised=False).tolist()[3] == pytest.approx(2 * half, rel=1e-6)
     # -(1.0397 + 0.2231) / 2
     assert float(language_loss(c, answers)) == pytest.approx(0.6314323, rel=1e-6)
     # row 0: -ln 0.9; row 1: -(ln 0.8 + ln 0.5 + ln 0.5) / 3
@@ -40,24 +54,12 @@ def test_golden_numbers():
     assert expected == pytest.approx(0.3209199, rel=1e-6)
     # e^β: 0.3535534 of 0.4535534, and 0.8 of 1.5
     assert float(choice_loss(c, answers)) == pytest.approx((math.log(0.4535534 / 0.3535534) + math.log(1.5 / 0.8)) / 2)
-    assert c.rank().tolist() == [0, 2]
-
-
-def test_the_plain_sum_favours_short_choices():
-    c = Candidates.from_logits(
-        logits_of([[0.6, 0.6, 0.6], [0.3, 0.5, 0.5]]),
-        torch.ones(2, 3, dtype=torch.long),
-        torch.tensor([[1, 1, 1], [1, 0, 0]]),
-        (2,),
-        shift=False,
-    )
-    assert c.rank().tolist() == [0] and c.rank(normalised=False).tolist() == [1]
 
 
 def test_the_released_codes_stabiliser_keeps_certain_tokens_finite():
     """-log(1 - 1 + 0.01) is 4.605 a token, with a gradient; the equation itself is infinite there."""
     logits = torch.tensor([[[0.0, 1.0]], [[-200.0, 200.0]]], requires_grad=True)
-    c = Candidates.from_logits(logits, torch.ones(2, 1, dtype=torch.long), torch.ones(2, 1), (2,), shift=False)
+    c = from_logits(logits, torch.ones(2, 1, dtype=torch.long), torch.ones(2, 1), (2,), shift=False)
     value = unlikelihood_loss(c, torch.tensor([0]))
     assert value.item() == pytest.approx(-math.log(0.01), rel=1e-6)
     value.backward()
@@ -116,17 +118,10 @@ def test_losses_are_those_of_the_equations(batch):
     mask = torch.stack([(columns >= a) & (columns < b) for a, b in spans])
     expected = by_the_equations(logits.tolist(), ids.tolist(), mask.tolist(), counts, answers, 0.01)
     read = torch.where(mask, ids, -100)  # what stands elsewhere is nobody's business
-    c = Candidates.from_logits(logits, read, mask, counts, shift=True)
-    found = tfew_losses(c, torch.tensor(answers))
-    parts = [found.language, found.unlikelihood, found.choice]
-    assert [float(v) for v in parts] == pytest.approx(expected[:3], rel=1e-4, abs=1e-6)
-    assert float(found.total) == pytest.approx(sum(expected[:3]), rel=1e-4, abs=1e-6)
+    c = from_logits(logits, read, mask, counts, shift=True)
+    found = [float(loss(c, torch.tensor(answers))) for loss in (language_loss, unlikelihood_loss, choice_loss)]
+    assert found == pytest.approx(expected[:3], rel=1e-4, abs=1e-6)
     assert c.scores().tolist() == pytest.approx(expected[3], rel=1e-4)
-    best, s = [], 0
-    for n in counts:
-        best.append(max(range(n), key=lambda i: expected[3][s + i]))
-        s += n
-    assert c.rank().tolist() == best
 
 
 def test_a_rows_loss_is_its_own(close):
@@ -137,14 +132,14 @@ def test_a_rows_loss_is_its_own(close):
     mask = torch.tensor(
         [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 1, 0]]
     )
-    whole = tfew_losses(Candidates.from_logits(logits, ids, mask, counts, shift=True), answers)
+    whole = whole_loss(from_logits(logits, ids, mask, counts, shift=True), answers)
     each, first = [], 0
     for n, answer in zip(counts, answers, strict=True):
         own = slice(first, first + n)
-        one = Candidates.from_logits(logits[own], ids[own], mask[own], (n,), shift=True)
-        each.append(tfew_losses(one, answer[None]).total)
+        one = from_logits(logits[own], ids[own], mask[own], (n,), shift=True)
+        each.append(whole_loss(one, answer[None]))
         first += n
-    close(whole.total, torch.stack(each).mean())
+    close(whole, torch.stack(each).mean())
 
 
 def test_gradients_reach_candidates_alone_and_raise_the_right_one():
@@ -152,31 +147,14 @@ def test_gradients_reach_candidates_alone_and_raise_the_right_one():
     logits = torch.randn(3, 4, 6, generator=g, requires_grad=True)
     ids = torch.randint(6, (3, 4), generator=g)
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]])
-    c = Candidates.from_logits(logits, ids, mask, (3,), shift=True)
+    c = from_logits(logits, ids, mask, (3,), shift=True)
     before = c.scores().softmax(0)[1]
-    tfew_losses(c, torch.tensor([1])).total.backward()
+    whole_loss(c, torch.tensor([1])).backward()
     predicting = torch.zeros(3, 4, dtype=torch.bool)
     predicting[:, :-1] = mask[:, 1:].bool()
     assert bool((logits.grad[~predicting] == 0).all()) and bool((logits.grad[predicting].abs().sum(-1) > 0).all())
-    moved = Candidates.from_logits((logits - logits.grad).detach(), ids, mask, (3,), shift=True)
+    moved = from_logits((logits - logits.grad).detach(), ids, mask, (3,), shift=True)
     assert moved.scores().softmax(0)[1] > before
-
-
-def test_without_ranking_only_the_right_choices_count():
-    c, answers = hand_made(), torch.tensor([0, 2])
-    found = tfew_losses(c, answers, rank=False)
-    assert float(found.total) == float(language_loss(c, answers)) and float(found.choice) == 0
-
-
-def test_half_precision_logits_are_summed_in_float32():
-    g = torch.Generator().manual_seed(1)
-    logits, ids = torch.randn(2, 4, 50, generator=g), torch.randint(50, (2, 4), generator=g)
-    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]])
-    low = logits.bfloat16()
-    exact = Candidates.from_logits(low.double(), ids, mask, (2,), shift=True)
-    found = Candidates.from_logits(low, ids, mask, (2,), shift=True)
-    assert found.log_probs.dtype == torch.float32
-    torch.testing.assert_close(found.scores(), exact.scores().float(), rtol=1e-5, atol=1e-6)
 
 
 def test_batches_that_do_not_fit_are_refused():
@@ -184,13 +162,11 @@ def test_batches_that_do_not_fit_are_refused():
     for wrong, problem in [
         (dict(counts=(3,)), "one sequence for every choice"),
         (dict(counts=(2, 0)), "every row at least one"),
-        (dict(mask=mask[:, 1:]), r"mask \(2, 2\) do not fit"),
         (dict(mask=mask * torch.tensor([[1], [0]])), "sequence 1 has no token of a candidate"),
-        (dict(mask=torch.ones(2, 3)), "begins at the first token, which nothing predicts"),
     ]:
         with pytest.raises(mt.ConfigError, match=problem):
-            Candidates.from_logits(**(dict(logits=logits, ids=ids, mask=mask, counts=(2,)) | wrong), shift=True)
-    c = Candidates.from_logits(logits, ids, mask, (2,), shift=True)
+            from_logits(**(dict(logits=logits, ids=ids, mask=mask, counts=(2,)) | wrong), shift=True)
+    c = from_logits(logits, ids, mask, (2,), shift=True)
     for answers in ([2], [-1], [0, 0]):
         for loss in (language_loss, unlikelihood_loss, choice_loss):
             with pytest.raises(mt.ConfigError, match=r"do not fit rows of \[2\] choices"):

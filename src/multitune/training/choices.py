@@ -1,4 +1,4 @@
-"""Answers as candidate texts: the three losses of T-Few (Liu et al. 2022, arXiv 2205.05638) and rank classification.
+"""Answers as candidate texts: the three losses of T-Few (Liu et al. 2022, arXiv 2205.05638), and distillation.
 
 Every choice of every row is one sequence, the choices of a row side by side. Nothing here runs a model: the functions
 take the log-probabilities of the candidates' tokens, so any language model can be put in front.
@@ -8,7 +8,7 @@ Legend: R rows, S sequences (all choices of all rows), T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,38 +45,6 @@ class Candidates:
             raise ConfigError(f"sequence {empty[0]} has no token of a candidate; give every choice a text")
 
     @classmethod
-    def from_logits(
-        cls, logits: Tensor, ids: Tensor, mask: Tensor, counts: Sequence[int], *, shift: bool
-    ) -> Candidates:
-        """The choices from a model's logits.
-
-        Args:
-            logits: `[S, T, V]`, of any floating dtype.
-            ids: int64 `[S, T]`; what stands outside the mask is not read.
-            mask: bool or 0 and 1, `[S, T]`: the candidates' own tokens.
-            counts: choices of each row.
-            shift: whether the logits of a position are about the next token (decoders) instead of its own
-                (encoder-decoders, whose labels are shifted already). The first token then has nothing before it and
-                cannot be a candidate's.
-
-        Raises:
-            ConfigError: shapes that do not fit, or a candidate's token in the first place with `shift`.
-        """
-        mask = mask.bool()
-        if logits.shape[:2] != ids.shape or ids.shape != mask.shape:
-            raise ConfigError(
-                f"logits {tuple(logits.shape)}, ids {tuple(ids.shape)} and mask {tuple(mask.shape)} do not fit: give "
-                f"logits [S, T, V] and ids and mask [S, T]"
-            )
-        if shift:
-            if bool(mask[:, 0].any()):
-                raise ConfigError("a candidate begins at the first token, which nothing predicts; put a text before it")
-            logits, ids, mask = logits[:, :-1], ids[:, 1:], mask[:, 1:]
-        ids = ids.masked_fill(~mask, 0)  # padding may hold anything, labels of other libraries -100
-        log_probs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        return cls(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask, counts=tuple(counts))
-
-    @classmethod
     def from_tokens(cls, log_probs: Tensor, index: Tensor) -> Candidates:
         """The choices from what `choice_log_probs` gives.
 
@@ -96,21 +64,13 @@ class Candidates:
         """`[S]`, float32: tokens of each candidate."""
         return self.mask.sum(1).float()
 
-    def scores(self, *, normalised: bool = True) -> Tensor:
-        """`[S]`: β = (1/T) Σ_t log p(y_t | x, y_<t), or the plain sum without `normalised`.
-
-        The sum favours short choices: each further token can only lower it.
-        """
-        total = self.log_probs.masked_fill(~self.mask, 0.0).sum(1)
-        return total / self.lengths if normalised else total
+    def scores(self) -> Tensor:
+        """`[S]`: β = (1/T) Σ_t log p(y_t | x, y_<t)."""
+        return self.log_probs.masked_fill(~self.mask, 0.0).sum(1) / self.lengths
 
     def by_row(self, values: Tensor) -> Tensor:
         """`values [S]` as `[R, most choices]`, -inf where a row has no such choice."""
         return pad_sequence(list(values.split(self.counts)), batch_first=True, padding_value=-torch.inf)
-
-    def rank(self, *, normalised: bool = True) -> Tensor:
-        """int64 `[R]`: rank classification, the choice of each row that scores highest; the first of equals."""
-        return self.by_row(self.scores(normalised=normalised)).argmax(1)
 
     def right(self, answers: Tensor) -> Tensor:
         """bool `[S]`: which sequences are their rows' right choices.
@@ -201,36 +161,3 @@ LOSSES: dict[str, Callable[[Candidates, Tensor], Tensor]] = {
     "unlikelihood": unlikelihood_loss,
     "choice": choice_loss,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceLosses:
-    """The parts of T-Few's loss, scalars."""
-
-    language: Tensor
-    unlikelihood: Tensor
-    choice: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """`L_LM + L_UL + L_LN`: a plain sum, without weights."""
-        return self.language + self.unlikelihood + self.choice
-
-
-def tfew_losses(
-    candidates: Candidates, answers: Tensor, *, rank: bool = True, eps: float = UNLIKELIHOOD_EPS
-) -> ChoiceLosses:
-    """T-Few's loss of a batch (section 3.2), differentiable in the log-probabilities.
-
-    Args:
-        answers: int64 `[R]`, the number of each row's right choice.
-        rank: with the two losses that compare choices; the released script leaves them out for Banking77 and its 77
-            choices, and then only the right choices' sequences matter.
-        eps: as `unlikelihood_loss`.
-    """
-    zero = candidates.log_probs.new_zeros(())
-    return ChoiceLosses(
-        language=language_loss(candidates, answers),
-        unlikelihood=unlikelihood_loss(candidates, answers, eps=eps) if rank else zero,
-        choice=choice_loss(candidates, answers) if rank else zero,
-    )
