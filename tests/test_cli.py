@@ -404,7 +404,7 @@ def test_own_rows_with_a_tenth_held_out(tmp_path: Path, rows_file: Path, short: 
     assert found["task"]["labels"] == ["no", "yes"]
     judged = good("evaluate", tmp_path / "a", "--data", rows_file, "--json").json
     assert 0 <= judged[0]["macro_f1"] <= 1
-    assert "give --data FILE" in bad("evaluate", tmp_path / "a")
+    assert "give them with --data FILE" in bad("evaluate", tmp_path / "a")
     assert "--metric" not in bad("train", "--train", rows_file, "--text", "nte", "--method", "head", "--out", "x")
 
 

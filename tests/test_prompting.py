@@ -62,7 +62,8 @@ def test_scores_are_those_of_the_loss_functions(model):
     there = (torch.arange(width) < torch.tensor([len(a) + len(b) for a, b in rows])[:, None]).long()
     with torch.no_grad():
         logits = model.logits(Plan([None] * 2), ids, there)
-    expected = Candidates.from_logits(logits, ids, mask, [2], shift=True).scores()
+    log_probs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    expected = Candidates(log_probs=log_probs, mask=mask[:, 1:], counts=(2,)).scores()
     torch.testing.assert_close(torch.tensor(scores), expected, rtol=1e-4, atol=1e-5)
 
 
