@@ -78,6 +78,16 @@ class Head:
         outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)  # embedding, generation: 0
         return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
 
+    @property
+    def pools(self) -> bool:
+        """Whether the head reads one vector of a text, which `pooling` makes."""
+        return self.kind not in ("tagging", "generation", "ranking")
+
+    @property
+    def drops(self) -> bool:
+        """Whether the head has tensors of its own, in front of which `dropout` acts."""
+        return self.kind not in ("embedding", "generation", "ranking")
+
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh tensors by name, float32: matrices normal with std 0.02, vectors zero."""
         self.check(backbone)
@@ -88,7 +98,7 @@ class Head:
 
     def shapes(self, backbone: Backbone) -> dict[str, torch.Size]:
         """`weight [C, D]`, `bias [C]`, and with a dense layer `dense_weight [D, D]` and `dense_bias [D]`."""
-        if self.kind in ("embedding", "generation", "ranking"):
+        if not self.drops:
             return {}
         width, outputs = backbone.output_size, self.num_outputs
         shapes = {"weight": torch.Size((outputs, width)), "bias": torch.Size((outputs,))}

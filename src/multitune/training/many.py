@@ -20,7 +20,7 @@ from multitune.training.config import TrainConfig
 from multitune.training.data import TaskRows
 from multitune.training.progress import Progress
 from multitune.training.results import TrainResult, history_of
-from multitune.training.setup import Opened, Setup, read_rows
+from multitune.training.setup import Opened, Setup, check_head_settings, read_rows
 from multitune.training.stepped import SteppedRun
 from multitune.training.together import pack, run_pass
 from multitune.training.trainer import TuningTrainer, globals_kept
@@ -326,6 +326,8 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
             overwrite=job.overwrite,
             job=True,
         )
+        if {"pooling", "head_dropout"} & set(job.settings):
+            check_head_settings(backbone, job.data.task, config)
         assert setup.config.pooling is not None
         Head.for_task(job.data.task, pooling=setup.config.pooling).check(backbone)
         if not setup.method.changes_weights:

@@ -92,6 +92,8 @@ class Setup:
         _check_data(data)
         chosen = make_method(method) if isinstance(method, str) else method
         config = config.resolve(chosen)
+        if not job:  # jobs of several kinds of task may share settings
+            check_head_settings(backbone, data.task, config)
         config = replace(config, pooling=config.pooling or backbone.default_pooling)
         output = None if output_dir is None else Path(output_dir)
         if output is not None:
@@ -294,6 +296,19 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
     )
 
 
+def check_head_settings(backbone: Backbone, task: Task, config: TrainConfig) -> None:
+    """Raise `ConfigError` for settings of a head that the task's head does not read."""
+    head = Head.for_task(task)
+    problem = ""
+    if config.pooling not in (None, backbone.default_pooling) and not head.pools:
+        reads = "a head that reads every word by itself" if head.kind == "tagging" else "no head that reads one vector"
+        problem = f"pooling='{config.pooling}': task '{task.name}' has {reads}"
+    elif config.head_dropout != TrainConfig.head_dropout and not head.drops:
+        problem = f"head_dropout={config.head_dropout}: task '{task.name}' trains no head"
+    if problem:
+        raise ConfigError(f"{problem}; leave it out")
+
+
 def _check_smoothing(task: Task, config: TrainConfig) -> None:
     if config.label_smoothing and task.kind != "generation":
         raise ConfigError(
@@ -309,11 +324,6 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
         ConfigError: settings of a pattern for a task without one, or a distillation that cannot be.
         BackboneError, TaskError: the backbone cannot answer in the pattern.
     """
-    if config.distill_weight != 1 and config.distill_examples is None:
-        raise ConfigError(
-            f"distill_weight={config.distill_weight} is the share of a distillation, and none was asked for; give "
-            f"distill_examples too, or leave it out"
-        )
     if task.pattern is None:
         given = [name for name in ("losses", "distill_examples") if getattr(config, name) is not None]
         if given:
