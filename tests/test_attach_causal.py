@@ -89,7 +89,7 @@ def test_generation_is_the_same_with_and_without_a_cache(make_model, method):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL uses names that transformers 5.23 has deprecated
 def test_trl_fine_tunes_an_attached_model(make_model, make_backbone, tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is not installed; pip install trl")
+    trl = pytest.importorskip("trl", reason="TRL is not installed; pip install 'multitune[parity]'")
     model = mt.attach(language_model(make_model), mt.LoRA(r=4))
     before = {k: t.clone() for k, t in model.state_dict().items()}
     tokenizer = make_backbone("llama").tokenizer
