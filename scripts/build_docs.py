@@ -63,6 +63,26 @@ def overview(minilm: Backbone, roberta: Backbone) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recipes() -> str:
+    """The table of every method's training settings."""
+    lines = [
+        "## Training settings by default\n",
+        "What a run takes where it is told nothing: AdamW's peak learning rate, its decoupled weight decay, the share "
+        "of the steps over which the rate rises, and where they come from.\n",
+        "| method | learning rate | weight decay | warm-up | from |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name in method_names():
+        cls = get_method(name)
+        own = cls.recipe
+        source = own.source.replace("(docs/results.md)", "([results](results.md))")
+        lines.append(
+            f"| [{cls.title}](methods/{name}.md) | {own.learning_rate:g} | {own.weight_decay:g} | "
+            f"{own.warmup_ratio:g} | {source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def unified(backbone: Backbone) -> str:
     """The table of all methods as frozen operations and what is attached to them, read from the deltas they yield."""
     lines = [
@@ -245,7 +265,7 @@ def yes(condition: bool) -> str:
 def pages() -> dict[Path, str]:
     """Every generated file and its content."""
     minilm, roberta = Backbone.load("minilm"), roberta_base()
-    made = {DOCS / "methods.md": overview(minilm, roberta) + unified(minilm)}
+    made = {DOCS / "methods.md": "\n".join((overview(minilm, roberta), recipes(), unified(minilm)))}
     made[DOCS / "architectures.md"] = architectures()
     made |= {SOURCE.joinpath(*name.split("."), "__init__.pyi"): exports.stub(name) for name in STUBS}
     for name in method_names():
