@@ -66,6 +66,14 @@ activations = st.sampled_from(["gelu", "relu", "silu", "tanh"])
 
 
 @st.composite
+def low_rank(draw, cls):
+    """With the word embeddings too; by themselves they have no layers to choose."""
+    targets = draw(words_too)
+    chosen = draw(layers) if targets != ("embedding",) else None
+    return cls(r=draw(st.integers(1, 9)), alpha=draw(st.floats(1, 8)), targets=targets, layers=chosen)
+
+
+@st.composite
 def ia3(draw):
     outputs = draw(roles)
     inputs = tuple(role for role in draw(roles) if role not in outputs)
@@ -102,8 +110,8 @@ def compacters(cls):
 
 
 STRATEGIES = {
-    "lora": st.builds(LoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=words_too, layers=layers),
-    "rslora": st.builds(RsLoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=words_too, layers=layers),
+    "lora": low_rank(LoRA),
+    "rslora": low_rank(RsLoRA),
     "lora_plus": st.builds(LoRAPlus, r=st.integers(1, 9), targets=roles, layers=layers),
     "pissa": st.builds(
         PiSSA, r=st.integers(1, 9), alpha=st.none() | st.floats(1, 8), niter=st.none() | st.just(1), targets=roles
@@ -182,6 +190,8 @@ def fitting(method, backbone):
         if given is not None and not set(given) <= have:
             kept = tuple(role for role in given if role in have)
             changes[field] = kept or (() if field == "inputs" else ("key",))
+    if changes.get("targets") == ("embedding",):
+        changes["layers"] = None
     if getattr(method, "embedding_norm", False) and "embedding_norm" not in have:
         changes["embedding_norm"] = False
     if getattr(method, "reads", "output") == "norm" and not backbone.architecture.post_norm:
