@@ -15,11 +15,11 @@ METHODS = {
 }  # fmt: skip
 
 
-def _batches(backbone, random_params):
+def _batches(backbone, random_params, methods=None):
     """Per method that the backbone can have: method, tensors, ids `[K, W]` and mask, of different K and W."""
     draw = torch.Generator().manual_seed(3)
     found = []
-    for i, (name, settings) in enumerate(METHODS.items()):
+    for i, (name, settings) in enumerate(methods or METHODS.items()):
         try:
             method = make_method(name, settings)
             params = random_params(backbone, method, seed=i, std=0.05)
@@ -78,6 +78,17 @@ def _check_alone(backbone, batches, close):
 
 def test_each_call_is_as_by_itself(dropping, random_params, close):
     _check_alone(dropping, _batches(dropping, random_params), close)
+
+
+#: Between them, every placement of a bottleneck.
+SERIAL, SUM = ("houlsby", {"bottleneck": 4}), ("houlsby", {"bottleneck": 4, "reads": "norm"})
+PARALLEL = ("parallel", {"bottleneck": 4, "sublayers": ("attention", "ffn")})
+
+
+@pytest.mark.parametrize("methods", [(SERIAL, SUM), (SUM, SERIAL), (SERIAL, PARALLEL), (SERIAL, SUM, PARALLEL)])
+@pytest.mark.parametrize("dropping", ["bert", "distilbert"], indirect=True)
+def test_bottlenecks_of_every_placement_read_their_own(dropping, random_params, close, methods):
+    _check_alone(dropping, _batches(dropping, random_params, methods), close)
 
 
 @pytest.mark.parametrize("dropping", ["bert", "albert", "t5", "deberta-v2/v3"], indirect=True)

@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import json
 import pkgutil
+import re
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -412,6 +415,60 @@ def test_a_class_refuses_what_is_no_hyper_parameter_of_it_and_knows_other_names(
     with pytest.raises(ConfigError, match="given by name"):
         LoRA(3)
     assert dataclasses.replace(copy.deepcopy(LoRA(r=3)), alpha=2.0) == LoRA(r=3, alpha=2.0)
+
+
+def _does_not_fit(hint):
+    """Values that a field of this type cannot hold."""
+    options = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [_does_not_fit(o) for o in options if o is not type(None)]
+        return [value for value in kinds[0] if all(value in others for others in kinds[1:])]
+    if get_origin(hint) is tuple:
+        return [3, 2.5, True, {"a": 1}, *([part] for part in _does_not_fit(options[0]))]
+    if get_origin(hint) is Literal:
+        return ["zebra", 3, 2.5, True, ["zebra"]]
+    return {
+        int: ["8", 8.0, 2.5, True, [3]], float: ["0.5", True, [0.5]], str: [3, 2.5, ["a"]], bool: ["true", 1, 0.0, [3]]
+    }[hint]  # fmt: skip
+
+
+def test_a_class_refuses_values_of_another_type(any_method):
+    for name, hint in get_type_hints(any_method).items():
+        if name not in {f.name for f in dataclasses.fields(any_method)}:
+            continue
+        assert _does_not_fit(hint), name
+        for wrong in _does_not_fit(hint):
+            words = rf"^method '{any_method.name}': {name}={re.escape(repr(wrong))} is not possible; (give|choose) \w+"
+            with pytest.raises(ConfigError, match=words):
+                any_method(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "same"),
+    [
+        (LoRA, {"targets": ["query", "value"], "layers": [0, 1]}, {"targets": ("query", "value"), "layers": (0, 1)}),
+        (LoRA, {"targets": "value", "layers": range(2)}, {"targets": ("value",), "layers": (0, 1)}),
+        (LoRA, {"targets": "query, key", "layers": "semantic"}, {"targets": ("query", "key"), "layers": "semantic"}),
+        (IA3, {"outputs": "key", "inputs": []}, {"outputs": ("key",), "inputs": ()}),
+        (PromptTuning, {"start": "labels", "labels": [" a", "b"]}, {"start": "labels", "labels": (" a", "b")}),
+        (AdaLoRA, {"ranks": [1, 2], "beta1": 0}, {"ranks": (1, 2), "beta1": 0.0}),
+        (TopLayers, {"count": torch.tensor(2).numpy()[()]}, {"count": 2}),
+    ],
+)
+def test_a_class_takes_lists_and_single_words(method, given, same):
+    made = method(**given)
+    assert made == method(**same) and hash(made) == hash(method(**same))
+    assert method.from_settings(json.loads(json.dumps(made.settings()))) == made
+    assert {name: getattr(made, name) for name in same} == same
+
+
+@pytest.mark.parametrize("method", [LoRA, RsLoRA])
+@pytest.mark.parametrize(("name", "value"), [("dropout", 0.5), ("layers", (99,))])
+def test_settings_of_linear_sites_are_refused_for_word_embeddings_alone(method, name, value):
+    words = rf"method '{method.name}': {name}={re.escape(repr(value))} is for linear sites, and .* leave {name} out"
+    with pytest.raises(ConfigError, match=words):
+        method(targets=("embedding",), **{name: value})
+    assert getattr(method(targets=("embedding", "query"), **{name: value}), name) == value
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,13 @@ def _merge_steps(
     for site in dict.fromkeys(site for steps in of_parts for site in steps):
         each = [tuple(steps.get(site, ())) for steps in of_parts]
         deltas = [step.delta for steps in each for step in steps]
-        shown = max(deltas, key=_is_parallel)  # the site asks whether anyone reads the sub-layer's input
+        shown = max(deltas, key=_reads_input)  # the site asks whether anyone reads the sub-layer's input
         found[site] = [_JointStep(everyone, shown, tuple(zip(parts, each, strict=True)))]
     return found
 
 
-def _is_parallel(delta: Delta) -> bool:
-    return isinstance(delta, Bottleneck) and delta.placement == "parallel"
+def _reads_input(delta: Delta) -> bool:
+    return isinstance(delta, Bottleneck) and delta.reads_input
 
 
 class JointCall(Call):

@@ -66,6 +66,14 @@ activations = st.sampled_from(["gelu", "relu", "silu", "tanh"])
 
 
 @st.composite
+def low_rank(draw, cls):
+    """With the word embeddings too; by themselves they have no layers to choose."""
+    targets = draw(words_too)
+    chosen = draw(layers) if targets != ("embedding",) else None
+    return cls(r=draw(st.integers(1, 9)), alpha=draw(st.floats(1, 8)), targets=targets, layers=chosen)
+
+
+@st.composite
 def ia3(draw):
     outputs = draw(roles)
     inputs = tuple(role for role in draw(roles) if role not in outputs)
@@ -80,21 +88,30 @@ def u_tuning(draw):
     return UTuning(operations=operations, tuner=tuner, width=draw(st.integers(1, 5)), layers=draw(layers), **own)
 
 
-def compacters(cls):
-    sizes = st.sampled_from([(4, 8), (2, 6), (8, 8), (1, 3)])
+def serial(cls, **sizes):
+    """A serial adapter; what it reads, and whether norms are trained beside it, exclude each other in part."""
+    norms = st.sampled_from([("output", False), ("output", True), ("norm", False)])
     return st.builds(
-        lambda size, **rest: cls(phm_dim=size[0], bottleneck=size[1], **rest),
-        sizes,
-        rank=st.integers(1, 3),
+        lambda norm, **rest: cls(reads=norm[0], layer_norms=norm[1], **rest),
+        norms,
         activation=activations,
         layers=layers,
-        layer_norms=st.booleans(),
+        **sizes,
     )
 
 
+def compacters(cls):
+    sizes = st.sampled_from([(4, 8), (2, 6), (8, 8), (1, 3)])
+
+    def make(size, **rest):
+        return cls(phm_dim=size[0], bottleneck=size[1], **rest)
+
+    return serial(make, size=sizes, rank=st.integers(1, 3))
+
+
 STRATEGIES = {
-    "lora": st.builds(LoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=words_too, layers=layers),
-    "rslora": st.builds(RsLoRA, r=st.integers(1, 9), alpha=st.floats(1, 8), targets=words_too, layers=layers),
+    "lora": low_rank(LoRA),
+    "rslora": low_rank(RsLoRA),
     "lora_plus": st.builds(LoRAPlus, r=st.integers(1, 9), targets=roles, layers=layers),
     "pissa": st.builds(
         PiSSA, r=st.integers(1, 9), alpha=st.none() | st.floats(1, 8), niter=st.none() | st.just(1), targets=roles
@@ -105,12 +122,8 @@ STRATEGIES = {
     "ia3": ia3(),
     "bitfit": st.builds(BitFit, subset=st.lists(st.sampled_from(LINEARS + NORMS), min_size=1, unique=True).map(tuple)),
     "layernorm": st.builds(LayerNormTuning, layers=layers, embedding_norm=st.booleans()),
-    "houlsby": st.builds(
-        Houlsby, bottleneck=st.integers(1, 9), activation=activations, layers=layers, layer_norms=st.booleans()
-    ),
-    "pfeiffer": st.builds(
-        Pfeiffer, reduction_factor=st.integers(4, 40), activation=activations, layers=layers, layer_norms=st.booleans()
-    ),
+    "houlsby": serial(Houlsby, bottleneck=st.integers(1, 9)),
+    "pfeiffer": serial(Pfeiffer, reduction_factor=st.integers(4, 40)),
     "prompt": st.builds(PromptTuning, length=st.integers(1, 7), position=st.integers(-1, MAX_TOKENS + 2)),
     "prefix": st.builds(
         PrefixTuning, length=st.integers(1, 9), hidden=st.integers(1, 9), layers=layers, reparametrise=st.booleans()
@@ -177,8 +190,12 @@ def fitting(method, backbone):
         if given is not None and not set(given) <= have:
             kept = tuple(role for role in given if role in have)
             changes[field] = kept or (() if field == "inputs" else ("key",))
+    if changes.get("targets") == ("embedding",):
+        changes["layers"] = None
     if getattr(method, "embedding_norm", False) and "embedding_norm" not in have:
         changes["embedding_norm"] = False
+    if getattr(method, "reads", "output") == "norm" and not backbone.architecture.post_norm:
+        changes["reads"] = "output"
     if getattr(method, "shift_positions", False) and not backbone.takes_position_ids:
         changes["shift_positions"] = False
     if isinstance(method, IA3) and "key" in changes.get("outputs", ()):

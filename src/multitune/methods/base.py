@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
+import operator
+from abc import ABCMeta
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -48,6 +52,7 @@ SEMANTIC = "semantic"
 
 Roles = tuple[str, ...]
 Layers = tuple[int, ...] | Literal["semantic"] | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +69,27 @@ class Recipe:
     """Where the numbers come from."""
 
 
+class _Checked(ABCMeta):
+    """Makes methods: hyper-parameters are of their fields' types before a method's own checks compute with them."""
+
+    def __call__(cls: type[T], *args: Any, **settings: Any) -> T:
+        if args:
+            raise ConfigError(f"hyper-parameters are given by name, as {cls.__name__}(name=value), not {args[0]!r}")
+        made: T = type.__call__(cls, **_typed(cls, settings, from_text=False))
+        return made
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(metaclass=_Checked):
     """A tuning method. Subclass it in one file, decorate it with `@register`, and it trains, saves and mixes.
 
     A subclass gives `init` and `deltas`, or derives from `SiteMethod` and gives their one-site forms.
+
+    Hyper-parameters are given by name. A field that holds several takes any sequence, or a text, which is split at
+    commas; everything else is of the field's own type.
+
+    Raises:
+        ConfigError: an unknown name, or a value the field cannot hold; names method, field, value, and what it takes.
     """
 
     name: ClassVar[str]
@@ -89,13 +110,6 @@ class Method:
     """Whether fusing writes a table by token id."""
     needs_gradients: ClassVar[bool] = False
     """Whether `calibrate` chooses by gradients of the frozen weights."""
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Refuse what is no hyper-parameter, before the dataclass's own `__init__` would with a `TypeError`."""
-        if args:
-            raise ConfigError(f"hyper-parameters are given by name, as {cls.__name__}(name=value), not {args[0]!r}")
-        _check_names(cls, settings, {f.name for f in fields(cls)})
-        return super().__new__(cls)
 
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         """The tensors of a fresh adapter by name, on the CPU; float32, or whole numbers where they are indices.
@@ -185,10 +199,7 @@ class Method:
         Raises:
             ConfigError: an unknown name, or a value the field cannot hold.
         """
-        known = {f.name for f in fields(cls)}
-        hints = get_type_hints(cls)
-        _check_names(cls, settings, known)
-        return cls(**{key: _parse(cls.name, key, value, hints[key]) for key, value in settings.items()})
+        return cls(**_typed(cls, settings, from_text=True))
 
 
 class SiteMethod(Method):
@@ -225,7 +236,7 @@ class SiteMethod(Method):
         return {site.name: self.site_deltas(by_site[site.name], site, backbone) for site in self.sites(backbone)}
 
 
-def _check_names(cls: type[Method], given: Iterable[str], known: Collection[str]) -> None:
+def _check_names(cls: type[Any], given: Iterable[str], known: Collection[str]) -> None:
     """Raise `ConfigError` for a hyper-parameter that the method does not have."""
     for key in given:
         if key not in known:
@@ -255,43 +266,73 @@ def check_probability(method: Method, name: str) -> None:
     check(0 <= value < 1, method, f"{name}={value} is not a probability below 1", f"give 0 <= {name} < 1")
 
 
-def _parse(method: str, key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of a field: JSON lists become tuples, command-line strings become numbers."""
+#: The types of a class's fields; a forward reference is looked up once.
+_hints = functools.cache(get_type_hints)
+
+
+def _typed(cls: type[Any], settings: Mapping[str, Any], *, from_text: bool) -> dict[str, Any]:
+    """Hyper-parameters as their fields' types: lists become tuples.
+
+    Args:
+        from_text: whether a text may stand for a number, true, false or none, as on a command line.
+
+    Raises:
+        ConfigError: an unknown name, or a value the field cannot hold.
+    """
+    _check_names(cls, settings, {f.name for f in fields(cls)})
+    name, hints = getattr(cls, "name", cls.__name__), _hints(cls)
+    return {key: _parse(name, key, value, hints[key], from_text) for key, value in settings.items()}
+
+
+def _parse(method: str, key: str, value: Any, hint: Any, from_text: bool) -> Any:
+    """`value` as the type of a field."""
     try:
-        return _convert(value, hint)
+        return _convert(value, hint, from_text)
     except (TypeError, ValueError) as error:
         words = in_words(hint)
         fix = f"choose one of {words}" if get_origin(hint) is Literal else f"give {'' if hint is bool else 'a '}{words}"
         raise ConfigError(f"method '{method}': {key}={value!r} is not possible; {fix}") from error
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    options = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        if type(None) in options and (value is None or value == "none"):
+def _convert(value: Any, hint: Any, from_text: bool) -> Any:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if type(None) in options and (value is None or (from_text and value == "none")):
             return None
         given = [o for o in options if o is not type(None)]
         words = [o for o in given if get_origin(o) is Literal]  # a word before what would read it as something else
-        return _convert(
-            value, next((o for o in words if value in get_args(o)), next(o for o in given if o not in words))
-        )
-    if get_origin(hint) is tuple:
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(_convert(part.strip() if isinstance(part, str) else part, options[0]) for part in parts)
-    if options:  # Literal
+        chosen = next((o for o in words if value in get_args(o)), next(o for o in given if o not in words))
+        return _convert(value, chosen, from_text)
+    if origin is tuple:
+        if not isinstance(value, Sequence):
+            raise TypeError("not a list")
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        return tuple(_convert(part, options[0], from_text) for part in parts)
+    if origin is Literal:
         if value not in options:
             raise ValueError(f"choose one of {', '.join(map(str, options))}")
         return value
+    if hint in (int, float, bool):
+        return _read(value, hint) if from_text else _plain(value, hint)
+    if hint is Any or not isinstance(hint, type) or isinstance(value, hint):
+        return value
+    raise TypeError(f"not a {in_words(hint)}")
+
+
+def _plain(value: Any, hint: type) -> Any:
+    """A number, true or false as it is; a whole number may stand for any number."""
+    fits = isinstance(value, numbers.Real) and isinstance(value, bool) == (hint is bool)
+    if not fits:
+        raise TypeError("of another type")
+    return operator.index(value) if hint is int else hint(value)
+
+
+def _read(value: Any, hint: type) -> Any:
+    """A number, true or false, as JSON or a command line writes it."""
     if hint is bool:
         return _as_bool(value)
-    if hint is int:
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-            raise ValueError("not a whole number")
-        return int(value)
-    if hint is float and isinstance(value, bool):
-        raise ValueError("not a number")
-    if hint is str and not isinstance(value, str):
-        raise ValueError("not a text")
+    if isinstance(value, bool) or (hint is int and isinstance(value, float) and not value.is_integer()):
+        raise ValueError("not a number, or not a whole one")
     return hint(value)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multitune.deltas import Delta, EmbeddingLowRank, LowRank
-from multitune.methods.base import Layers, Roles, SiteMethod, check_positive, check_probability
+from multitune.methods.base import Layers, Roles, SiteMethod, check, check_positive, check_probability
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -75,11 +75,23 @@ def frozen_weight(site: Site, backbone: Backbone) -> tuple[Tensor, Tensor | None
 class LowRankWithEmbedding(LowRankMethod):
     """The same, and the word embeddings where asked for: `E[token] + s · A[token] B`, `A [V, R]`, `B [R, E]`."""
 
+    dropout: float = 0.0
+    """Probability of dropping an entry of the input of A, in training; at linear sites only, since the word embeddings
+    look A up by token."""
     targets: Roles = ("query", "value")
     """Roles to adapt: query, key, value, attention_output, ffn_in, ffn_out, where the feed-forward is gated ffn_gate,
     and embedding for the word embeddings."""
     layers: Layers = None
     """Layers whose linear sites are adapted; none stands for all. The embedding belongs to no layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        linear = any(role != "embedding" for role in self.targets)
+        for name, unset in (("dropout", 0.0), ("layers", None)):
+            value = getattr(self, name)
+            problem = f"{name}={value!r} is for linear sites, and targets={self.targets!r} has none"
+            fix = f"leave {name} out, or give targets such as ('embedding', 'query')"
+            check(linear or not self.targets or value == unset, self, problem, fix)
 
     def sites(self, backbone: Backbone) -> Iterable[Site]:
         linear = tuple(role for role in self.targets if role != "embedding")
