@@ -65,6 +65,57 @@ def test_rows_of_any_adapter_are_written_in_order(made):
     assert json.loads(alone.stdout)["token_ids"] == found[0]["token_ids"]
 
 
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_line_may_have_settings_of_its_own(made):
+    row = {"adapter": "lora", "facts": "film a"}
+    drawn = {"temperature": 30.0, "seed": 1, "stop_at_eos": False}
+    rows = lines(row, row | drawn, row | drawn, row | drawn | {"seed": 2}, row | {"max_new_tokens": 1}, row)
+    given = ("--adapters", made / "adapters/lora", "--max-new-tokens", "5")
+    found = [json.loads(line)["token_ids"] for line in run("generate", *given, input=rows).stdout.splitlines()]
+    assert found[0] == found[5] and found[4] == found[0][:1]
+    assert found[1] == found[2] and len({tuple(ids) for ids in found}) == 4
+    # what the command line says holds for the lines that say nothing
+    (first, other) = [
+        json.loads(line)["token_ids"]
+        for line in run(
+            "generate", *given, "--temperature", "30", "--seed", "1", input=lines(row | {"stop_at_eos": False}, row)
+        ).stdout.splitlines()
+    ]
+    assert first == found[1] and other == first[: len(other)]
+
+
+def test_a_column_that_is_called_like_a_setting_is_the_column(made, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "seeds"
+    file.write_text(lines(*({"seed": f"film {c}", "said": "good"} for c in "abcdef")), "utf-8")
+    texts = ("--train", file, "--kind", "generation", "--text", "{seed} :", "--label", "said", "--format", "plain")
+    short = ("--max-steps", "1", "--batch-size", "2", "--max-length", "24", "--progress", "false")
+    run("train", *texts, "--method", "lora", "--out", out, "--backbone", made / "model", *short)
+    rows = lines({"seed": "film a"}, {"text": "film a"})
+    one, other = run("generate", "--adapters", out, "--max-new-tokens", "3", input=rows).stdout.splitlines()
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "film a", "temprature": 0.7}, "unknown key 'temprature'. Did you mean 'temperature'?"),
+        ({"text": "film a", "beams": 2}, "unknown key 'beams'. Did you mean 'num_beams'?"),
+        ({"fact": "film a"}, "unknown key 'fact'. Did you mean 'facts'?"),
+        ({"text": "film a", "temperature": "hot"}, "temperature='hot' is not possible; give 0 or more"),
+        (
+            {"adapter": None, "text": "film a", "facts": "b"},
+            "unknown key 'facts'. A line has an adapter, columns (text)",
+        ),
+    ],
+)
+def test_what_a_line_says_is_honoured_or_refused(made, row, words):
+    rows = lines({"text": "film a"}, row)
+    assert f"line 2: {words}" in run("generate", "--adapters", made / "adapters/lora", input=rows, code=1).stderr
+
+
 def test_texts_stand_beside_references(made, tmp_path):
     given = ("generate", "--adapters", made / "adapters/lora", "--data", made / "rows.jsonl", "--max-new-tokens", "3")
     done = run(*given, "--rows", "3", "--out", tmp_path / "out", "--json")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import typer
 from multitune.adapter import Adapter
 from multitune.bank import Bank
 from multitune.cli import shared
-from multitune.cli.predict import adapter_folders, open_rows, row_of_line
+from multitune.cli.predict import adapter_folders, open_rows, read_line, row_of_values
 from multitune.cli.shared import (
     AdapterFolders,
     AsJson,
@@ -28,9 +29,10 @@ from multitune.cli.shared import (
     score,
     show,
 )
-from multitune.errors import ConfigError, DataError, MultituneError
+from multitune.errors import ConfigError, DataError, MultituneError, suggest
 from multitune.generation import GenerationSettings, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
+from multitune.generation.settings import setting_names
 from multitune.prompting import with_examples
 from multitune.tasks import Task, TaskData, any_split, load_task
 from multitune.tasks.reasoning import READERS, question_rows
@@ -50,7 +52,8 @@ def generate(
             "--input",
             metavar="FILE",
             help='JSON lines such as {"adapter": "e2e", "text": "…"}, or with the columns of the adapter\'s template; '
-            '"adapter": null asks the bare backbone. - reads standard input.',
+            '"adapter": null asks the bare backbone. A line may have settings of its own, by their names in Python: '
+            '"temperature": 0.7, "seed": 1. - reads standard input.',
         ),
     ] = "-",
     output: Annotated[
@@ -146,14 +149,7 @@ def generate(
         return
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
-        asked: list[tuple[str | None, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    asked.append(row_of_line(bank, line, {}))
-                except MultituneError as error:
-                    raise DataError(f"line {number}: {error}") from error
-        found = _generate(bank, asked, settings, batch_size)
+        found = _generate(bank, _read(bank, lines, settings), batch_size)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         for written in found:
             values = {"adapter": written.adapter} | written.to_dict()
@@ -258,16 +254,65 @@ def _with_examples(adapter: Adapter, data: TaskData, table: Any, k: int) -> tupl
     return replace(made.task, format=adapter.task.format, system=adapter.task.system), made.validation
 
 
-def _generate(
-    bank: Bank, rows: list[tuple[str | None, Any]], settings: GenerationSettings, batch_size: int
-) -> list[Any]:
+@dataclass(frozen=True)
+class _Line:
+    """A line of the input: whom it asks for what, and how to decode."""
+
+    number: int
+    """Its number in the input, from 1."""
+    adapter: str | None
+    row: Any
+    settings: GenerationSettings
+
+
+def _read(bank: Bank, lines: Iterable[bytes], settings: GenerationSettings) -> list[_Line]:
+    """The lines of the input, each with the settings of the command line where it has none of its own.
+
+    Raises:
+        DataError: a line is not JSON, or cannot be honoured; says which line.
+    """
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            name, values = read_line(bank, line, {})
+            own = _take_settings(None if name is None else bank.adapter(name).task, values)
+            row = row_of_values(bank, name, values)
+            found.append(_Line(number, name, row, replace(settings, **own)))
+        except MultituneError as error:
+            raise DataError(f"line {number}: {error}") from error
+    return found
+
+
+def _take_settings(task: Task | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a line's values those that are settings; a key that is a column of the task, too, is that column.
+
+    Raises:
+        DataError: a key that is neither.
+    """
+    of_task = () if task is None else (*task.columns, *filter(None, (task.label,)), *task.group)
+    columns = tuple(dict.fromkeys((*of_task, "text")))
+    known = setting_names()
+    own = {key: values.pop(key) for key in known if key in values and key not in columns}
+    for key in values:
+        if key not in columns:
+            raise DataError(
+                f"unknown key {key!r}.{suggest(key, ('adapter', *columns, *known))} A line has an adapter, columns "
+                f"({', '.join(columns)}) and settings ({', '.join(known)})"
+            )
+    return own
+
+
+def _generate(bank: Bank, lines: Sequence[_Line], batch_size: int) -> list[Any]:
     """All rows in one mixed batch, but for those of fully tuned adapters, which have a backbone of their own each."""
     groups: dict[str | None, list[int]] = defaultdict(list)
-    for i, (name, _) in enumerate(rows):
-        alone = name is not None and bank.adapter(name).method.changes_weights
-        groups[name if alone else None].append(i)
+    for i, line in enumerate(lines):
+        alone = line.adapter is not None and bank.adapter(line.adapter).method.changes_weights
+        groups[line.adapter if alone else None].append(i)
     found: dict[int, Any] = {}
     for places in groups.values():
-        written = bank.generate([rows[i] for i in places], settings, batch_size=batch_size)
+        rows = [(lines[i].adapter, lines[i].row) for i in places]
+        written = bank.generate(rows, [lines[i].settings for i in places], batch_size=batch_size)
         found |= zip(places, written, strict=True)
-    return [found[i] for i in range(len(rows))]
+    return [found[i] for i in range(len(lines))]

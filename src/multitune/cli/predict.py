@@ -33,8 +33,9 @@ def predict(
         typer.Option(
             "--input",
             metavar="FILE",
-            help='JSON lines such as {"adapter": "topic", "text": "…"}; "adapter": null asks for the embedding of the '
-            "bare backbone. - reads standard input.",
+            help='JSON lines such as {"adapter": "topic", "text": "…"}, or with the columns that the adapter reads; '
+            '"adapter": null asks for the embedding of the bare backbone. Other keys, such as an id or the label, are '
+            "not read. - reads standard input.",
         ),
     ] = "-",
     output: Annotated[
@@ -178,7 +179,8 @@ def answers(
             if not line.strip():
                 continue
             try:
-                rows.append(row_of_line(bank, line, broken or {}))
+                name, values = read_line(bank, line, broken or {})
+                rows.append((name, row_of_values(bank, name, values)))
             except MultituneError as error:
                 problem = DataError(f"line {number}: {error}")
                 break
@@ -187,8 +189,8 @@ def answers(
             raise problem
 
 
-def row_of_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, Any]:
-    """The adapter and the row that a line names, checked."""
+def read_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
+    """The adapter that a line names, checked, and what else the line says."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:  # a line that is not UTF-8 is among the first
@@ -200,21 +202,26 @@ def row_of_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str
     if "adapter" not in values and len(bank) + len(broken) > 1:
         raise DataError(f'no "adapter"; name one of {", ".join(bank.names)}, or null for the bare backbone')
     name = values.pop("adapter") if "adapter" in values else bank.names[0]
+    if isinstance(name, str) and name in broken:
+        raise AdapterError(f"adapter {name!r} could not be loaded: {broken[name]}")
+    if name is not None and (not isinstance(name, str) or name not in bank):
+        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {', '.join(bank.names)}")
+    return name, values
+
+
+def row_of_values(bank: Bank, name: str | None, values: Mapping[str, Any]) -> Any:
+    """The row for an adapter in what a line says, checked; keys that are no column of the row are not read."""
     texts = [values[key] for key in ("text", "text_pair") if key in values]
     row: Any = texts[0] if len(texts) == 1 else tuple(texts)
     if name is None:
         if "text" not in values or not all(isinstance(text, str) for text in texts):
             raise DataError('a row without an adapter has a "text", and may have a "text_pair"')
-        return None, row
-    if isinstance(name, str) and name in broken:
-        raise AdapterError(f"adapter {name!r} could not be loaded: {broken[name]}")
-    if not isinstance(name, str) or name not in bank:
-        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {', '.join(bank.names)}")
+        return row
     task = bank.adapter(name).task
     if "text" not in values or set(task.columns) <= set(values):
         row = {key: value for key, value in values.items() if key != task.label}
     task.encode(row)
-    return name, row
+    return row
 
 
 def _predict(bank: Bank, rows: Sequence[tuple[str | None, Any]], batch_size: int) -> list[Prediction]:
