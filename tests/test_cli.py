@@ -570,6 +570,25 @@ def test_a_bad_line_is_named_after_the_good_ones_are_answered(adapters: Path, li
     assert says in problem
 
 
+def test_a_line_that_the_bank_refuses_is_named_after_those_before_it_are_answered(
+    adapters: Path, pair: Path, tmp_path: Path
+) -> None:
+    """Whichever window and batch it is in, and whichever rows have a backbone of their own."""
+    shutil.copytree(adapters / "topic", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "adapter.json").read_text("utf-8"))
+    (tmp_path / "short" / "adapter.json").write_text(json.dumps(config | {"max_length": 1}), "utf-8")
+    full = {"adapter": "pair", "text": "a b", "text_pair": "b a"}
+    rows = (ROWS[0], full, ROWS[1], ROWS[3], full, ROWS[0], {"adapter": "short", "text": "The moon."}, full)
+    given = ("predict", "--adapters", adapters, "--adapters", pair, "--adapters", tmp_path / "short")
+    for more in ((), ("--window", "3"), ("--window", "1"), ("--batch-size", "2")):
+        answer = Answer(*given, *more, input="\n" + _lines(*rows))
+        assert answer.code == 1
+        assert [a["adapter"] for a in answer.lines] == [row["adapter"] for row in rows[:6]]
+        assert answer.err.splitlines()[-1].startswith("error: line 8: ")
+        assert "tokens cannot be cut to the 1 that" in answer.err and "row " not in answer.err
+    assert bad(*given, "--batch-size", "0", input=_lines(*rows)).startswith("error: batch_size=0 is not possible")
+
+
 def test_a_line_that_is_not_utf8_is_named(adapters: Path) -> None:
     assert "line 1: no valid JSON" in bad(
         "predict", "--adapters", adapters, input=b'{"adapter": "topic", "text": "\xff"}\n'

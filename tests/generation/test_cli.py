@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from multitune.cli import app
+from multitune.generation import Engine
 
 ROWS = [{"facts": f"film {c}", "said": f"good {c}"} for c in "abcdefghij"]
 
@@ -114,6 +115,30 @@ def test_a_column_that_is_called_like_a_setting_is_the_column(made, tmp_path):
 def test_what_a_line_says_is_honoured_or_refused(made, row, words):
     rows = lines({"text": "film a"}, row)
     assert f"line 2: {words}" in run("generate", "--adapters", made / "adapters/lora", input=rows, code=1).stderr
+
+
+def test_the_line_that_cannot_be_written_is_named_before_any_is_written(made, tmp_path, monkeypatch):
+    """In the file's own numbers, whichever backbone its adapter has, and the output keeps what it held."""
+    good, alone = {"adapter": "lora", "text": "film a"}, {"adapter": "full", "text": "film a"}
+    long = {"adapter": None, "text": "film a", "max_new_tokens": 100_000}
+    short = ("generate", "--adapters", made / "adapters", "--max-new-tokens", "2")
+    given = (*short, "--output", tmp_path / "out")
+    (tmp_path / "out").write_text("kept")
+    steps = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: steps.append(engine) or step(engine))
+    for rows in ((good, alone, good, long), (good, alone, alone, {**long, "adapter": "full"})):
+        said = run(*given, input="\n" + lines(*rows), code=1).stderr.splitlines()[-1]
+        assert said.startswith("error: line 5: ") and "row " not in said
+    assert not steps and (tmp_path / "out").read_text() == "kept"
+    said = run(*short, "--output", tmp_path / "no" / "out", input=lines(good), code=1).stderr
+    assert "No such file" in said and not steps
+    run(*given, input=lines(good, alone))
+    assert steps and len((tmp_path / "out").read_text().splitlines()) == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(lines(good))
+    assert "would be emptied" in run(*short, "--input", rows, "--output", rows, code=1).stderr
+    assert rows.read_text() == lines(good)
 
 
 def test_texts_stand_beside_references(made, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import typer
 from multitune.adapter import Adapter
 from multitune.bank import Bank
 from multitune.cli import shared
-from multitune.cli.predict import adapter_folders, open_rows, read_line, row_of_values
+from multitune.cli.predict import adapter_folders, open_rows, read_line, refuse_output_over_input, row_of_values
 from multitune.cli.shared import (
     AdapterFolders,
     AsJson,
@@ -30,7 +29,7 @@ from multitune.cli.shared import (
     show,
 )
 from multitune.errors import ConfigError, DataError, MultituneError, suggest
-from multitune.generation import GenerationSettings, evaluate_texts
+from multitune.generation import Engine, GenerationSettings, Request, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
 from multitune.generation.settings import setting_names
 from multitune.prompting import with_examples
@@ -149,9 +148,12 @@ def generate(
         return
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
-        found = _generate(bank, _read(bank, lines, settings), batch_size)
+        engines, requests = _submit(bank, _read(bank, lines, settings), batch_size)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-        for written in found:
+        for engine in engines:
+            engine.run()
+        for request in requests:
+            written = request.result()
             values = {"adapter": written.adapter} | written.to_dict()
             print(json.dumps(values, ensure_ascii=False), file=sink)
 
@@ -173,6 +175,7 @@ def _check(
         raise ConfigError("--task and --data bring their own rows; drop the text, --input and --output (--out FOLDER)")
     if not judged and (out is not None or rows is not None):
         raise ConfigError("--out and --rows are for the rows of a task; give --task NAME or --data FILE too")
+    refuse_output_over_input(input_, output)
     if text is not None and (input_ != "-" or output is not None):
         raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
 
@@ -304,15 +307,21 @@ def _take_settings(task: Task | None, values: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _generate(bank: Bank, lines: Sequence[_Line], batch_size: int) -> list[Any]:
-    """All rows in one mixed batch, but for those of fully tuned adapters, which have a backbone of their own each."""
-    groups: dict[str | None, list[int]] = defaultdict(list)
-    for i, line in enumerate(lines):
-        alone = line.adapter is not None and bank.adapter(line.adapter).method.changes_weights
-        groups[line.adapter if alone else None].append(i)
-    found: dict[int, Any] = {}
-    for places in groups.values():
-        rows = [(lines[i].adapter, lines[i].row) for i in places]
-        written = bank.generate(rows, [lines[i].settings for i in places], batch_size=batch_size)
-        found |= zip(places, written, strict=True)
-    return [found[i] for i in range(len(lines))]
+def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int) -> tuple[list[Engine], list[Request]]:
+    """All lines, accepted before any is written: in one mixed batch, but for those of fully tuned adapters.
+
+    Returns:
+        The engines that write them, one per backbone, and a request per line.
+
+    Raises:
+        MultituneError: a line cannot be served; says which.
+    """
+    engines: dict[Bank, Engine] = {}
+    requests: list[Request] = []
+    for line in lines:
+        serving = bank.serving(line.adapter)
+        if serving not in engines:
+            engines[serving] = Engine(serving, max_rows=batch_size)
+        row = (line.adapter, line.row)
+        requests += engines[serving].submit_all([row], line.settings, name=f"line {line.number}")
+    return list(engines.values()), requests

@@ -18,7 +18,22 @@ from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.bank import Bank, Prediction
 from multitune.cli import shared
 from multitune.cli.shared import AdapterFolders, AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
-from multitune.errors import AdapterError, BackboneError, ConfigError, DataError, MultituneError, suggest, suggest_file
+from multitune.errors import (
+    AdapterError,
+    BackboneError,
+    ConfigError,
+    DataError,
+    MixError,
+    MultituneError,
+    PlanError,
+    suggest,
+    suggest_file,
+)
+
+_NumberedRow = tuple[int, tuple[str | None, Any]]
+"""The number of a line, and the adapter and the row that it names."""
+_OF_A_ROW = (AdapterError, DataError, MixError, PlanError)
+"""What the bank raises about one row of a batch."""
 
 
 @app.command()
@@ -62,10 +77,7 @@ def predict(
         raise ConfigError(f"window={window} is not possible; give at least 1")
     if texts and (input_ != "-" or output is not None):
         raise ConfigError("a row on the command line is answered alone, on standard output; drop --input and --output")
-    if output is not None and input_ != "-" and output.resolve() == Path(input_).resolve():
-        raise ConfigError(
-            f"--output {output} is the input, which would be emptied before it is read; give another file"
-        )
+    refuse_output_over_input(input_, output)
     bank, broken = _bank(folders, backbone, device, dtype, aot_store)
     if texts:
         _one_row(bank, texts, as_json, more=len(broken))
@@ -154,6 +166,12 @@ def adapter_folders(named: Iterable[str], command: str = "predict") -> dict[str,
     return found
 
 
+def refuse_output_over_input(input_: str, output: Path | None) -> None:
+    """Raise ConfigError where the rows would be overwritten by their answers."""
+    if output is not None and input_ != "-" and output.resolve() == Path(input_).resolve():
+        raise ConfigError(f"--output {output} is the input, which would be emptied; give another file")
+
+
 def open_rows(path: Path) -> BinaryIO:
     """A file of JSON lines. Raises DataError when there is none."""
     if not path.is_file():
@@ -173,20 +191,39 @@ def answers(
     """
     numbered = enumerate(lines, start=1)
     while chunk := list(islice(numbered, window)):
-        rows: list[tuple[str | None, Any]] = []
+        rows: list[_NumberedRow] = []
         problem: MultituneError | None = None
         for number, line in chunk:
             if not line.strip():
                 continue
             try:
                 name, values = read_line(bank, line, broken or {})
-                rows.append((name, row_of_values(bank, name, values)))
+                rows.append((number, (name, row_of_values(bank, name, values))))
             except MultituneError as error:
                 problem = DataError(f"line {number}: {error}")
                 break
-        yield from (prediction.to_dict() for prediction in _predict(bank, rows, batch_size))
+        yield from (prediction.to_dict() for prediction in _answered(bank, rows, batch_size))
         if problem is not None:
             raise problem
+
+
+def _answered(bank: Bank, rows: Sequence[_NumberedRow], batch_size: int) -> Iterator[Prediction]:
+    """Answers to rows by the numbers of their lines, in order; what cannot be answered is named after those before it.
+
+    Raises:
+        DataError: a row that its adapter cannot answer; says which line.
+    """
+    try:
+        found = _predict(bank, [row for _, row in rows], batch_size)
+    except _OF_A_ROW as error:
+        if len(rows) == 1:
+            raise DataError(f"line {rows[0][0]}: {str(error).removeprefix('row 0: ')}") from error
+        # The bank refuses a batch before it runs it, so that looking for the row in halves costs little.
+        half = len(rows) // 2
+        yield from _answered(bank, rows[:half], batch_size)
+        yield from _answered(bank, rows[half:], batch_size)
+        return
+    yield from found
 
 
 def read_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
