@@ -154,6 +154,15 @@ def test_evaluate_measures_perplexity(made):
     done = run("evaluate", made / "adapters/lora", "--data", made / "rows.jsonl", "--json")
     (found,) = json.loads(done.stdout)
     assert found["perplexity"] > 1
+    command = f"multitune generate --adapters {made / 'adapters/lora'} --data {made / 'rows.jsonl'}"
+    assert done.stderr.splitlines()[-1].endswith(command)
+    assert json.loads(run(*command.split()[1:], "--max-new-tokens", "2", "--json").stdout)["rows"] == len(ROWS)
+    few = run("evaluate", made / "adapters/lora", "--data", made / "rows.jsonl", "--rows", "1", "--json")
+    first = made / "first.jsonl"
+    first.write_text(lines(ROWS[0]), "utf-8")
+    alone = run("evaluate", made / "adapters/lora", "--data", first, "--json")
+    assert json.loads(few.stdout) == json.loads(alone.stdout) != [found]
+    assert "judged by the first 1 rows only" in few.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,11 @@ def test_evaluate_measures_perplexity(made):
     [
         (("--task", "x", "--data", "y"), "give one of them"),
         (("--data", "y", "--input", "z"), "bring their own rows"),
-        (("--out", "z"), "--out and --rows are for the rows of a task"),
+        (("--out", "z"), "--out is for the rows of a task; give --task NAME or --data FILE too"),
+        (("--rows", "3"), "--rows is for the rows of a task"),
+        (("--split", "test"), "--split is for the rows of a task"),
+        (("--data", "y", "--rows", "0"), "--rows 0 is not possible; give 1 or more"),
+        (("--task", "y", "--examples", "-1"), "--examples -1 is not possible; give 0 or more"),
         (("--temperature", "-1"), "temperature=-1.0"),
         (("text",), "for one adapter, not 2"),
     ],

@@ -33,10 +33,11 @@ from multitune.generation import Engine, GenerationSettings, Request, evaluate_t
 from multitune.generation.evaluation import PAGE_FILE
 from multitune.generation.settings import setting_names
 from multitune.prompting import with_examples
-from multitune.tasks import Task, TaskData, any_split, load_task
+from multitune.tasks import Task, any_split, load_task
 from multitune.tasks.reasoning import READERS, question_rows
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
+_SPLIT = "validation"
 
 
 @app.command()
@@ -60,7 +61,11 @@ def generate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Task by name, to judge one adapter by.", rich_help_panel=_JUDGING, show_default=False),
+        typer.Option(
+            help="Task by name, to judge one adapter by, or with --backbone alone the bare language model.",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -71,8 +76,13 @@ def generate(
         ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split to write for, where there are several.", rich_help_panel=_JUDGING)
-    ] = "validation",
+        str | None,
+        typer.Option(
+            help=f"Split to write for, where there are several. \\[default: {_SPLIT}]",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(help="Write for the first so many prompts only.", rich_help_panel=_JUDGING, show_default=False),
@@ -81,7 +91,7 @@ def generate(
         int,
         typer.Option(
             help="Training rows of the task that stand in front of every row as examples, the most similar ones; as "
-            "many as the adapter was trained with.",
+            "many as the adapter was trained with, or with --backbone alone any number (few-shot).",
             rich_help_panel=_JUDGING,
         ),
     ] = 0,
@@ -134,18 +144,142 @@ def generate(
         num_beams=beams,
         stop=tuple(stop or ()),
     )
-    judged = task is not None or data is not None
-    _check(text, judged, task, data, out, rows, input_, output)
-    _check_examples(examples, task)
+    judged = _Judged(task, data, split, rows, examples, out)
+    judged.check()
+    _check(judged, text, input_, output)
     bank = _bank(adapters or [], backbone, device, dtype)
-    if judged:
-        _judge(bank, task, data, split, rows, examples, out, settings, batch_size, as_json)
-        return
-    if text is not None:
-        (name,) = _only(bank, "a text on the command line")
-        (written,) = bank.generate([(name, text)], settings)
+    if judged.asked:
+        _judge(bank, judged, settings, batch_size, as_json)
+    elif text is not None:
+        (written,) = bank.generate([(_sole(bank, "a text on the command line"), text)], settings)
         print_json(written.to_dict()) if as_json else print(written.text)
+    else:
+        _write_lines(bank, input_, output, settings, batch_size)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The options of writing for the rows of a task."""
+
+    task: str | None
+    data: str | None
+    split: str | None
+    rows: int | None
+    examples: int
+    out: Path | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a task's rows are to be written for."""
+        return self.task is not None or self.data is not None
+
+    def check(self) -> None:
+        """Refuse what would not be honoured."""
+        if self.task is not None and self.data is not None:
+            raise ConfigError("--task and --data both say which rows to write for; give one of them")
+        for name in ("out", "rows", "split"):
+            if not self.asked and getattr(self, name) is not None:
+                raise ConfigError(f"--{name} is for the rows of a task; give --task NAME or --data FILE too")
+        for name, least in (("rows", 1), ("examples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name} {value} is not possible; give {least} or more")
+        if self.examples and self.task is None:
+            raise ConfigError("--examples are training rows of a task by name; give --task NAME too")
+
+
+def _check(judged: _Judged, text: str | None, input_: str, output: Path | None) -> None:
+    """Refuse rows from several places, and outputs that would not be written."""
+    elsewhere = input_ != "-" or output is not None
+    if judged.asked and (text is not None or elsewhere):
+        raise ConfigError("--task and --data bring their own rows; drop the text, --input and --output (--out FOLDER)")
+    if text is not None and elsewhere:
+        raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
+    refuse_output_over_input(input_, output)
+
+
+def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Bank:
+    """The adapters in a bank; without any the bare backbone."""
+    if not named:
+        if backbone is None:
+            raise ConfigError(
+                "generate needs adapters: --adapters FOLDER, which may be repeated; or --backbone NAME, for a language "
+                "model without any"
+            )
+        return Bank(shared.load_backbone(backbone, device, dtype))
+    folders = adapter_folders(named, command="generate")
+    loaded = Adapter.load(next(iter(folders.values())))
+    bank = Bank(shared.backbone_of(loaded, backbone, device, dtype))
+    for name, folder in folders.items():
+        bank.add(name, folder)
+    return bank
+
+
+def _sole(bank: Bank, what: str) -> str | None:
+    """The one adapter; `None` for the bare backbone where there is none."""
+    if len(bank) > 1:
+        raise ConfigError(f"{what} is for one adapter, not {len(bank)}; pass rows as JSON lines: --input rows.jsonl")
+    return next(iter(bank.names), None)
+
+
+# -------------------------------------------------------------------- the rows of a task
+
+
+def _judge(bank: Bank, judged: _Judged, settings: GenerationSettings, batch_size: int, as_json: bool) -> None:
+    name = _sole(bank, "judging texts")
+    own, table = _rows_to_judge_by(None if name is None else bank.adapter(name), judged)
+    done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=judged.rows)
+    if judged.out is not None:
+        note(f"texts and references stand in {done.save(judged.out) / PAGE_FILE}")
+    shown: dict[str, Any] = dict(done.scores)
+    if done.interval is not None:
+        shown |= {"bleu_low": done.interval.low, "bleu_high": done.interval.high}
+    if as_json:
+        print_json({"adapter": name, "task": done.task.name, "rows": len(done.rows), **shown})
         return
+    cells = [(done.adapter, done.task.name, metric, score(value)) for metric, value in shown.items()]
+    show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
+
+
+def _rows_to_judge_by(adapter: Adapter | None, judged: _Judged) -> tuple[Task | None, Any]:
+    """The rows, and the task that puts and judges them where it is not the adapter's own."""
+    split = judged.split or _SPLIT
+    if judged.data is not None:
+        if adapter is None:
+            raise ConfigError(
+                "--data holds rows, and an adapter says how they are put and judged; without one give --task NAME"
+            )
+        return None, any_split(judged.data, split)
+    name = str(judged.task)
+    loaded = load_task(name)
+    if not len(loaded.train) and _are_questions(name):
+        found, rows = question_rows(name, split)
+        return _put_as(found, adapter), rows
+    tables = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
+    if tables.get(split) is None:
+        raise DataError(f"task '{name}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}")
+    if judged.examples:
+        made = with_examples(replace(loaded, validation=tables[split], test=None), judged.examples)
+        return _put_as(made.task, adapter), made.validation
+    return (loaded.task if adapter is None else None), tables[split]
+
+
+def _put_as(task: Task, adapter: Adapter | None) -> Task:
+    """A task in the format of the prompts that an adapter was trained on."""
+    return task if adapter is None else replace(task, format=adapter.task.format, system=adapter.task.system)
+
+
+def _are_questions(task: str) -> bool:
+    """Whether a task is one of the sets of questions, whose final answers can be judged whatever an adapter reads."""
+    collection, _, name = task.partition("/")
+    return collection == "reasoning" and name in READERS
+
+
+# -------------------------------------------------------------------- JSON lines
+
+
+def _write_lines(bank: Bank, input_: str, output: Path | None, settings: GenerationSettings, batch_size: int) -> None:
+    """Write for every line of the input, in order; none before all are accepted and the output is open."""
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         engines, requests = _submit(bank, _read(bank, lines, settings), batch_size)
@@ -156,105 +290,6 @@ def generate(
             written = request.result()
             values = {"adapter": written.adapter} | written.to_dict()
             print(json.dumps(values, ensure_ascii=False), file=sink)
-
-
-def _check(
-    text: str | None,
-    judged: bool,
-    task: str | None,
-    data: str | None,
-    out: Path | None,
-    rows: int | None,
-    input_: str,
-    output: Path | None,
-) -> None:
-    """Refuse options that would not be honoured."""
-    if task is not None and data is not None:
-        raise ConfigError("--task and --data both say which rows to write for; give one of them")
-    if judged and (text is not None or input_ != "-" or output is not None):
-        raise ConfigError("--task and --data bring their own rows; drop the text, --input and --output (--out FOLDER)")
-    if not judged and (out is not None or rows is not None):
-        raise ConfigError("--out and --rows are for the rows of a task; give --task NAME or --data FILE too")
-    refuse_output_over_input(input_, output)
-    if text is not None and (input_ != "-" or output is not None):
-        raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
-
-
-def _check_examples(examples: int, task: str | None) -> None:
-    if examples < 0:
-        raise ConfigError(f"--examples {examples} is not possible; give 0 or more")
-    if examples and task is None:
-        raise ConfigError("--examples are training rows of a task by name; give --task NAME too")
-
-
-def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Bank:
-    folders = adapter_folders(named, command="generate")
-    loaded = Adapter.load(next(iter(folders.values())))
-    bank = Bank(shared.backbone_of(loaded, backbone, device, dtype))
-    for name, folder in folders.items():
-        bank.add(name, folder)
-    return bank
-
-
-def _only(bank: Bank, what: str) -> tuple[str]:
-    if len(bank) != 1:
-        raise ConfigError(f"{what} is for one adapter, not {len(bank)}; pass rows as JSON lines: --input rows.jsonl")
-    return (bank.names[0],)
-
-
-def _judge(
-    bank: Bank,
-    task: str | None,
-    data: str | None,
-    split: str,
-    rows: int | None,
-    examples: int,
-    out: Path | None,
-    settings: GenerationSettings,
-    batch_size: int,
-    as_json: bool,
-) -> None:
-    (name,) = _only(bank, "judging texts")
-    own, table = _rows_to_judge_by(bank.adapter(name), task, data, split, examples)
-    done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=rows)
-    if out is not None:
-        note(f"texts and references stand in {done.save(out) / PAGE_FILE}")
-    shown: dict[str, Any] = dict(done.scores)
-    if done.interval is not None:
-        shown |= {"bleu_low": done.interval.low, "bleu_high": done.interval.high}
-    if as_json:
-        print_json({"adapter": name, "task": done.task.name, "rows": len(done.rows), **shown})
-        return
-    cells = [(name, done.task.name, metric, score(value)) for metric, value in shown.items()]
-    show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
-
-
-def _rows_to_judge_by(
-    adapter: Adapter, task: str | None, data: str | None, split: str, examples: int
-) -> tuple[Task | None, Any]:
-    """The rows, and the task that puts and judges them where it is not the adapter's own."""
-    if data is not None:
-        return None, any_split(data, split)
-    loaded = load_task(str(task))
-    if not len(loaded.train) and _are_questions(str(task)):
-        found, rows = question_rows(str(task), split)
-        return replace(found, format=adapter.task.format, system=adapter.task.system), rows
-    tables = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
-    if tables.get(split) is None:
-        raise DataError(f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}")
-    return _with_examples(adapter, loaded, tables[split], examples) if examples else (None, tables[split])
-
-
-def _are_questions(task: str) -> bool:
-    """Whether a task is one of the sets of questions, whose final answers can be judged whatever an adapter reads."""
-    collection, _, name = task.partition("/")
-    return collection == "reasoning" and name in READERS
-
-
-def _with_examples(adapter: Adapter, data: TaskData, table: Any, k: int) -> tuple[Task, Any]:
-    """The rows with the most similar training rows in front of each, and the task that reads them so."""
-    made = with_examples(replace(data, validation=table, test=None), k)
-    return replace(made.task, format=adapter.task.format, system=adapter.task.system), made.validation
 
 
 @dataclass(frozen=True)
