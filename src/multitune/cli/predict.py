@@ -17,7 +17,17 @@ import typer
 from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.bank import Bank, Prediction
 from multitune.cli import shared
-from multitune.cli.shared import AdapterFolders, AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
+from multitune.cli.shared import (
+    AdapterFolders,
+    AsJson,
+    Device,
+    DropLayers,
+    Dtype,
+    OptionalBackboneName,
+    app,
+    print_json,
+    show,
+)
 from multitune.errors import (
     AdapterError,
     BackboneError,
@@ -30,6 +40,8 @@ from multitune.errors import (
     suggest_file,
 )
 
+_SHOWN_VALUES = 4
+"""Of an embedding, where a human reads it."""
 _NumberedRow = tuple[int, tuple[str | None, Any]]
 """The number of a line, and the adapter and the row that it names."""
 _OF_A_ROW = (AdapterError, DataError, MixError, PlanError)
@@ -63,6 +75,7 @@ def predict(
     aot_store: Annotated[
         str, typer.Option(help="Where the token rows of AoT adapters come from: factors, ram or mmap.")
     ] = "factors",
+    drop_layers: DropLayers = None,
     backbone: OptionalBackboneName = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -78,7 +91,8 @@ def predict(
     if texts and (input_ != "-" or output is not None):
         raise ConfigError("a row on the command line is answered alone, on standard output; drop --input and --output")
     refuse_output_over_input(input_, output)
-    bank, broken = _bank(folders, backbone, device, dtype, aot_store)
+    dropped = shared.layer_numbers(drop_layers)
+    bank, broken = _bank(folders, backbone, device, dtype, aot_store, dropped)
     if texts:
         _one_row(bank, texts, as_json, more=len(broken))
         return
@@ -90,12 +104,18 @@ def predict(
 
 
 def _bank(
-    folders: dict[str, Path], backbone: str | None, device: str, dtype: str, aot_store: str
+    folders: dict[str, Path],
+    backbone: str | None,
+    device: str,
+    dtype: str,
+    aot_store: str,
+    dropped: tuple[int, ...],
 ) -> tuple[Bank, dict[str, str]]:
     """The adapters in a bank, and what is wrong with those that cannot be loaded; a row may ask for neither.
 
     Raises:
         MultituneError: not one adapter can be loaded; says why of the first.
+        ConfigError: a layer to drop in which an adapter has nothing.
     """
     errors: dict[str, MultituneError] = {}
     bank: Bank | None = None
@@ -104,7 +124,7 @@ def _bank(
             if bank is None:
                 on = shared.backbone_of(Adapter.load(folder), backbone, device, dtype)
                 bank = Bank(on, aot_store=aot_store)  # type: ignore[arg-type]
-            bank.add(name, folder)
+            bank.add(name, folder, drop_layers=dropped)
         except (AdapterError, BackboneError) as error:
             errors[name] = error
     if bank is None or not bank.names:
@@ -130,7 +150,9 @@ def _one_row(bank: Bank, texts: Sequence[str], as_json: bool, *, more: int) -> N
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         show(shared.table([(n, f"{p:.1%}") for n, p in ranked], ("label", "probability"), right=("probability",)))
     elif prediction.embedding is not None:
-        print(json.dumps(prediction.embedding.tolist()))
+        shown = ", ".join(f"{value:.4f}" for value in prediction.embedding[:_SHOWN_VALUES].tolist())
+        more = ", …" if len(prediction.embedding) > _SHOWN_VALUES else ""
+        print(f"[{shown}{more}] ({len(prediction.embedding)} numbers; --json prints them all)")
     else:
         print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
 
@@ -238,11 +260,12 @@ def read_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str |
         )
     if "adapter" not in values and len(bank) + len(broken) > 1:
         raise DataError(f'no "adapter"; name one of {", ".join(bank.names)}, or null for the bare backbone')
-    name = values.pop("adapter") if "adapter" in values else bank.names[0]
+    name = values.pop("adapter") if "adapter" in values else next(iter(bank.names), None)
     if isinstance(name, str) and name in broken:
         raise AdapterError(f"adapter {name!r} could not be loaded: {broken[name]}")
     if name is not None and (not isinstance(name, str) or name not in bank):
-        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {', '.join(bank.names)}")
+        known = ", ".join(bank.names) or "none, and null asks the bare backbone"
+        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {known}")
     return name, values
 
 
