@@ -111,6 +111,19 @@ def test_save_replaces_and_saving_again_gives_the_same_bytes(bert, random_adapte
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "deep" / "down" / "b" / name).read_bytes()
 
 
+def test_what_a_run_left_stays_beside_the_tensors_it_made(bert, random_adapter, tmp_path):
+    adapter = random_adapter(bert, LoRA(), 1).save(tmp_path / "a")
+    for name in ("history.json", "curve.png", "job.json"):
+        (tmp_path / "a" / name).write_text(name)
+    dataclasses.replace(adapter, metrics={"accuracy": 0.5}).save(tmp_path / "a")
+    assert {p.name: p.read_text() for p in (tmp_path / "a").iterdir() if p.stem != "adapter"} == {
+        name: name for name in ("history.json", "curve.png", "job.json")
+    }
+    assert Adapter.load(tmp_path / "a", bert).metrics == {"accuracy": 0.5}
+    random_adapter(bert, LoRA(), 2).save(tmp_path / "a")  # other tensors, of which that run says nothing
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter.json", "adapter.safetensors"}
+
+
 def test_nothing_is_pickled(folder):
     config = read(folder)
     assert config["format"] == 1

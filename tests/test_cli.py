@@ -5,20 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from multitune import Pattern, __version__, get_method, method_names
+from multitune import Adapter, Bank, ConfigError, Pattern, Task, __version__, evaluate, get_method, method_names
 from multitune.cli import app
 from multitune.cli.fields import fields_of
-from multitune.cli.shared import COMMANDS, load_command, size
+from multitune.cli.shared import COMMANDS, load_backbone, load_command, size
 from multitune.cli.train import OPTIONS, read_recipe, task_data
+from multitune.heads import Head
 from multitune.tasks import list_tasks, load_task
 from multitune.training import TrainConfig
 
@@ -446,6 +448,40 @@ def test_evaluate_leaves_layers_out(adapters: Path) -> None:
     assert "--drop-layers takes layer numbers" in bad("evaluate", adapters / "topic", "--drop-layers", "low")
 
 
+def test_evaluate_judges_by_the_first_rows(adapters: Path, tmp_path: Path) -> None:
+    table = load_task("demo/topic").validation
+    table.select(range(7)).to_json(tmp_path / "first.jsonl")
+    answer = good("evaluate", adapters / "topic", "--task", "demo/topic", "--rows", "7", "--json")
+    (first,) = good("evaluate", adapters / "topic", "--data", tmp_path / "first.jsonl", "--json").json
+    assert answer.json == [first]
+    assert "judged by the first 7 rows only" in answer.err
+    more = good("evaluate", adapters / "topic", "--rows", len(table) + 1, "--json").json
+    assert more == good("evaluate", adapters / "topic", "--json").json
+    for rows in ("0", "-1"):
+        assert f"--rows {rows} is not possible" in bad("evaluate", adapters / "topic", "--rows", rows)
+
+
+def test_the_first_rows_keep_their_groups_whole(random_adapter: Any, bert: Any) -> None:
+    adapter = random_adapter(bert, get_method("lora")(), 1)
+    task = Task(
+        name="t",
+        kind="classification",
+        template=("a",),
+        label="y",
+        labels=("no", "yes"),
+        metric="f1a_and_em",
+        group=("q",),
+    )
+    head = Head.for_task(task)
+    params = head.init(bert, torch.Generator().manual_seed(0))
+    adapter = replace(adapter, task=task, head=head, head_params=params)
+    rows = [{"q": q, "a": f"film {i}", "y": i % 2} for i, q in enumerate("abcabcd")]
+    for num_rows, kept in ((1, [0, 3]), (2, [0, 1, 3, 4]), (7, range(7)), (9, range(7))):
+        assert evaluate(bert, adapter, rows, num_rows=num_rows) == evaluate(bert, adapter, [rows[i] for i in kept])
+    with pytest.raises(ConfigError, match="num_rows=0 is not possible; give at least 1"):
+        evaluate(bert, adapter, rows, num_rows=0)
+
+
 def test_evaluate_refuses_what_it_cannot_honour(adapters: Path) -> None:
     assert "give one of them" in bad("evaluate", adapters / "topic", "--task", "demo/topic", "--data", "x.csv")
     assert "no split 'tset'" in bad("evaluate", adapters / "topic", "--split", "tset")
@@ -570,6 +606,25 @@ def test_a_bad_line_is_named_after_the_good_ones_are_answered(adapters: Path, li
     assert says in problem
 
 
+def test_a_line_that_the_bank_refuses_is_named_after_those_before_it_are_answered(
+    adapters: Path, pair: Path, tmp_path: Path
+) -> None:
+    """Whichever window and batch it is in, and whichever rows have a backbone of their own."""
+    shutil.copytree(adapters / "topic", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "adapter.json").read_text("utf-8"))
+    (tmp_path / "short" / "adapter.json").write_text(json.dumps(config | {"max_length": 1}), "utf-8")
+    full = {"adapter": "pair", "text": "a b", "text_pair": "b a"}
+    rows = (ROWS[0], full, ROWS[1], ROWS[3], full, ROWS[0], {"adapter": "short", "text": "The moon."}, full)
+    given = ("predict", "--adapters", adapters, "--adapters", pair, "--adapters", tmp_path / "short")
+    for more in ((), ("--window", "3"), ("--window", "1"), ("--batch-size", "2")):
+        answer = Answer(*given, *more, input="\n" + _lines(*rows))
+        assert answer.code == 1
+        assert [a["adapter"] for a in answer.lines] == [row["adapter"] for row in rows[:6]]
+        assert answer.err.splitlines()[-1].startswith("error: line 8: ")
+        assert "tokens cannot be cut to the 1 that" in answer.err and "row " not in answer.err
+    assert bad(*given, "--batch-size", "0", input=_lines(*rows)).startswith("error: batch_size=0 is not possible")
+
+
 def test_a_line_that_is_not_utf8_is_named(adapters: Path) -> None:
     assert "line 1: no valid JSON" in bad(
         "predict", "--adapters", adapters, input=b'{"adapter": "topic", "text": "\xff"}\n'
@@ -584,6 +639,33 @@ def test_one_row_on_the_command_line(adapters: Path) -> None:
     found = good("predict", "--adapters", adapters / "topic", "Shares fell.", "--json").json
     assert found["label"] == lines[2].split()[0]
     assert float(good("predict", "--adapters", f"u={adapters / 'urgency'}", "Help!").out) == pytest.approx(0, abs=3)
+
+
+def test_predict_leaves_layers_out(adapters: Path, tmp_path: Path) -> None:
+    adapter = Adapter.load(adapters / "topic")
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(t.shape, generator=generator) for name, t in adapter.params.items()}
+    saved = replace(adapter, params=params).save(tmp_path / "topic")
+    bank = Bank(load_backbone(adapter.backbone["name"]))
+    bank.add("topic", saved, drop_layers=(0, 2))
+    (expected,) = bank.predict([("topic", "The moon.")])
+    rows = _lines({"adapter": "topic", "text": "The moon."})
+    given = ("predict", "--adapters", tmp_path / "topic")
+    (found,), (whole,) = (good(*given, *more, input=rows).lines for more in (("--drop-layers", "0,2"), ()))
+    assert found["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    assert whole["probabilities"] != pytest.approx(expected.probabilities, abs=1e-3)
+    assert "--drop-layers takes layer numbers" in bad(*given, "--drop-layers", "low", input=rows)
+    assert "layer 7 does not exist" in bad(*given, "--drop-layers", "7", input=rows)
+
+
+def test_an_embedding_is_shown_by_its_first_numbers(adapters: Path, tmp_path: Path) -> None:
+    task = Task(name="vectors", kind="embedding", template=("text",))
+    adapter = replace(Adapter.load(adapters / "topic"), task=task, head=Head.for_task(task), head_params={})
+    given = ("predict", "The moon.", "--adapters", adapter.save(tmp_path / "vectors").path)
+    whole = good(*given, "--json").json["embedding"]
+    assert len(whole) == WIDTH
+    shown = good(*given).out.strip()
+    assert shown == f"[{', '.join(f'{v:.4f}' for v in whole[:4])}, …] ({WIDTH} numbers; --json prints them all)"
 
 
 def test_a_fully_tuned_adapter_is_served_beside_the_others(adapters: Path, pair: Path) -> None:

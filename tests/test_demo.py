@@ -44,7 +44,8 @@ def test_it_prints_both_tables_within_100_columns(printed: tuple[Path, str, str]
 
 def test_the_adapters_are_on_disk(printed: tuple[Path, str, str]) -> None:
     folder, _, _ = printed
-    assert {file.parent.name for file in folder.glob("*/adapter.json")} == {lesson.name for lesson in LESSONS}
+    for name in ("adapter.json", "history.json", "curve.png"):
+        assert {file.parent.name for file in folder.glob(f"*/{name}")} == {lesson.name for lesson in LESSONS}, name
 
 
 def test_a_second_demo_uses_what_the_first_has_trained_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from multitune import AdapterError, files
+from multitune import Adapter, AdapterError, files
 from multitune.files import replace_file, replace_folder, sha256
 from multitune.tables import map_table, write_table
 
@@ -40,7 +40,10 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert content(tmp_path) == {"a": "new"}
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, in_one_step):
+    if not in_one_step:  # as on a file system that cannot
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     folder = tmp_path / "deep" / "a"
 
     def fill(**files):
@@ -66,6 +69,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
     with pytest.raises(Stop):
         replace_folder(tmp_path / "new", half)
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+    assert [p.name for p in folder.parent.iterdir()] == ["a"]
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
@@ -92,6 +96,45 @@ while True:
         text = (tmp_path / "a").read_text()
         number = text[: len(text) // 200_000]
         assert text == number * 200_000
+
+
+def killed_between_renames(folder, more=""):
+    """Replace a folder's content, in a process that is killed behind the first rename of its second save."""
+    program = f"""
+import os, pathlib, signal, sys, types
+package = types.ModuleType("multitune")  # the file alone: the package around it loads slowly
+package.__path__ = [{str(Path(files.__file__).parent)!r}]
+sys.modules["multitune"] = package
+from multitune import files
+rename = os.replace
+def renamed(*paths):
+    rename(*paths)
+    os.kill(os.getpid(), signal.SIGKILL)
+folder = pathlib.Path({str(folder)!r})
+files.replace_folder(folder, lambda t: (t / "a").write_text("old"))
+os.replace = renamed
+{more}
+files.replace_folder(folder, lambda t: (t / "a").write_text("new"))
+"""
+    return subprocess.run([sys.executable, "-c", program], check=False).returncode
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="the system has no exchange of folders")
+def test_a_folder_is_there_at_every_instant_of_its_replacement(tmp_path):
+    assert killed_between_renames(tmp_path / "a") == 0  # one step: there is nothing to be killed between
+    assert content(tmp_path / "a") == {"a": "new"} and files.left_aside(tmp_path / "a") is None
+
+
+def test_what_a_kill_between_two_renames_left_is_named(tmp_path):
+    folder = tmp_path / "it's [a]"
+    assert killed_between_renames(folder, "files._exchange = lambda one, other: False") == -signal.SIGKILL
+    assert not folder.exists()
+    with pytest.raises(AdapterError, match="a process that was replacing it was killed") as error:
+        Adapter.load(folder)
+    subprocess.run(str(error.value).rpartition("Take it back: ")[2], shell=True, check=True)
+    assert content(folder) == {"a": "old"}
+    with pytest.raises(AdapterError, match="there is no folder .*/it's.$"):
+        Adapter.load(tmp_path / "it's")
 
 
 def test_sha256(tmp_path):

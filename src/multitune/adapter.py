@@ -8,6 +8,8 @@ first and names every difference.
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from multitune import tables
 from multitune.deltas import TableRows, TokenBias, build_table, table_error
 from multitune.errors import AdapterError, BackboneError, ConfigError, MultituneError, suggest, suggest_file
-from multitune.files import replace_file, replace_folder, sha256
+from multitune.files import left_aside, replace_file, replace_folder, sha256
 from multitune.heads import Head
 from multitune.layer_drop import without_layers
 from multitune.methods import Method, make_method
@@ -40,6 +42,8 @@ UNFINISHED = "checkpoints/run.json"
 
 #: What an adapter's folder may hold: these two, a fused table, and what training leaves beside them.
 FILES = (CONFIG_FILE, TENSOR_FILE, tables.TABLE_FILE, "history.json", "curve.png", "job.json")
+_OF_THE_RUN = FILES[3:]
+"""Of these, what the training run left that made the tensors."""
 
 _KEYS = (
     "format", "multitune", "name", "method", "head", "task", "max_length", "backbone", "metrics", "recipe", "seed",
@@ -184,10 +188,22 @@ class Adapter:
     # ---------------------------------------------------------------- files
 
     def save(self, path: str | Path) -> Adapter:
-        """Write the adapter folder atomically and return the adapter with its path. A table is not carried over."""
+        """Write the adapter folder atomically and return the adapter with its path.
+
+        Where the folder holds the same tensors already, such as when scores are added to a trained adapter, what the
+        training run left beside them (`history.json`, `curve.png`) stays. A table is not carried over.
+        """
         folder = Path(path).absolute()
         digests: list[str] = []
-        replace_folder(folder, lambda temporary: digests.append(self.write_into(temporary)), ours=FILES)
+
+        def write(temporary: Path) -> None:
+            digests.append(self.write_into(temporary))
+            tensors = folder / TENSOR_FILE
+            if tensors.exists() and sha256(tensors) == digests[0]:
+                for file in (folder / name for name in _OF_THE_RUN if (folder / name).exists()):
+                    shutil.copy2(file, temporary / file.name)
+
+        replace_folder(folder, write, ours=FILES)
         return replace(self, path=folder, table=None, digest=digests[0])
 
     def write_into(self, folder: Path) -> str:
@@ -373,6 +389,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.exists():
         if not folder.exists():
+            old = left_aside(folder)
+            if old is not None:
+                raise AdapterError(
+                    f"there is no folder {folder}: a process that was replacing it was killed, and what it held is in "
+                    f"{old}. Take it back: mv {shlex.quote(str(old))} {shlex.quote(str(folder))}"
+                )
             raise AdapterError(f"there is no folder {folder}.{suggest_file(folder)}")
         if (folder / UNFINISHED).exists():
             raise AdapterError(

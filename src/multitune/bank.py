@@ -205,6 +205,15 @@ class Bank:
         with self._lock:
             return self._find(name).adapter
 
+    def serving(self, name: str | None) -> Bank:
+        """The bank that answers the rows of an adapter (`None`: bare rows).
+
+        It is this one, but for a fully tuned adapter, which has a backbone and a bank of its own; made at the first
+        call.
+        """
+        alone = self._served_alone([(name, None)], 0)
+        return self if alone is None else alone
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of adapter tensors in memory now."""

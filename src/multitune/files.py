@@ -1,10 +1,19 @@
-"""Atomic writes: at every instant a path holds the old content or the whole new one."""
+"""Atomic writes: at every instant a path holds the old content or the whole new one.
+
+Folders change places in one step where the system can do that (Linux and macOS, on their usual file systems). Elsewhere
+two renames do it, and a kill between them leaves nothing half-written: what was there stands beside the path, under the
+name that `left_aside` finds.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -59,11 +68,10 @@ def replace_folder(path: Path, write: Callable[[Path], object], *, ours: Iterabl
             if file.is_file():
                 _share(file)
                 _sync(file)
-        if path.exists():
-            # A folder cannot be exchanged in one step everywhere; a kill between these two lines leaves the old
-            # content under a name that starts with a dot, and nothing half-written under `path`.
-            os.replace(path, old)
-        os.replace(temporary, path)
+        if not (path.exists() and _exchange(temporary, path)):
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
@@ -71,6 +79,35 @@ def replace_folder(path: Path, write: Callable[[Path], object], *, ours: Iterabl
         elif old.exists():
             os.replace(old, path)
     _sync(path.parent)
+
+
+def left_aside(path: Path) -> Path | None:
+    """Where the content of a folder is that was being replaced when a process was killed; `None` if nowhere."""
+    left = path.parent.glob(f".{glob.escape(path.name)}.????????.old") if not path.exists() else ()  # mkdtemp's eight
+    return max(left, key=lambda place: place.stat().st_mtime, default=None)
+
+
+#: What the system calls the exchange of two paths in one step, and the number by which it is asked for it:
+#: https://man7.org/linux/man-pages/man2/rename.2.html (RENAME_EXCHANGE), and macOS's renameatx_np (RENAME_SWAP).
+_EXCHANGES = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}
+_HERE = {"linux": -100, "darwin": -2}
+"""AT_FDCWD: paths are as the process sees them."""
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders of one file system change places in one step; False where the system cannot."""
+    name, flag = _EXCHANGES.get(sys.platform, ("", 0))
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    if exchange is None:
+        return False
+    here = _HERE[sys.platform]
+    if exchange(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(flag)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT:  # an old kernel, or a file system such as NFS
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from multitune.cli import app
+from multitune.generation import Engine
 
 ROWS = [{"facts": f"film {c}", "said": f"good {c}"} for c in "abcdefghij"]
 
@@ -65,6 +66,81 @@ def test_rows_of_any_adapter_are_written_in_order(made):
     assert json.loads(alone.stdout)["token_ids"] == found[0]["token_ids"]
 
 
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_line_may_have_settings_of_its_own(made):
+    row = {"adapter": "lora", "facts": "film a"}
+    drawn = {"temperature": 30.0, "seed": 1, "stop_at_eos": False}
+    rows = lines(row, row | drawn, row | drawn, row | drawn | {"seed": 2}, row | {"max_new_tokens": 1}, row)
+    given = ("--adapters", made / "adapters/lora", "--max-new-tokens", "5")
+    found = [json.loads(line)["token_ids"] for line in run("generate", *given, input=rows).stdout.splitlines()]
+    assert found[0] == found[5] and found[4] == found[0][:1]
+    assert found[1] == found[2] and len({tuple(ids) for ids in found}) == 4
+    # what the command line says holds for the lines that say nothing
+    (first, other) = [
+        json.loads(line)["token_ids"]
+        for line in run(
+            "generate", *given, "--temperature", "30", "--seed", "1", input=lines(row | {"stop_at_eos": False}, row)
+        ).stdout.splitlines()
+    ]
+    assert first == found[1] and other == first[: len(other)]
+
+
+def test_a_column_that_is_called_like_a_setting_is_the_column(made, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "seeds"
+    file.write_text(lines(*({"seed": f"film {c}", "said": "good"} for c in "abcdef")), "utf-8")
+    texts = ("--train", file, "--kind", "generation", "--text", "{seed} :", "--label", "said", "--format", "plain")
+    short = ("--max-steps", "1", "--batch-size", "2", "--max-length", "24", "--progress", "false")
+    run("train", *texts, "--method", "lora", "--out", out, "--backbone", made / "model", *short)
+    rows = lines({"seed": "film a"}, {"text": "film a"})
+    one, other = run("generate", "--adapters", out, "--max-new-tokens", "3", input=rows).stdout.splitlines()
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "film a", "temprature": 0.7}, "unknown key 'temprature'. Did you mean 'temperature'?"),
+        ({"text": "film a", "beams": 2}, "unknown key 'beams'. Did you mean 'num_beams'?"),
+        ({"fact": "film a"}, "unknown key 'fact'. Did you mean 'facts'?"),
+        ({"text": "film a", "temperature": "hot"}, "temperature='hot' is not possible; give 0 or more"),
+        (
+            {"adapter": None, "text": "film a", "facts": "b"},
+            "unknown key 'facts'. A line has an adapter, columns (text)",
+        ),
+    ],
+)
+def test_what_a_line_says_is_honoured_or_refused(made, row, words):
+    rows = lines({"text": "film a"}, row)
+    assert f"line 2: {words}" in run("generate", "--adapters", made / "adapters/lora", input=rows, code=1).stderr
+
+
+def test_the_line_that_cannot_be_written_is_named_before_any_is_written(made, tmp_path, monkeypatch):
+    """In the file's own numbers, whichever backbone its adapter has, and the output keeps what it held."""
+    good, alone = {"adapter": "lora", "text": "film a"}, {"adapter": "full", "text": "film a"}
+    long = {"adapter": None, "text": "film a", "max_new_tokens": 100_000}
+    short = ("generate", "--adapters", made / "adapters", "--max-new-tokens", "2")
+    given = (*short, "--output", tmp_path / "out")
+    (tmp_path / "out").write_text("kept")
+    steps = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: steps.append(engine) or step(engine))
+    for rows in ((good, alone, good, long), (good, alone, alone, {**long, "adapter": "full"})):
+        said = run(*given, input="\n" + lines(*rows), code=1).stderr.splitlines()[-1]
+        assert said.startswith("error: line 5: ") and "row " not in said
+    assert not steps and (tmp_path / "out").read_text() == "kept"
+    said = run(*short, "--output", tmp_path / "no" / "out", input=lines(good), code=1).stderr
+    assert "No such file" in said and not steps
+    run(*given, input=lines(good, alone))
+    assert steps and len((tmp_path / "out").read_text().splitlines()) == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(lines(good))
+    assert "would be emptied" in run(*short, "--input", rows, "--output", rows, code=1).stderr
+    assert rows.read_text() == lines(good)
+
+
 def test_texts_stand_beside_references(made, tmp_path):
     given = ("generate", "--adapters", made / "adapters/lora", "--data", made / "rows.jsonl", "--max-new-tokens", "3")
     done = run(*given, "--rows", "3", "--out", tmp_path / "out", "--json")
@@ -78,6 +154,15 @@ def test_evaluate_measures_perplexity(made):
     done = run("evaluate", made / "adapters/lora", "--data", made / "rows.jsonl", "--json")
     (found,) = json.loads(done.stdout)
     assert found["perplexity"] > 1
+    command = f"multitune generate --adapters {made / 'adapters/lora'} --data {made / 'rows.jsonl'}"
+    assert done.stderr.splitlines()[-1].endswith(command)
+    assert json.loads(run(*command.split()[1:], "--max-new-tokens", "2", "--json").stdout)["rows"] == len(ROWS)
+    few = run("evaluate", made / "adapters/lora", "--data", made / "rows.jsonl", "--rows", "1", "--json")
+    first = made / "first.jsonl"
+    first.write_text(lines(ROWS[0]), "utf-8")
+    alone = run("evaluate", made / "adapters/lora", "--data", first, "--json")
+    assert json.loads(few.stdout) == json.loads(alone.stdout) != [found]
+    assert "judged by the first 1 rows only" in few.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,7 +170,11 @@ def test_evaluate_measures_perplexity(made):
     [
         (("--task", "x", "--data", "y"), "give one of them"),
         (("--data", "y", "--input", "z"), "bring their own rows"),
-        (("--out", "z"), "--out and --rows are for the rows of a task"),
+        (("--out", "z"), "--out is for the rows of a task; give --task NAME or --data FILE too"),
+        (("--rows", "3"), "--rows is for the rows of a task"),
+        (("--split", "test"), "--split is for the rows of a task"),
+        (("--data", "y", "--rows", "0"), "--rows 0 is not possible; give 1 or more"),
+        (("--task", "y", "--examples", "-1"), "--examples -1 is not possible; give 0 or more"),
         (("--temperature", "-1"), "temperature=-1.0"),
         (("text",), "for one adapter, not 2"),
     ],

@@ -12,8 +12,8 @@ from multitune.cli import app
 FAST = ("--max-steps", "2", "--batch-size", "4", "--max-length", "120", "--progress", "false", "--json")
 
 
-def run(*args, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in args])
+def run(*args, code=0, input=None):
+    result = CliRunner().invoke(app, [str(a) for a in args], input=input)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.stderr
@@ -93,6 +93,41 @@ def test_examples_stand_in_front_in_training_and_writing(place):
         *shown, own = row["prompt"].split("\n\n")
         assert len(shown) == 2 and own not in [part.splitlines()[0] for part in shown]
         assert all(part.splitlines()[1].startswith("good ") for part in shown)
+
+
+def test_the_bare_backbone_writes_and_is_judged_with_and_without_examples(place):
+    model = ("generate", "--backbone", place / "model", "--max-new-tokens", "3")
+    for k in (0, 2):
+        task = ("--task", "nlg/e2e_nlg", "--rows", "4", "--examples", k, "--out", place / f"bare-{k}")
+        found = json.loads(run(*model, *task, "--json").stdout)
+        assert found["adapter"] is None and found["rows"] == 4 and found["bleu"] >= 0
+        kept = (place / f"bare-{k}" / "predictions.jsonl").read_text("utf-8").splitlines()
+        prompts = [json.loads(row)["prompt"] for row in kept]
+        assert [len(prompt.split("\n\n")) for prompt in prompts] == [k + 1] * 4
+        assert run(*model, *task).stdout.splitlines()[2].split()[:3] == ["bare", "nlg/e2e_nlg", "bleu"]
+    alone = json.loads(run(*model, "film a", "--json").stdout)
+    rows = '{"text": "film a"}\n{"adapter": null, "text": "film a"}\n'
+    written = [json.loads(line) for line in run(*model, input=rows).stdout.splitlines()]
+    assert [line["token_ids"] for line in written] == [alone["token_ids"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "or --backbone NAME, for a language model without any"),
+        (("--backbone", "MODEL", "--data", "x.jsonl"), "without one give --task NAME"),
+        (
+            ("--backbone", "MODEL", "--task", "moods/one"),
+            "task 'moods/one' is of kind classification and writes nothing",
+        ),
+    ],
+)
+def test_the_bare_backbone_needs_to_be_told_what_to_write(place, arguments, message):
+    given = [place / "model" if word == "MODEL" else word for word in arguments]
+    assert message in run("generate", *given, code=1, input="").stderr
+    line = '{"adapter": "mixed", "text": "x"}'
+    bad = run("generate", "--backbone", place / "model", code=1, input=line)
+    assert "line 1: no adapter 'mixed'. There are none, and null asks the bare backbone" in bad.stderr
 
 
 @pytest.mark.parametrize(

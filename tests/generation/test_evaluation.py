@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from multitune import Adapter, AdapterError, Backbone, Bank, DataError, Head, Task, get_method, merge
+from multitune import Adapter, AdapterError, Backbone, Bank, ConfigError, DataError, Head, Task, get_method, merge
 from multitune.answers import Answered
 from multitune.generation import evaluate_texts
 from multitune.generation.prompts import encode_for_task
@@ -119,6 +119,9 @@ def test_only_so_many_rows_and_only_adapters_that_write(bank):
         evaluate_texts(bank, None, ROWS, {"max_new_tokens": bank.backbone.max_length - 1}, task=WRITE)
     with pytest.raises(DataError, match="no rows to judge"):
         evaluate_texts(bank, "lora", [])
+    for num_rows in (0, -1):
+        with pytest.raises(ConfigError, match=f"num_rows={num_rows} is not possible; give at least 1"):
+            evaluate_texts(bank, "lora", ROWS, num_rows=num_rows)
 
 
 @pytest.mark.parametrize("tied", [True, False])

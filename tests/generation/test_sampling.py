@@ -98,6 +98,13 @@ def test_logprobs_are_the_models_own(lm, language_model, make_prompts, close, be
         (dict(stop=("",)), r"give strings that are not empty"),
         (dict(seed=-1), r"seed=-1 is not possible"),
         (dict(repetition_penalty=0), r"repetition_penalty=0 is not possible; give above 0"),
+        (dict(temperature="hot"), r"temperature='hot' is not possible; give 0 or more"),
+        (dict(top_p=None), r"top_p=None is not possible"),
+        (dict(seed="1"), r"seed='1' is not possible"),
+        (dict(length_penalty="long"), r"length_penalty='long' is not possible; give a number"),
+        (dict(stop=5), r"stop=5 is not possible; give strings"),
+        (dict(stop_at_eos="no"), r"stop_at_eos='no' is not possible; give a bool"),
+        (dict(logprobs=1), r"logprobs=1 is not possible; give a bool"),
     ],
 )
 def test_impossible_settings_are_refused(chosen, message):

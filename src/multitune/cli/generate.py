@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import typer
 from multitune.adapter import Adapter
 from multitune.bank import Bank
 from multitune.cli import shared
-from multitune.cli.predict import adapter_folders, open_rows, row_of_line
+from multitune.cli.predict import adapter_folders, open_rows, read_line, refuse_output_over_input, row_of_values
 from multitune.cli.shared import (
     AdapterFolders,
     AsJson,
@@ -28,14 +28,16 @@ from multitune.cli.shared import (
     score,
     show,
 )
-from multitune.errors import ConfigError, DataError, MultituneError
-from multitune.generation import GenerationSettings, evaluate_texts
+from multitune.errors import ConfigError, DataError, MultituneError, suggest
+from multitune.generation import Engine, GenerationSettings, Request, evaluate_texts
 from multitune.generation.evaluation import PAGE_FILE
+from multitune.generation.settings import setting_names
 from multitune.prompting import with_examples
-from multitune.tasks import Task, TaskData, any_split, load_task
+from multitune.tasks import Task, any_split, load_task
 from multitune.tasks.reasoning import READERS, question_rows
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
+_SPLIT = "validation"
 
 
 @app.command()
@@ -50,7 +52,8 @@ def generate(
             "--input",
             metavar="FILE",
             help='JSON lines such as {"adapter": "e2e", "text": "…"}, or with the columns of the adapter\'s template; '
-            '"adapter": null asks the bare backbone. - reads standard input.',
+            '"adapter": null asks the bare backbone. A line may have settings of its own, by their names in Python: '
+            '"temperature": 0.7, "seed": 1. - reads standard input.',
         ),
     ] = "-",
     output: Annotated[
@@ -58,7 +61,11 @@ def generate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Task by name, to judge one adapter by.", rich_help_panel=_JUDGING, show_default=False),
+        typer.Option(
+            help="Task by name, to judge one adapter by, or with --backbone alone the bare language model.",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -69,8 +76,13 @@ def generate(
         ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split to write for, where there are several.", rich_help_panel=_JUDGING)
-    ] = "validation",
+        str | None,
+        typer.Option(
+            help=f"Split to write for, where there are several. \\[default: {_SPLIT}]",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(help="Write for the first so many prompts only.", rich_help_panel=_JUDGING, show_default=False),
@@ -79,7 +91,7 @@ def generate(
         int,
         typer.Option(
             help="Training rows of the task that stand in front of every row as examples, the most similar ones; as "
-            "many as the adapter was trained with.",
+            "many as the adapter was trained with, or with --backbone alone any number (few-shot).",
             rich_help_panel=_JUDGING,
         ),
     ] = 0,
@@ -132,63 +144,69 @@ def generate(
         num_beams=beams,
         stop=tuple(stop or ()),
     )
-    judged = task is not None or data is not None
-    _check(text, judged, task, data, out, rows, input_, output)
-    _check_examples(examples, task)
+    judged = _Judged(task, data, split, rows, examples, out)
+    judged.check()
+    _check(judged, text, input_, output)
     bank = _bank(adapters or [], backbone, device, dtype)
-    if judged:
-        _judge(bank, task, data, split, rows, examples, out, settings, batch_size, as_json)
-        return
-    if text is not None:
-        (name,) = _only(bank, "a text on the command line")
-        (written,) = bank.generate([(name, text)], settings)
+    if judged.asked:
+        _judge(bank, judged, settings, batch_size, as_json)
+    elif text is not None:
+        (written,) = bank.generate([(_sole(bank, "a text on the command line"), text)], settings)
         print_json(written.to_dict()) if as_json else print(written.text)
-        return
-    with ExitStack() as stack:
-        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
-        asked: list[tuple[str | None, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    asked.append(row_of_line(bank, line, {}))
-                except MultituneError as error:
-                    raise DataError(f"line {number}: {error}") from error
-        found = _generate(bank, asked, settings, batch_size)
-        sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-        for written in found:
-            values = {"adapter": written.adapter} | written.to_dict()
-            print(json.dumps(values, ensure_ascii=False), file=sink)
+    else:
+        _write_lines(bank, input_, output, settings, batch_size)
 
 
-def _check(
-    text: str | None,
-    judged: bool,
-    task: str | None,
-    data: str | None,
-    out: Path | None,
-    rows: int | None,
-    input_: str,
-    output: Path | None,
-) -> None:
-    """Refuse options that would not be honoured."""
-    if task is not None and data is not None:
-        raise ConfigError("--task and --data both say which rows to write for; give one of them")
-    if judged and (text is not None or input_ != "-" or output is not None):
+@dataclass(frozen=True)
+class _Judged:
+    """The options of writing for the rows of a task."""
+
+    task: str | None
+    data: str | None
+    split: str | None
+    rows: int | None
+    examples: int
+    out: Path | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a task's rows are to be written for."""
+        return self.task is not None or self.data is not None
+
+    def check(self) -> None:
+        """Refuse what would not be honoured."""
+        if self.task is not None and self.data is not None:
+            raise ConfigError("--task and --data both say which rows to write for; give one of them")
+        for name in ("out", "rows", "split"):
+            if not self.asked and getattr(self, name) is not None:
+                raise ConfigError(f"--{name} is for the rows of a task; give --task NAME or --data FILE too")
+        for name, least in (("rows", 1), ("examples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name} {value} is not possible; give {least} or more")
+        if self.examples and self.task is None:
+            raise ConfigError("--examples are training rows of a task by name; give --task NAME too")
+
+
+def _check(judged: _Judged, text: str | None, input_: str, output: Path | None) -> None:
+    """Refuse rows from several places, and outputs that would not be written."""
+    elsewhere = input_ != "-" or output is not None
+    if judged.asked and (text is not None or elsewhere):
         raise ConfigError("--task and --data bring their own rows; drop the text, --input and --output (--out FOLDER)")
-    if not judged and (out is not None or rows is not None):
-        raise ConfigError("--out and --rows are for the rows of a task; give --task NAME or --data FILE too")
-    if text is not None and (input_ != "-" or output is not None):
+    if text is not None and elsewhere:
         raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
-
-
-def _check_examples(examples: int, task: str | None) -> None:
-    if examples < 0:
-        raise ConfigError(f"--examples {examples} is not possible; give 0 or more")
-    if examples and task is None:
-        raise ConfigError("--examples are training rows of a task by name; give --task NAME too")
+    refuse_output_over_input(input_, output)
 
 
 def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Bank:
+    """The adapters in a bank; without any the bare backbone."""
+    if not named:
+        if backbone is None:
+            raise ConfigError(
+                "generate needs adapters: --adapters FOLDER, which may be repeated; or --backbone NAME, for a language "
+                "model without any"
+            )
+        return Bank(shared.load_backbone(backbone, device, dtype))
     folders = adapter_folders(named, command="generate")
     loaded = Adapter.load(next(iter(folders.values())))
     bank = Bank(shared.backbone_of(loaded, backbone, device, dtype))
@@ -197,53 +215,58 @@ def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Ba
     return bank
 
 
-def _only(bank: Bank, what: str) -> tuple[str]:
-    if len(bank) != 1:
+def _sole(bank: Bank, what: str) -> str | None:
+    """The one adapter; `None` for the bare backbone where there is none."""
+    if len(bank) > 1:
         raise ConfigError(f"{what} is for one adapter, not {len(bank)}; pass rows as JSON lines: --input rows.jsonl")
-    return (bank.names[0],)
+    return next(iter(bank.names), None)
 
 
-def _judge(
-    bank: Bank,
-    task: str | None,
-    data: str | None,
-    split: str,
-    rows: int | None,
-    examples: int,
-    out: Path | None,
-    settings: GenerationSettings,
-    batch_size: int,
-    as_json: bool,
-) -> None:
-    (name,) = _only(bank, "judging texts")
-    own, table = _rows_to_judge_by(bank.adapter(name), task, data, split, examples)
-    done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=rows)
-    if out is not None:
-        note(f"texts and references stand in {done.save(out) / PAGE_FILE}")
+# -------------------------------------------------------------------- the rows of a task
+
+
+def _judge(bank: Bank, judged: _Judged, settings: GenerationSettings, batch_size: int, as_json: bool) -> None:
+    name = _sole(bank, "judging texts")
+    own, table = _rows_to_judge_by(None if name is None else bank.adapter(name), judged)
+    done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=judged.rows)
+    if judged.out is not None:
+        note(f"texts and references stand in {done.save(judged.out) / PAGE_FILE}")
     shown: dict[str, Any] = dict(done.scores)
     if done.interval is not None:
         shown |= {"bleu_low": done.interval.low, "bleu_high": done.interval.high}
     if as_json:
         print_json({"adapter": name, "task": done.task.name, "rows": len(done.rows), **shown})
         return
-    cells = [(name, done.task.name, metric, score(value)) for metric, value in shown.items()]
+    cells = [(done.adapter, done.task.name, metric, score(value)) for metric, value in shown.items()]
     show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
 
 
-def _rows_to_judge_by(
-    adapter: Adapter, task: str | None, data: str | None, split: str, examples: int
-) -> tuple[Task | None, Any]:
+def _rows_to_judge_by(adapter: Adapter | None, judged: _Judged) -> tuple[Task | None, Any]:
     """The rows, and the task that puts and judges them where it is not the adapter's own."""
-    if data is not None:
-        return None, any_split(data, split)
-    loaded = load_task(str(task))
-    if not len(loaded.train) and _are_questions(str(task)):
-        found, rows = question_rows(str(task), split)
-        return replace(found, format=adapter.task.format, system=adapter.task.system), rows
+    split = judged.split or _SPLIT
+    if judged.data is not None:
+        if adapter is None:
+            raise ConfigError(
+                "--data holds rows, and an adapter says how they are put and judged; without one give --task NAME"
+            )
+        return None, any_split(judged.data, split)
+    name = str(judged.task)
+    loaded = load_task(name)
+    if not len(loaded.train) and _are_questions(name):
+        found, rows = question_rows(name, split)
+        return _put_as(found, adapter), rows
     tables = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     if tables.get(split) is None:
-        raise DataError(f"task '{task}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}")
-    return _with_examples(adapter, loaded, tables[split], examples) if examples else (None, tables[split])
+        raise DataError(f"task '{name}' has no {split} split; it has {', '.join(k for k, t in tables.items() if t)}")
+    if judged.examples:
+        made = with_examples(replace(loaded, validation=tables[split], test=None), judged.examples)
+        return _put_as(made.task, adapter), made.validation
+    return (loaded.task if adapter is None else None), tables[split]
+
+
+def _put_as(task: Task, adapter: Adapter | None) -> Task:
+    """A task in the format of the prompts that an adapter was trained on."""
+    return task if adapter is None else replace(task, format=adapter.task.format, system=adapter.task.system)
 
 
 def _are_questions(task: str) -> bool:
@@ -252,22 +275,88 @@ def _are_questions(task: str) -> bool:
     return collection == "reasoning" and name in READERS
 
 
-def _with_examples(adapter: Adapter, data: TaskData, table: Any, k: int) -> tuple[Task, Any]:
-    """The rows with the most similar training rows in front of each, and the task that reads them so."""
-    made = with_examples(replace(data, validation=table, test=None), k)
-    return replace(made.task, format=adapter.task.format, system=adapter.task.system), made.validation
+# -------------------------------------------------------------------- JSON lines
 
 
-def _generate(
-    bank: Bank, rows: list[tuple[str | None, Any]], settings: GenerationSettings, batch_size: int
-) -> list[Any]:
-    """All rows in one mixed batch, but for those of fully tuned adapters, which have a backbone of their own each."""
-    groups: dict[str | None, list[int]] = defaultdict(list)
-    for i, (name, _) in enumerate(rows):
-        alone = name is not None and bank.adapter(name).method.changes_weights
-        groups[name if alone else None].append(i)
-    found: dict[int, Any] = {}
-    for places in groups.values():
-        written = bank.generate([rows[i] for i in places], settings, batch_size=batch_size)
-        found |= zip(places, written, strict=True)
-    return [found[i] for i in range(len(rows))]
+def _write_lines(bank: Bank, input_: str, output: Path | None, settings: GenerationSettings, batch_size: int) -> None:
+    """Write for every line of the input, in order; none before all are accepted and the output is open."""
+    with ExitStack() as stack:
+        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
+        engines, requests = _submit(bank, _read(bank, lines, settings), batch_size)
+        sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
+        for engine in engines:
+            engine.run()
+        for request in requests:
+            written = request.result()
+            values = {"adapter": written.adapter} | written.to_dict()
+            print(json.dumps(values, ensure_ascii=False), file=sink)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the input: whom it asks for what, and how to decode."""
+
+    number: int
+    """Its number in the input, from 1."""
+    adapter: str | None
+    row: Any
+    settings: GenerationSettings
+
+
+def _read(bank: Bank, lines: Iterable[bytes], settings: GenerationSettings) -> list[_Line]:
+    """The lines of the input, each with the settings of the command line where it has none of its own.
+
+    Raises:
+        DataError: a line is not JSON, or cannot be honoured; says which line.
+    """
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            name, values = read_line(bank, line, {})
+            own = _take_settings(None if name is None else bank.adapter(name).task, values)
+            row = row_of_values(bank, name, values)
+            found.append(_Line(number, name, row, replace(settings, **own)))
+        except MultituneError as error:
+            raise DataError(f"line {number}: {error}") from error
+    return found
+
+
+def _take_settings(task: Task | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a line's values those that are settings; a key that is a column of the task, too, is that column.
+
+    Raises:
+        DataError: a key that is neither.
+    """
+    of_task = () if task is None else (*task.columns, *filter(None, (task.label,)), *task.group)
+    columns = tuple(dict.fromkeys((*of_task, "text")))
+    known = setting_names()
+    own = {key: values.pop(key) for key in known if key in values and key not in columns}
+    for key in values:
+        if key not in columns:
+            raise DataError(
+                f"unknown key {key!r}.{suggest(key, ('adapter', *columns, *known))} A line has an adapter, columns "
+                f"({', '.join(columns)}) and settings ({', '.join(known)})"
+            )
+    return own
+
+
+def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int) -> tuple[list[Engine], list[Request]]:
+    """All lines, accepted before any is written: in one mixed batch, but for those of fully tuned adapters.
+
+    Returns:
+        The engines that write them, one per backbone, and a request per line.
+
+    Raises:
+        MultituneError: a line cannot be served; says which.
+    """
+    engines: dict[Bank, Engine] = {}
+    requests: list[Request] = []
+    for line in lines:
+        serving = bank.serving(line.adapter)
+        if serving not in engines:
+            engines[serving] = Engine(serving, max_rows=batch_size)
+        row = (line.adapter, line.row)
+        requests += engines[serving].submit_all([row], line.settings, name=f"line {line.number}")
+    return list(engines.values()), requests

@@ -17,8 +17,35 @@ import typer
 from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.bank import Bank, Prediction
 from multitune.cli import shared
-from multitune.cli.shared import AdapterFolders, AsJson, Device, Dtype, OptionalBackboneName, app, print_json, show
-from multitune.errors import AdapterError, BackboneError, ConfigError, DataError, MultituneError, suggest, suggest_file
+from multitune.cli.shared import (
+    AdapterFolders,
+    AsJson,
+    Device,
+    DropLayers,
+    Dtype,
+    OptionalBackboneName,
+    app,
+    print_json,
+    show,
+)
+from multitune.errors import (
+    AdapterError,
+    BackboneError,
+    ConfigError,
+    DataError,
+    MixError,
+    MultituneError,
+    PlanError,
+    suggest,
+    suggest_file,
+)
+
+_SHOWN_VALUES = 4
+"""Of an embedding, where a human reads it."""
+_NumberedRow = tuple[int, tuple[str | None, Any]]
+"""The number of a line, and the adapter and the row that it names."""
+_OF_A_ROW = (AdapterError, DataError, MixError, PlanError)
+"""What the bank raises about one row of a batch."""
 
 
 @app.command()
@@ -33,8 +60,9 @@ def predict(
         typer.Option(
             "--input",
             metavar="FILE",
-            help='JSON lines such as {"adapter": "topic", "text": "…"}; "adapter": null asks for the embedding of the '
-            "bare backbone. - reads standard input.",
+            help='JSON lines such as {"adapter": "topic", "text": "…"}, or with the columns that the adapter reads; '
+            '"adapter": null asks for the embedding of the bare backbone. Other keys, such as an id or the label, are '
+            "not read. - reads standard input.",
         ),
     ] = "-",
     output: Annotated[
@@ -47,6 +75,7 @@ def predict(
     aot_store: Annotated[
         str, typer.Option(help="Where the token rows of AoT adapters come from: factors, ram or mmap.")
     ] = "factors",
+    drop_layers: DropLayers = None,
     backbone: OptionalBackboneName = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -61,11 +90,9 @@ def predict(
         raise ConfigError(f"window={window} is not possible; give at least 1")
     if texts and (input_ != "-" or output is not None):
         raise ConfigError("a row on the command line is answered alone, on standard output; drop --input and --output")
-    if output is not None and input_ != "-" and output.resolve() == Path(input_).resolve():
-        raise ConfigError(
-            f"--output {output} is the input, which would be emptied before it is read; give another file"
-        )
-    bank, broken = _bank(folders, backbone, device, dtype, aot_store)
+    refuse_output_over_input(input_, output)
+    dropped = shared.layer_numbers(drop_layers)
+    bank, broken = _bank(folders, backbone, device, dtype, aot_store, dropped)
     if texts:
         _one_row(bank, texts, as_json, more=len(broken))
         return
@@ -77,12 +104,18 @@ def predict(
 
 
 def _bank(
-    folders: dict[str, Path], backbone: str | None, device: str, dtype: str, aot_store: str
+    folders: dict[str, Path],
+    backbone: str | None,
+    device: str,
+    dtype: str,
+    aot_store: str,
+    dropped: tuple[int, ...],
 ) -> tuple[Bank, dict[str, str]]:
     """The adapters in a bank, and what is wrong with those that cannot be loaded; a row may ask for neither.
 
     Raises:
         MultituneError: not one adapter can be loaded; says why of the first.
+        ConfigError: a layer to drop in which an adapter has nothing.
     """
     errors: dict[str, MultituneError] = {}
     bank: Bank | None = None
@@ -91,7 +124,7 @@ def _bank(
             if bank is None:
                 on = shared.backbone_of(Adapter.load(folder), backbone, device, dtype)
                 bank = Bank(on, aot_store=aot_store)  # type: ignore[arg-type]
-            bank.add(name, folder)
+            bank.add(name, folder, drop_layers=dropped)
         except (AdapterError, BackboneError) as error:
             errors[name] = error
     if bank is None or not bank.names:
@@ -117,7 +150,9 @@ def _one_row(bank: Bank, texts: Sequence[str], as_json: bool, *, more: int) -> N
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         show(shared.table([(n, f"{p:.1%}") for n, p in ranked], ("label", "probability"), right=("probability",)))
     elif prediction.embedding is not None:
-        print(json.dumps(prediction.embedding.tolist()))
+        shown = ", ".join(f"{value:.4f}" for value in prediction.embedding[:_SHOWN_VALUES].tolist())
+        more = ", …" if len(prediction.embedding) > _SHOWN_VALUES else ""
+        print(f"[{shown}{more}] ({len(prediction.embedding)} numbers; --json prints them all)")
     else:
         print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
 
@@ -153,6 +188,12 @@ def adapter_folders(named: Iterable[str], command: str = "predict") -> dict[str,
     return found
 
 
+def refuse_output_over_input(input_: str, output: Path | None) -> None:
+    """Raise ConfigError where the rows would be overwritten by their answers."""
+    if output is not None and input_ != "-" and output.resolve() == Path(input_).resolve():
+        raise ConfigError(f"--output {output} is the input, which would be emptied; give another file")
+
+
 def open_rows(path: Path) -> BinaryIO:
     """A file of JSON lines. Raises DataError when there is none."""
     if not path.is_file():
@@ -172,23 +213,43 @@ def answers(
     """
     numbered = enumerate(lines, start=1)
     while chunk := list(islice(numbered, window)):
-        rows: list[tuple[str | None, Any]] = []
+        rows: list[_NumberedRow] = []
         problem: MultituneError | None = None
         for number, line in chunk:
             if not line.strip():
                 continue
             try:
-                rows.append(row_of_line(bank, line, broken or {}))
+                name, values = read_line(bank, line, broken or {})
+                rows.append((number, (name, row_of_values(bank, name, values))))
             except MultituneError as error:
                 problem = DataError(f"line {number}: {error}")
                 break
-        yield from (prediction.to_dict() for prediction in _predict(bank, rows, batch_size))
+        yield from (prediction.to_dict() for prediction in _answered(bank, rows, batch_size))
         if problem is not None:
             raise problem
 
 
-def row_of_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, Any]:
-    """The adapter and the row that a line names, checked."""
+def _answered(bank: Bank, rows: Sequence[_NumberedRow], batch_size: int) -> Iterator[Prediction]:
+    """Answers to rows by the numbers of their lines, in order; what cannot be answered is named after those before it.
+
+    Raises:
+        DataError: a row that its adapter cannot answer; says which line.
+    """
+    try:
+        found = _predict(bank, [row for _, row in rows], batch_size)
+    except _OF_A_ROW as error:
+        if len(rows) == 1:
+            raise DataError(f"line {rows[0][0]}: {str(error).removeprefix('row 0: ')}") from error
+        # The bank refuses a batch before it runs it, so that looking for the row in halves costs little.
+        half = len(rows) // 2
+        yield from _answered(bank, rows[:half], batch_size)
+        yield from _answered(bank, rows[half:], batch_size)
+        return
+    yield from found
+
+
+def read_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
+    """The adapter that a line names, checked, and what else the line says."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:  # a line that is not UTF-8 is among the first
@@ -199,22 +260,28 @@ def row_of_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str
         )
     if "adapter" not in values and len(bank) + len(broken) > 1:
         raise DataError(f'no "adapter"; name one of {", ".join(bank.names)}, or null for the bare backbone')
-    name = values.pop("adapter") if "adapter" in values else bank.names[0]
+    name = values.pop("adapter") if "adapter" in values else next(iter(bank.names), None)
+    if isinstance(name, str) and name in broken:
+        raise AdapterError(f"adapter {name!r} could not be loaded: {broken[name]}")
+    if name is not None and (not isinstance(name, str) or name not in bank):
+        known = ", ".join(bank.names) or "none, and null asks the bare backbone"
+        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {known}")
+    return name, values
+
+
+def row_of_values(bank: Bank, name: str | None, values: Mapping[str, Any]) -> Any:
+    """The row for an adapter in what a line says, checked; keys that are no column of the row are not read."""
     texts = [values[key] for key in ("text", "text_pair") if key in values]
     row: Any = texts[0] if len(texts) == 1 else tuple(texts)
     if name is None:
         if "text" not in values or not all(isinstance(text, str) for text in texts):
             raise DataError('a row without an adapter has a "text", and may have a "text_pair"')
-        return None, row
-    if isinstance(name, str) and name in broken:
-        raise AdapterError(f"adapter {name!r} could not be loaded: {broken[name]}")
-    if not isinstance(name, str) or name not in bank:
-        raise AdapterError(f"no adapter {name!r}.{suggest(str(name), bank.names)} There are {', '.join(bank.names)}")
+        return row
     task = bank.adapter(name).task
     if "text" not in values or set(task.columns) <= set(values):
         row = {key: value for key, value in values.items() if key != task.label}
     task.encode(row)
-    return name, row
+    return row
 
 
 def _predict(bank: Bank, rows: Sequence[tuple[str | None, Any]], batch_size: int) -> list[Prediction]:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from multitune.errors import DataWarning, MultituneError
+from multitune.errors import ConfigError, DataWarning, MultituneError
 from multitune.version import __version__
 
 if TYPE_CHECKING:  # torch and transformers take seconds to load, and --help needs neither
@@ -185,6 +185,14 @@ AdapterFolders = Annotated[
         show_default=False,
     ),
 ]
+DropLayers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        help="Layers in which the adapters are left out, from 0, such as 0,1 (AdapterDrop).",
+        show_default=False,
+    ),
+]
 AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.", show_default=False)]
 
 
@@ -202,6 +210,14 @@ def load_backbone(name: str, device: str = "cpu", dtype: str = "float32") -> Bac
 def backbone_of(adapter: Adapter, name: str | None, device: str = "cpu", dtype: str = "float32") -> Backbone:
     """The backbone asked for, or the one an adapter was trained on."""
     return load_backbone(name or adapter.backbone["name"], device, dtype)
+
+
+def layer_numbers(given: str | None) -> tuple[int, ...]:
+    """What `--drop-layers` says."""
+    try:
+        return tuple(int(layer) for layer in given.split(",")) if given is not None else ()
+    except ValueError:
+        raise ConfigError(f"--drop-layers takes layer numbers, such as 0,1, not '{given}'") from None
 
 
 # -------------------------------------------------------------------- output

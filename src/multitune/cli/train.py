@@ -16,6 +16,7 @@ from multitune.cli.mixtures import judge_held_out, read_mixture
 from multitune.cli.shared import (
     AsJson,
     Device,
+    DropLayers,
     Dtype,
     OptionalBackboneName,
     app,
@@ -44,6 +45,7 @@ OWN_PATTERN = ("verbalizer", "instruction")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
 _PATTERN = "Answers as text, by a language model"
 _TRAINING = "Training"
+_HELD_OUT_ROWS = 50
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN"}
 
 
@@ -377,13 +379,6 @@ def _task_of(adapter: Adapter, name: str | None) -> TaskData:
         ) from error
 
 
-def _layers(given: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(layer) for layer in given.split(",")) if given is not None else ()
-    except ValueError:
-        raise ConfigError(f"--drop-layers takes layer numbers, such as 0,1, not '{given}'") from None
-
-
 @app.command("evaluate")
 def evaluate_command(
     adapters: Annotated[
@@ -404,17 +399,17 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(help="With --mixture: rows of each held-out task.")] = 50,
-    split: Annotated[str, typer.Option(help="Split to judge by, where there are several.")] = "validation",
-    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 32,
-    drop_layers: Annotated[
-        str | None,
+    rows: Annotated[
+        int | None,
         typer.Option(
-            metavar="LAYERS",
-            help="Layers in which the adapters are left out, from 0, such as 0,1 (AdapterDrop).",
+            help="Judge by the first so many rows only, whole groups where the metric judges groups; with --mixture by "
+            f"so many rows of each held-out task. \\[default: all; with --mixture {_HELD_OUT_ROWS}]",
             show_default=False,
         ),
     ] = None,
+    split: Annotated[str, typer.Option(help="Split to judge by, where there are several.")] = "validation",
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 32,
+    drop_layers: DropLayers = None,
     backbone: OptionalBackboneName = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -423,27 +418,24 @@ def evaluate_command(
     """Judge adapters on rows with labels."""
     if task is not None and data is not None:
         raise ConfigError("--task and --data both say what to judge by; give one of them")
-    dropped = _layers(drop_layers)
+    if rows is not None and rows < 1:
+        raise ConfigError(f"--rows {rows} is not possible; give 1 or more")
+    dropped = shared.layer_numbers(drop_layers)
     if mixture is not None:
         if task is not None or data is not None or dropped or split != "validation":
             raise ConfigError("--mixture brings its own rows; leave --task, --data, --split and --drop-layers out")
         named = {str(folder): Adapter.load(folder) for folder in adapters}
         on = shared.backbone_of(next(iter(named.values())), backbone, device, dtype)
-        judge_held_out(on, named, read_mixture(mixture), rows, batch_size, as_json)
+        judge_held_out(on, named, read_mixture(mixture), rows or _HELD_OUT_ROWS, batch_size, as_json)
         return
     loaded = [Adapter.load(folder) for folder in adapters]
     tables = [any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
     found: list[dict[str, Any]] = []
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):
-        scores = evaluate(on, folder, table, split=split, batch_size=batch_size, drop_layers=dropped)
+        scores = evaluate(on, folder, table, split=split, batch_size=batch_size, drop_layers=dropped, num_rows=rows)
         found.append({"adapter": str(folder), "method": adapter.method.name, "task": adapter.task.name, **scores})
-    if data is not None and split == "validation":
-        for folder in adapters:
-            note(
-                f"all rows of {data} were judged; if {folder} was trained on some of them, its score on the rows held "
-                f"out by its seed is in `multitune inspect {folder}`"
-            )
+    _explain(adapters, loaded, data, task, split, rows)
     if as_json:
         print_json(found)
         return
@@ -454,3 +446,29 @@ def evaluate_command(
         if name not in ("adapter", "method", "task")
     ]
     show(shared.table(lines, ("adapter", "method", "task", "metric", "value"), right=("value",)))
+
+
+def _explain(
+    folders: Sequence[Path],
+    adapters: Sequence[Adapter],
+    data: str | None,
+    task: str | None,
+    split: str,
+    rows: int | None,
+) -> None:
+    """Say what the scores are of, and what they are not."""
+    if rows is not None:
+        note(f"judged by the first {count(rows)} rows only (or all, where there are fewer)")
+    if data is not None and split == "validation":
+        for folder in folders:
+            note(
+                f"{'all' if rows is None else 'the first'} rows of {data} were judged; if {folder} was trained on some "
+                f"of them, its score on the rows held out by its seed is in `multitune inspect {folder}`"
+            )
+    for folder, adapter in zip(folders, adapters, strict=True):
+        if adapter.task.kind == "generation":
+            where = f"--data {data}" if data is not None else f"--task {task or adapter.task.name}"
+            note(
+                f"perplexity says how likely {folder} finds the answers; to have it write texts, and judge these: "
+                f"multitune generate --adapters {folder} {where}"
+            )

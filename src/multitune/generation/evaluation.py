@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitune.answers import settle_format
-from multitune.errors import DataError
+from multitune.errors import ConfigError, DataError
 from multitune.files import replace_file
 from multitune.generation.prompts import encode_rows, settings_per_row
 from multitune.tasks import Example, Task, compute
@@ -96,12 +96,14 @@ def evaluate_texts(
         table: labelled rows, as `Task.examples` takes them.
         task: how rows are put and judged; by default the adapter's own. The bare backbone needs one.
         settings: how to decode; by default greedily.
-        num_rows: judge the first so many prompts only.
+        num_rows: judge the first so many prompts only, at least 1.
 
     Raises:
         DataError: the adapter does not write, there are no rows, or one does not fit its task.
-        ConfigError: the library that computes the metric is not installed.
+        ConfigError: an impossible number of rows; or the library that computes the metric is not installed.
     """
+    if num_rows is not None and num_rows < 1:
+        raise ConfigError(f"num_rows={num_rows} is not possible; give at least 1")
     own = task is None
     if task is None:
         if name is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -45,17 +47,21 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        _check(self, "max_new_tokens", int, self.max_new_tokens >= 1, "at least 1")
-        _check(self, "temperature", (int, float), 0 <= self.temperature < float("inf"), "0 or more")
-        _check(self, "top_k", int, self.top_k >= 0, "0 or more")
-        _check(self, "top_p", (int, float), 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check(self, "repetition_penalty", (int, float), 0 < self.repetition_penalty < float("inf"), "above 0")
-        _check(self, "num_beams", int, self.num_beams >= 1, "at least 1")
-        _check(self, "seed", (int, type(None)), self.seed is None or 0 <= self.seed < 2**63, "from 0, or None")
-        _check(self, "early_stopping", (bool, str), self.early_stopping in (True, False, "never"), "a bool or 'never'")
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ConfigError(f"stop={self.stop!r} is not possible; give strings that are not empty")
+        if isinstance(self.stop, Iterable):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        number = (int, float)
+        _check(self, "max_new_tokens", (int,), lambda n: n >= 1, "at least 1")
+        _check(self, "temperature", number, lambda t: 0 <= t < float("inf"), "0 or more")
+        _check(self, "top_k", (int,), lambda k: k >= 0, "0 or more")
+        _check(self, "top_p", number, lambda p: 0 < p <= 1, "above 0 and at most 1")
+        _check(self, "repetition_penalty", number, lambda r: 0 < r < float("inf"), "above 0")
+        _check(self, "num_beams", (int,), lambda n: n >= 1, "at least 1")
+        _check(self, "seed", (int, type(None)), lambda s: s is None or 0 <= s < 2**63, "from 0, or None")
+        _check(self, "length_penalty", number, math.isfinite, "a number")
+        _check(self, "early_stopping", (bool, str), lambda e: e in (True, False, "never"), "a bool or 'never'")
+        _check(self, "stop", (tuple,), lambda s: all(isinstance(t, str) and t for t in s), "strings that are not empty")
+        for name in ("stop_at_eos", "logprobs"):
+            _check(self, name, (bool,), lambda _: True, "a bool")
         if self.num_beams > 1 and self.temperature > 0:
             raise ConfigError(
                 f"num_beams={self.num_beams} with temperature={self.temperature}: a beam search draws nothing. Leave "
@@ -70,10 +76,13 @@ class GenerationSettings:
         return self.temperature > 0
 
 
-def _check(settings: GenerationSettings, name: str, kind: Any, possible: bool, wanted: str) -> None:
+def _check(
+    settings: GenerationSettings, name: str, kinds: tuple[type, ...], possible: Callable[[Any], bool], wanted: str
+) -> None:
     value = getattr(settings, name)
-    right = isinstance(value, kind) and (not isinstance(value, bool) or name == "early_stopping")
-    if not right or not possible:
+    # The type comes first: what a file says may not be comparable at all. A bool is an int to Python.
+    right = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if not right or not possible(value):
         raise ConfigError(f"{name}={value!r} is not possible; give {wanted}")
 
 

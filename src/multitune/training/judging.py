@@ -10,7 +10,7 @@ from multitune import heads
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
 from multitune.bank import Bank
-from multitune.errors import DataError
+from multitune.errors import ConfigError, DataError
 from multitune.tasks import Task, TaskData, any_split, judge
 from multitune.tasks.readers import Source
 from multitune.tasks.schema import Example
@@ -25,6 +25,7 @@ def evaluate(
     split: str = "validation",
     batch_size: int = 32,
     drop_layers: Sequence[int] = (),
+    num_rows: int | None = None,
 ) -> dict[str, float]:
     """Metrics of an adapter, by the path that serves it.
 
@@ -33,14 +34,19 @@ def evaluate(
             that `read_table` reads: a file, a `datasets.Dataset`, a list of mappings.
         split: "train", "validation" or "test".
         drop_layers: layers in which the adapter is left out, see `Bank.add`.
+        num_rows: judge by the first so many rows only, at least 1; where the metric judges groups of rows, by the
+            whole groups of these.
 
     Raises:
+        ConfigError: an impossible number of rows, or layers in which there is nothing to leave out.
         DataError: no such split, no rows, or a row that does not fit the adapter's task.
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, backbone)
     task = adapter.task
     table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
+    if num_rows is not None:
+        table = _first(task, table, num_rows)
     if task.kind == "generation":
         return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
     predictions, examples = predict_rows(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
@@ -77,6 +83,18 @@ def _split(data: TaskData, split: str) -> Any:
     if tables[split] is None:
         raise DataError(f"task '{data.task.name}' has no labelled {split} split; choose train or validation")
     return tables[split]
+
+
+def _first(task: Task, table: Any, num_rows: int) -> Any:
+    """The first rows of a table, and all others of their groups."""
+    if num_rows < 1:
+        raise ConfigError(f"num_rows={num_rows} is not possible; give at least 1")
+    chosen: Sequence[int] = range(min(num_rows, len(table)))
+    if task.group:
+        groups = [tuple(str(row.get(column)) for column in task.group) for row in table]
+        wanted = set(groups[:num_rows])
+        chosen = [i for i, group in enumerate(groups) if group in wanted]
+    return table.select(chosen) if hasattr(table, "select") else [table[i] for i in chosen]
 
 
 def _labelled(data: Any, split: str) -> Any:
