@@ -12,6 +12,7 @@ from multitune.tasks.reasoning import Question
 TWO = Question(text="1 + 1?", answer="2", chains=("one and one", "a pair", "count: 1 2"))
 ONE = Question(text="which?", answer="B", options=("red", "blue"), chains=("blue it is",))
 NONE = Question(text="why?", answer="no")
+ASKS = 'End with "The answer is", followed by the answer alone.'
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,22 @@ def test_in_a_chat_the_trigger_begins_the_answer(make_backbone):
     ids = [backbone.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (said, "Let's think step by step.")]
     (by_hand,) = Bank(backbone).generate([(None, ids[0] + ids[1])], {"max_new_tokens": 4})
     assert found.texts == ((by_hand.text.strip(),),)
+
+
+@pytest.mark.parametrize("name", ["t5/writes", "bart/writes"])
+def test_an_encoder_reads_the_trigger_in_front_of_the_end_of_its_text(make_backbone, name):
+    backbone = make_backbone(name, max_position_embeddings=100)
+    (by_hand,) = Bank(backbone).generate([(None, f"why?\n{ASKS}\nLet's think step by step.")], {"max_new_tokens": 4})
+    found = answer(Bank(backbone), None, [NONE], settings={"max_new_tokens": 4})
+    assert found.texts == ((by_hand.text.strip(),),)
+
+
+@pytest.mark.parametrize("make", [dcot_rows, cot_rows])
+def test_questions_that_can_be_read_once_are_drawn_as_often_as_a_list(make):
+    assert make((q for q in (TWO, ONE)), draws=3) == make([TWO, ONE], draws=3)
+    assert len(make(iter([TWO]), draws=3)) == 9
+    with pytest.raises(ConfigError, match="most=0 is not possible"):
+        make([], most=0)
 
 
 def test_the_most_frequent_answer_wins_and_silence_has_no_voice():

@@ -5,7 +5,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
 from multitune import Adapter, BackboneError, ConfigError, DataError, Head, Plan, Task, TaskError, get_method
-from multitune.prompting import BM25Examples, NeighbourExamples, Pattern, RandomExamples, as_generation, rank
+from multitune.prompting import BM25Examples, Examples, NeighbourExamples, Pattern, RandomExamples, as_generation, rank
 from multitune.tasks import TaskData
 from multitune.training.choices import Candidates
 
@@ -77,6 +77,54 @@ def test_a_prefix_read_once_equals_one_read_with_every_row(model, monkeypatch):
     torch.testing.assert_close(torch.tensor(once.scores), torch.tensor(each.scores), rtol=1e-4, atol=1e-5)
     without = rank(model, MOOD, PATTERN, ROWS)
     assert not torch.allclose(torch.tensor(without.scores), torch.tensor(each.scores), atol=1e-3)
+
+
+class Nearest(Examples):
+    """Another order for every question."""
+
+    def _ranked(self, texts):
+        firsts = [[PATTERN.text(row) for row in ROWS].index(text) for text in texts]
+        return [[first, *(i for i in range(len(self.rows)) if i != first)] for first in firsts]
+
+
+def test_rows_behind_prefixes_of_their_own_run_in_batches(model, monkeypatch):
+    passes, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda plan, *a, **k: passes.append(plan.num_rows) or run(plan, *a, **k))
+    found = rank(model, MOOD, PATTERN, ROWS, examples=Nearest(POOL, 1), batch_size=3)
+    examples = Nearest(POOL, 1)
+    examples.prepare(PATTERN)
+    prefixes = [PATTERN.prefix(MOOD, examples.choose(PATTERN.text(row))) for row in ROWS]
+    assert len(set(prefixes)) == len(ROWS)
+    assert found.num_shared == 0 and sorted(passes) == [2, 3, 3]
+    for row, prefix, scores in zip(ROWS, prefixes, found.scores, strict=True):
+        prompt = (prefix + PATTERN.text(row)).strip()
+        chances = [by_hand(model, prompt, word) for word in (" bad", " very good")]
+        assert scores == pytest.approx([sum(c) / len(c) for c in chances], rel=1e-4)
+
+
+def test_shared_and_other_prefixes_give_each_row_its_own_scores(model):
+    """One row reads like the usual example and gets another, so that it stands behind a prefix of its own."""
+    shown = RandomExamples(POOL, 1)
+    shown.prepare(PATTERN)
+    rows = [*ROWS, {**shown.choose("else")[0], "y": "bad"}, ROWS[1]]
+    found = rank(model, MOOD, PATTERN, rows, examples=RandomExamples(POOL, 1), batch_size=2)
+    assert found.num_shared == len(ROWS) + 1 and found.scores[1] == pytest.approx(found.scores[-1])
+    for row, scores in zip(rows, found.scores, strict=True):
+        text = PATTERN.text(row)
+        chances = by_hand(model, PATTERN.prefix(MOOD, shown.choose(text)) + text, " bad")
+        assert scores[0] == pytest.approx(sum(chances) / len(chances), rel=1e-4)
+
+
+def test_neighbours_of_many_questions_are_embedded_together(make_backbone, monkeypatch):
+    embedder = make_backbone("bert")
+    sizes, forward = [], embedder.model.forward
+    monkeypatch.setattr(embedder.model, "forward", lambda **k: sizes.append(len(k["input_ids"])) or forward(**k))
+    examples = NeighbourExamples(POOL, 2, embedder)
+    examples.prepare(PATTERN)
+    texts = ["a film", "the very bad cat", "film c"]
+    together = examples.choose_all(texts)
+    assert sizes == [len(POOL), len(texts)]
+    assert together == [examples.choose(text) for text in texts]
 
 
 def test_a_few_shot_prompt_reads_as_it_should():

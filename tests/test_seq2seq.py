@@ -43,7 +43,6 @@ from multitune.batching import Encoded
 from multitune.generation import evaluate_texts
 from multitune.language_loss import token_losses
 from multitune.merging import merge_deltas
-from multitune.prompting import Pattern, rank
 from multitune.tasks import TaskData
 from multitune.training import TrainJob
 from multitune.training.data import Collator, Item
@@ -463,20 +462,6 @@ def test_training_is_judged_by_written_texts_and_texts_are_judged_beside_referen
     bank.add("a", found.adapter)
     done = evaluate_texts(bank, "a", ROWS, {"max_new_tokens": 4})
     assert [row.prompt for row in done.rows] == [f"{row['text']} :" for row in ROWS]
-
-
-def test_answers_are_ranked_by_what_the_decoder_finds_likely(tiny):
-    backbone = tiny("t5/writes")
-    task = Task(name="mood", kind="classification", template=("{text}",), label="y", labels=("bad", "good"))
-    pattern = Pattern("{text} is", {"bad": "bad", "good": "good"})
-    rows = [{"text": "the film", "y": "good"}, {"text": "not very film", "y": "bad"}]
-    found = rank(backbone, task, pattern, rows)
-    for row, scores in zip(rows, found.scores, strict=True):
-        ids = torch.tensor([backbone.tokenizer(f"{row['text']} is")["input_ids"]])
-        for label, score in zip(task.labels, scores, strict=True):
-            (answer,) = backbone.tokenizer(label, add_special_tokens=False)["input_ids"]
-            hidden = run(backbone, [None], ids, None, torch.tensor([[4]]))
-            assert score == pytest.approx(float(backbone.lm_head(hidden)[0, 0].log_softmax(0)[answer]), rel=1e-4)
 
 
 def test_recomputed_layers_give_the_same_gradients(make_backbone, texts, random_params, close):

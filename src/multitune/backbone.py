@@ -186,6 +186,11 @@ class Backbone:
         """Whether this is an encoder-decoder whose decoder runs, so that it writes and does nothing else."""
         return self.architecture.decoder is not None
 
+    @property
+    def writes(self) -> bool:
+        """Whether this kind of model finds the next token of a text: a causal one, or one whose decoder runs."""
+        return self.causal or self.decodes
+
     @cached_property
     def num_encoder_layers(self) -> int:
         """Encoder-decoders: the number of the decoder's first layer; elsewhere that of all layers."""
@@ -277,12 +282,12 @@ class Backbone:
 
     @property
     def token_head(self) -> AnyLanguageHead:
-        """The head that this kind of model has for tokens: `lm_head` where attention is causal, else `masked_head`.
+        """The head that this kind of model has for tokens: `lm_head` where it writes or would, else `masked_head`.
 
         Raises:
             BackboneError: it has none.
         """
-        return self.lm_head if self.causal else self.masked_head
+        return self.lm_head if self.writes or self.model.config.is_encoder_decoder else self.masked_head
 
     @property
     def num_attention_heads(self) -> int:

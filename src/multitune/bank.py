@@ -426,6 +426,8 @@ class Bank:
                 if served is not None and served.adapter.task.pattern is not None:
                     out += self._ranked(i, row, served, readers)
                     continue
+                if served is None:
+                    self.backbone.refuse_decoder("a row without an adapter has no embedding", "name an adapter")
                 texts = _bare_texts(row) if served is None else served.texts(row)
             except MultituneError as error:
                 raise type(error)(f"row {first + i}: {error}") from error
@@ -491,7 +493,7 @@ class Bank:
         rows = [s.served.delta_set if s.served else None for s in sequences]
         plan = Plan(rows, self.workspace)
         cut = None
-        if not plan.parts:
+        if not plan.parts and not backbone.decodes:
             touched = [s.served.touched if s.served else backbone.num_layers for s in sequences]
             cut = find_cut([s.text for s in sequences], touched, backbone.num_layers)
         if cut is None:

@@ -27,6 +27,9 @@ class Encoded:
     slots: tuple[int, ...] = ()
     """For each slot of the template the position of the token that it stands in front of, in order."""
 
+    decoder_ids: list[int] | None = None
+    """Encoder-decoders: what the decoder reads, its start included, where it is known by then."""
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -134,7 +137,7 @@ def _slot_places(
 
 
 def pad(encoded: Sequence[Encoded], pad_id: int) -> Batch:
-    """Pad sequences on the right to the longest of them."""
+    """Pad sequences on the right to the longest of them; and so what decoders read, which all of them have or none."""
     width = max(len(e) for e in encoded)
     lengths = [len(e) for e in encoded]
     ids = torch.tensor([e.input_ids + [pad_id] * (width - n) for e, n in zip(encoded, lengths, strict=True)])
@@ -148,4 +151,8 @@ def pad(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     slots, most = None, max(len(e.slots) for e in encoded)
     if most:
         slots = torch.tensor([[*e.slots, *[-1] * (most - len(e.slots))] for e in encoded])
-    return Batch(input_ids=ids, attention_mask=mask, token_type_ids=types, slots=slots)
+    written = None
+    if read := [e.decoder_ids for e in encoded if e.decoder_ids is not None]:
+        longest = max(map(len, read))
+        written = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in read])
+    return Batch(input_ids=ids, attention_mask=mask, token_type_ids=types, slots=slots, decoder_input_ids=written)

@@ -188,7 +188,7 @@ class Call:
             self.inputs["attention_mask"] = mask
         if types is not None and backbone.takes_token_types:
             self.inputs["token_type_ids"] = types
-        if backbone.causal or backbone.decodes:
+        if backbone.writes:
             self.inputs["use_cache"] = False
         self.inputs |= _positions(plan, backbone, ids, mask)
         self._bias = self._token_bias(ids, self.prompts)

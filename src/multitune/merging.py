@@ -101,7 +101,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
             f"adapter '{adapter.name}' cannot be merged: its backbone '{backbone.name}' has LSG attention, which a "
             f"plain transformers checkpoint cannot say. Serve it unmerged with Bank.predict"
         )
-    if adapter.head.kind == "ranking" and not backbone.causal:
+    if adapter.head.kind == "ranking" and not backbone.writes:
         raise AdapterError(
             f"adapter '{adapter.name}' cannot be merged: it answers through the head of a masked language model, which "
             f"the checkpoint of a base model has no place for. Serve it unmerged with Bank.predict"

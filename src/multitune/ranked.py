@@ -1,7 +1,8 @@
 """Rows whose answers are texts: what a language model reads of such a row, and where it says how likely they are.
 
 A causal model reads the prompt and an answer behind it; a masked one reads the pattern with as many masks as the answer
-has tokens. Answers that need the same input share it: one pass over the prompt ranks any number of single tokens.
+has tokens; an encoder-decoder reads the prompt with its encoder and an answer with its decoder. Answers that need the
+same input share it: one pass over the prompt ranks any number of single tokens.
 
 Legend: R rows, S sequences, C choices of all rows, N tokens of all choices.
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ROW, CHOICE, SEQUENCE, PLACE, TOKEN = range(5)
 
 _SHOWN = 5
+_NO_PROMPT = "the prompt has no tokens, so that nothing stands in front of the answer; fill it in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +110,13 @@ class PatternReader:
                 f"give one: Backbone(model, tokenizer)"
             )
         self._answer_ids: dict[str, list[int]] = {}
-        if backbone.causal:
+        if backbone.writes:
             self.pattern.check_end()
         else:
             self.pattern.check_mask()
             self._check_mask_token()
         self._front = text_ids(backbone, self.pattern.prefix(task, ()), first=True) if backbone.causal else []
+        self._build = self._behind if backbone.causal else self._two_sided if backbone.decodes else self._masked
 
     def _check_mask_token(self) -> None:
         for problem in (
@@ -131,8 +134,9 @@ class PatternReader:
 
         Args:
             row: columns to values, or what `Task.as_mapping` takes.
-            room: most tokens of a prompt with an answer. In a row that needs more, the longest columns of the prompt
-                lose words at their ends; pattern and answers are never cut.
+            room: most tokens of a prompt with an answer; of an encoder-decoder, of prompt and of answer. In a row that
+                needs more, the longest columns of the prompt lose words at their ends; pattern and answers are never
+                cut.
 
         Returns:
             The row, and how many tokens it needed uncut.
@@ -142,7 +146,7 @@ class PatternReader:
         """
         values = self.task.as_mapping(row)
         answers = [self._ids_of(text) for text in self.pattern.answers(self.task, values)]
-        build = partial(self._behind if self.backbone.causal else self._masked, answers)
+        build = partial(self._build, answers)
         found, needed = build(values)
         if needed <= room:
             return found, needed
@@ -165,7 +169,7 @@ class PatternReader:
     def _ids_of(self, answer: str) -> list[int]:
         ids = self._answer_ids.get(answer)
         if ids is None:
-            ids = self._answer_ids[answer] = text_ids(self.backbone, answer, first=False)
+            ids = self._answer_ids[answer] = answer_ids(self.backbone, answer)
             if len(self._answer_ids) > 10_000:  # a multiple choice has new texts in every row
                 self._answer_ids.clear()
         if not ids:
@@ -176,22 +180,20 @@ class PatternReader:
         """A causal model: every answer behind the prompt; one whose input is the beginning of another's shares it."""
         prompt = [*self._front, *text_ids(self.backbone, self.pattern.text(values), first=not self._front)]
         if not prompt:
-            raise DataError("the prompt has no tokens, so that nothing stands in front of the answer; fill it in")
-        inputs: list[list[int]] = []
-        homes: dict[int, int] = {}
-        for i in sorted(range(len(answers)), key=lambda i: -len(answers[i])):
-            own = [*prompt, *answers[i][:-1]]
-            home = next((k for k, other in enumerate(inputs) if other[: len(own)] == own), len(inputs))
-            if home == len(inputs):
-                inputs.append(own)
-            homes[i] = home
-        first = len(prompt) - 1
-        choices = [
-            Choice(sequence=homes[i], places=tuple(range(first, first + len(ids))), tokens=tuple(ids))
-            for i, ids in enumerate(answers)
-        ]
+            raise DataError(_NO_PROMPT)
+        inputs, choices = _continued(prompt, answers)
         sequences = tuple(Encoded(input_ids=ids) for ids in inputs)
-        return RankedRow(sequences=sequences, choices=tuple(choices)), len(prompt) + max(map(len, answers))
+        return RankedRow(sequences=sequences, choices=choices), len(prompt) + max(map(len, answers))
+
+    def _two_sided(self, answers: Sequence[list[int]], values: Mapping[str, Any]) -> tuple[RankedRow, int]:
+        """An encoder-decoder: the prompt for the encoder, and for the decoder its start and every answer behind it."""
+        text = self.pattern.prefix(self.task, ()) + self.pattern.text(values)
+        if not text.strip():
+            raise DataError(_NO_PROMPT)
+        prompt = prompt_ids(self.backbone, text)
+        inputs, choices = _continued(list(self.backbone.start_ids), answers)
+        sequences = tuple(Encoded(input_ids=prompt, decoder_ids=ids) for ids in inputs)
+        return RankedRow(sequences=sequences, choices=choices), max(len(prompt), *map(len, answers))
 
     def _masked(self, answers: Sequence[list[int]], values: Mapping[str, Any]) -> tuple[RankedRow, int]:
         """A masked model: the pattern with as many masks as an answer has tokens; answers of one length share it."""
@@ -226,6 +228,46 @@ class PatternReader:
         return Encoded(input_ids=ids, token_type_ids=types), places
 
 
+def _continued(lead: list[int], answers: Sequence[list[int]]) -> tuple[list[list[int]], tuple[Choice, ...]]:
+    """What is read to find every token of answers behind a lead, and where; one that begins another's shares it."""
+    inputs: list[list[int]] = []
+    homes: dict[int, int] = {}
+    for i in sorted(range(len(answers)), key=lambda i: -len(answers[i])):
+        own = [*lead, *answers[i][:-1]]
+        home = next((k for k, other in enumerate(inputs) if other[: len(own)] == own), len(inputs))
+        if home == len(inputs):
+            inputs.append(own)
+        homes[i] = home
+    first = len(lead) - 1
+    return inputs, tuple(
+        Choice(sequence=homes[i], places=tuple(range(first, first + len(ids))), tokens=tuple(ids))
+        for i, ids in enumerate(answers)
+    )
+
+
+def answer_ids(backbone: Backbone, answer: str) -> list[int]:
+    """Token ids of an answer as training has it: behind a prompt the text alone.
+
+    The decoder of an encoder-decoder has an answer to itself: with the special tokens of the tokenizer and the end of
+    text, which count among its tokens, as in transformers' `labels`.
+
+    Returns:
+        None where the answer has no text.
+    """
+    if not backbone.decodes:
+        return text_ids(backbone, answer, first=False)
+    text, ends = answer.strip(), backbone.eos_ids
+    ids = prompt_ids(backbone, text) if text else []
+    return [*ids, ends[0]] if ids and ends and ids[-1] not in ends else ids
+
+
+def prompt_ids(backbone: Backbone, text: str) -> list[int]:
+    """Token ids of a whole text, with the special tokens that the tokenizer gives one."""
+    tokenizer: Any = backbone.tokenizer
+    with backbone.tokenizer_lock:
+        return list(tokenizer(text, truncation=False, return_attention_mask=False)["input_ids"])
+
+
 def text_ids(backbone: Backbone, text: str, *, first: bool) -> list[int]:
     """Token ids of a text; with the token that begins one, if the tokenizer has it and this comes `first`."""
     tokenizer: Any = backbone.tokenizer
@@ -244,7 +286,7 @@ def encode_ranked(
     """Every row of a table.
 
     Args:
-        max_length: most tokens of a prompt with an answer.
+        max_length: most tokens of a prompt with an answer; of an encoder-decoder, of prompt and of answer.
         split: what messages call the rows.
 
     Raises:

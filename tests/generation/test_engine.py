@@ -27,7 +27,7 @@ from multitune.errors import DataWarning
 from multitune.generation.prompts import encode_for_task
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
-NAMES = ["gpt2", "opt", "llama", "gemma3_text"]
+NAMES = ["gpt2", "opt", "llama", "gemma2", "gemma3_text"]
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,26 @@ def test_a_failing_step_reaches_its_requests_and_no_later_ones(bank, make_prompt
     request = engine.submit(prompt, settings={"max_new_tokens": 4})
     engine.run()
     assert request.result().token_ids == alone(here, None, prompt, {"max_new_tokens": 4}).token_ids
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"num_beams": 2, "length_penalty": "1"}, {"temperature": None}, {"max_new_tokens": "4"}, {"seed": "3"},
+        {"stop": None}, {"num_beams": 2, "length_penalty": 1e9}, [{"temperature": 1}, {}], 3, ["hot"],
+    ],
+)  # fmt: skip
+def test_settings_of_a_wrong_type_are_refused_and_other_requests_go_on(bank, make_prompts, chosen):
+    here, prompt = bank("llama"), make_prompts([4])[0]
+    engine = Engine(here)
+    running = [engine.submit(prompt, adapter=name, settings={"max_new_tokens": 6}) for name in ("lora", None)]
+    engine.step()
+    with pytest.raises(ConfigError):
+        engine.submit(prompt, settings=chosen)
+    assert (engine.num_running, engine.num_waiting) == (2, 0)
+    engine.run()
+    for name, request in zip(("lora", None), running, strict=True):
+        assert request.result(timeout=0).token_ids == alone(here, name, prompt, {"max_new_tokens": 6}).token_ids
 
 
 def test_a_result_that_nobody_works_on_times_out(bank):

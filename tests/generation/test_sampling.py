@@ -98,15 +98,27 @@ def test_logprobs_are_the_models_own(lm, language_model, make_prompts, close, be
         (dict(stop=("",)), r"give strings that are not empty"),
         (dict(seed=-1), r"seed=-1 is not possible"),
         (dict(repetition_penalty=0), r"repetition_penalty=0 is not possible; give above 0"),
-        (dict(temperature="hot"), r"temperature='hot' is not possible; give 0 or more"),
-        (dict(top_p=None), r"top_p=None is not possible"),
-        (dict(seed="1"), r"seed='1' is not possible"),
-        (dict(length_penalty="long"), r"length_penalty='long' is not possible; give a number"),
-        (dict(stop=5), r"stop=5 is not possible; give strings"),
-        (dict(stop_at_eos="no"), r"stop_at_eos='no' is not possible; give a bool"),
-        (dict(logprobs=1), r"logprobs=1 is not possible; give a bool"),
+        (dict(max_new_tokens="20"), r"max_new_tokens='20' is not possible; give a whole number, at least 1"),
+        (dict(temperature=None), r"temperature=None is not possible; give a number, 0 or more"),
+        (dict(seed="3"), r"seed='3' is not possible; give a whole number, from 0, or None"),
+        (dict(stop=None), r"stop=None is not possible; give strings"),
+        (dict(num_beams=2, length_penalty="1"), r"length_penalty='1' is not possible; give a number, between"),
+        (dict(num_beams=2, length_penalty=float("nan")), r"length_penalty=nan is not possible"),
+        (dict(num_beams=2, length_penalty=-400.0), r"length_penalty=-400\.0 is not possible; give between -10 and 10"),
+        (dict(early_stopping=1, num_beams=2), r"early_stopping=1 is not possible; give a bool or 'never'"),
+        (dict(stop_at_eos="no"), r"stop_at_eos='no' is not possible; give True or False"),
+        (dict(logprobs=1), r"logprobs=1 is not possible; give True or False"),
+        (dict(length_penalty=2.0), r"length_penalty=2\.0 is for a beam search; give num_beams above 1"),
+        (dict(early_stopping="never"), r"early_stopping='never' is for a beam search"),
     ],
 )
 def test_impossible_settings_are_refused(chosen, message):
     with pytest.raises(ConfigError, match=message):
         GenerationSettings(**chosen)
+
+
+@pytest.mark.parametrize("penalty", [-10, 10.0])
+def test_the_steepest_length_penalties_give_scores(lm, make_prompts, penalty):
+    settings = {"max_new_tokens": 30, "num_beams": 2, "length_penalty": penalty, "logprobs": True}
+    found = lm("llama").generate(Plan([None]), torch.tensor(make_prompts([5])), settings=settings)[0]
+    assert found.score == pytest.approx(sum(found.logprobs) / len(found.token_ids) ** penalty, rel=1e-3)

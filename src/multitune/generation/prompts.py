@@ -128,7 +128,7 @@ def settings_per_row(settings: AnySettings | Sequence[AnySettings] | None, num_r
     Raises:
         ConfigError: an unknown setting, one that is not possible, or settings for another number of rows.
     """
-    if settings is None or isinstance(settings, (GenerationSettings, Mapping)):
+    if not isinstance(settings, Sequence) or isinstance(settings, str):
         return [_one(settings)] * num_rows
     if len(settings) != num_rows:
         raise ConfigError(f"there are {num_rows} rows, but settings for {len(settings)}; give one per row, or one")
@@ -146,6 +146,10 @@ def _one(settings: AnySettings | None) -> GenerationSettings:
         return GenerationSettings()
     if isinstance(settings, GenerationSettings):
         return settings
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"generation settings are GenerationSettings or a mapping, such as {{'temperature': 0.7}}, not {settings!r}"
+        )
     known = setting_names()
     for name in settings:
         if name not in known:

@@ -33,7 +33,7 @@ class GenerationSettings:
     num_beams: int = 1
     """Beams of a beam search; 1 for none."""
     length_penalty: float = 1.0
-    """Beam search: a text's score is its log-probability over its number of tokens to this power."""
+    """Beam search: a text's score is its log-probability over its number of tokens to this power, from -10 to 10."""
     early_stopping: bool | Literal["never"] = False
     """Beam search: end with `num_beams` finished texts (true), when a better one is unlikely (false), or when none can
     be found any more ("never")."""
@@ -45,23 +45,13 @@ class GenerationSettings:
     """Whether to give the log-probability of every token: under the model, before temperature, penalty and the rest."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if isinstance(self.stop, Iterable):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        number = (int, float)
-        _check(self, "max_new_tokens", (int,), lambda n: n >= 1, "at least 1")
-        _check(self, "temperature", number, lambda t: 0 <= t < float("inf"), "0 or more")
-        _check(self, "top_k", (int,), lambda k: k >= 0, "0 or more")
-        _check(self, "top_p", number, lambda p: 0 < p <= 1, "above 0 and at most 1")
-        _check(self, "repetition_penalty", number, lambda r: 0 < r < float("inf"), "above 0")
-        _check(self, "num_beams", (int,), lambda n: n >= 1, "at least 1")
-        _check(self, "seed", (int, type(None)), lambda s: s is None or 0 <= s < 2**63, "from 0, or None")
-        _check(self, "length_penalty", number, math.isfinite, "a number")
-        _check(self, "early_stopping", (bool, str), lambda e: e in (True, False, "never"), "a bool or 'never'")
-        _check(self, "stop", (tuple,), lambda s: all(isinstance(t, str) and t for t in s), "strings that are not empty")
-        for name in ("stop_at_eos", "logprobs"):
-            _check(self, name, (bool,), lambda _: True, "a bool")
+        given = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ConfigError(f"stop={self.stop!r} is not possible; give strings that are not empty")
+        object.__setattr__(self, "stop", stop)
+        for name, (kind, holds, wanted) in _POSSIBLE.items():
+            _check(name, getattr(self, name), kind, holds, wanted)
         if self.num_beams > 1 and self.temperature > 0:
             raise ConfigError(
                 f"num_beams={self.num_beams} with temperature={self.temperature}: a beam search draws nothing. Leave "
@@ -69,6 +59,12 @@ class GenerationSettings:
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError("top_k and top_p narrow what is drawn; give a temperature above 0, such as 1.0")
+        for name, usual in (("length_penalty", 1.0), ("early_stopping", False)):
+            if self.num_beams == 1 and getattr(self, name) != usual:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is for a beam search; give num_beams above 1, such as 4, or leave "
+                    f"it out"
+                )
 
     @property
     def samples(self) -> bool:
@@ -76,14 +72,32 @@ class GenerationSettings:
         return self.temperature > 0
 
 
-def _check(
-    settings: GenerationSettings, name: str, kinds: tuple[type, ...], possible: Callable[[Any], bool], wanted: str
-) -> None:
-    value = getattr(settings, name)
-    # The type comes first: what a file says may not be comparable at all. A bool is an int to Python.
-    right = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    if not right or not possible(value):
-        raise ConfigError(f"{name}={value!r} is not possible; give {wanted}")
+def _check(name: str, value: Any, kind: tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raise `ConfigError` unless the value is of such a type, and what holds for a possible one holds for it."""
+    right = isinstance(value, kind) and (bool in kind or not isinstance(value, bool))
+    if not right or not holds(value):
+        of_kind = "" if right else _KINDS.get(kind[0], "")
+        raise ConfigError(f"{name}={value!r} is not possible; give {of_kind}{wanted}")
+
+
+#: How messages call a value of a type, in front of what else is wanted of it.
+_KINDS: dict[type, str] = {int: "a whole number, ", float: "a number, "}
+
+#: Setting -> its types, what holds for a possible value of them (asked of no other type), and what messages ask for.
+_POSSIBLE: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "max_new_tokens": ((int,), lambda v: v >= 1, "at least 1"),
+    "temperature": ((float, int), lambda v: 0 <= v < math.inf, "0 or more"),
+    "top_k": ((int,), lambda v: v >= 0, "0 or more"),
+    "top_p": ((float, int), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "repetition_penalty": ((float, int), lambda v: 0 < v < math.inf, "above 0"),
+    "seed": ((int, type(None)), lambda v: v is None or 0 <= v < 2**63, "from 0, or None"),
+    "num_beams": ((int,), lambda v: v >= 1, "at least 1"),
+    # A length to the power of it stays far from what a float holds, so that no score is infinite or divided by zero.
+    "length_penalty": ((float, int), lambda v: -10 <= v <= 10, "between -10 and 10"),
+    "early_stopping": ((bool, str), lambda v: v in (True, False, "never"), "a bool or 'never'"),
+    "stop_at_eos": ((bool,), lambda v: True, "True or False"),
+    "logprobs": ((bool,), lambda v: True, "True or False"),
+}
 
 
 def setting_names() -> tuple[str, ...]:

@@ -63,13 +63,17 @@ def dcot_rows(questions: Iterable[Question], *, most: int = 4, draws: int = 1, s
         most: at most so many chains in a row; a question with more has fewer rows.
         draws: how often every question is drawn anew. The paper draws for every epoch: give the number of epochs
             here, and train for one.
+
+    Raises:
+        ConfigError: `most` or `draws` below 1.
     """
-    rng = random.Random(seed)
+    _check_counts(most, draws)
+    rng, asked = random.Random(seed), list(questions)
     return [
         _row(question, rng.sample(question.chains, k), k)
-        for _ in range(_check_draws(draws))
-        for question in questions
-        for k in range(1, min(len(question.chains), _check_k(most)) + 1)
+        for _ in range(draws)
+        for question in asked
+        for k in range(1, min(len(question.chains), most) + 1)
     ]
 
 
@@ -77,13 +81,17 @@ def cot_rows(questions: Iterable[Question], *, most: int = 4, draws: int = 1, se
     """Training rows of the baseline: the same questions as often as in `dcot_rows`, each time with one of its chains.
 
     So both see as many rows and, over a draw, every chain of a question that has at most `most`.
+
+    Raises:
+        ConfigError: `most` or `draws` below 1.
     """
-    rng = random.Random(seed)
+    _check_counts(most, draws)
+    rng, asked = random.Random(seed), list(questions)
     return [
         _row(question, [chain], 1)
-        for _ in range(_check_draws(draws))
-        for question in questions
-        for chain in rng.sample(question.chains, min(len(question.chains), _check_k(most)))
+        for _ in range(draws)
+        for question in asked
+        for chain in rng.sample(question.chains, min(len(question.chains), most))
     ]
 
 
@@ -219,12 +227,17 @@ def _asked(bank: Bank, adapter: str | None, question: Question, k: int) -> Any:
 
 
 def _zero_shot(bank: Bank, question: Question, trigger: str) -> tuple[int, ...]:
-    """Token ids of a question in words and of the trigger, with which the answer begins; a chat where there can be."""
+    """Token ids of a question in words and of the trigger, with which the answer begins; a chat where there can be.
+
+    Of an encoder-decoder, the trigger ends the question.
+    """
     text = f"{written(question)}\n{_ANSWER_FORM}"
     task = settle_format(
         bank.backbone, Task(name="zero-shot", kind="generation", template=Template(("{question}",)), format="auto")
     )
     writer = PromptFormat(bank.backbone, task)
+    if bank.backbone.decodes:  # what the decoder begins with is not the caller's, so that the encoder reads the trigger
+        return tuple(writer.prompts([f"{text}\n{trigger}"])[0])
     return (*writer.prompts([text])[0], *writer.answers([trigger])[0][:-1])  # without the end of text
 
 
@@ -252,13 +265,12 @@ def _check_asked(adapter: str | None, questions: Sequence[Question], k: int, sam
         raise ConfigError(f"k={k}: the bare model was not trained to give several chains; give an adapter, or samples")
 
 
-def _check_k(k: int) -> int:
+def _check_k(k: int) -> None:
     if k < 1:
         raise ConfigError(f"k={k} chains are not possible; give at least 1")
-    return k
 
 
-def _check_draws(draws: int) -> int:
-    if draws < 1:
-        raise ConfigError(f"draws={draws} is not possible; give at least 1")
-    return draws
+def _check_counts(most: int, draws: int) -> None:
+    for name, value in (("most", most), ("draws", draws)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is not possible; give at least 1")

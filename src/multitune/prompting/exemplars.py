@@ -79,8 +79,15 @@ class ExemplarPrompts:
         Args:
             shuffled: puts the exemplars in a random order, as training wants them; by default the best stands last.
         """
-        own = self._reader.text(row)
-        chosen = self.examples.choose(own)
+        return self.texts([row], shuffled)[0]
+
+    def texts(self, rows: Sequence[Row], shuffled: random.Random | None = None) -> list[str]:
+        """`text` of several rows, whose exemplars are looked up together."""
+        own = [self._reader.text(row) for row in rows]
+        chosen = self.examples.choose_all(own)
+        return [self._written(text, shown, shuffled) for text, shown in zip(own, chosen, strict=True)]
+
+    def _written(self, own: str, chosen: list[Row], shuffled: random.Random | None) -> str:
         while True:
             shown = chosen if shuffled is None else shuffled.sample(chosen, len(chosen))
             prompt = self._separator.join([*self._instruction, *map(self._shown, shown), own])
@@ -165,16 +172,17 @@ def prompt_task(name: str, *, metric: str, format: Any = "auto", system: str = "
 
 
 def _rows(writer: ExemplarPrompts, table: Iterable[Row], rng: random.Random | None) -> list[dict[str, Any]]:
-    rows = []
-    for number, row in enumerate(table, start=1):
+    rows = list(table)
+    answers = []
+    for number, row in enumerate(rows, start=1):
         target = writer.task.encode(row, number=number).target
         if target is None:
             raise DataError(
                 f"task '{writer.task.name}', row {number}: it has no answer in column {writer.task.label!r}"
             )
         assert isinstance(target, tuple)
-        rows.append({"prompt": writer.text(row, rng), "answers": list(map(str, target))})
-    return rows
+        answers.append(list(map(str, target)))
+    return [{"prompt": p, "answers": a} for p, a in zip(writer.texts(rows, rng), answers, strict=True)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Any:

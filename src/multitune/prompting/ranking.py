@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from multitune.adapter import Adapter
 from multitune.answers import Answered
 from multitune.backbone import Backbone
 from multitune.deltas import Memory
-from multitune.errors import BackboneError, DataError
+from multitune.errors import BackboneError, ConfigError, DataError
 from multitune.plan import DeltaSet
-from multitune.prompting.selection import Examples
-from multitune.ranked import text_ids
+from multitune.prompting.selection import Examples, Row
+from multitune.ranked import answer_ids, prompt_ids, text_ids
 from multitune.tasks import Task, judge
 from multitune.tasks.pattern import Pattern
 from multitune.training.language import answer_losses, served
@@ -62,8 +64,11 @@ def rank(
     Raises:
         TaskError: a pattern that does not fit the task.
         DataError: a row that lacks a column or does not fit the backbone's positions; names it, counted from 0.
-        BackboneError: no causal language model with its head and a tokenizer.
+        ConfigError: a batch size below 1.
+        BackboneError: no language model that writes, with its head and a tokenizer.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
     pattern.check(task)
     pattern.check_end()
     rows = task.rows(table)
@@ -73,27 +78,48 @@ def rank(
         examples.name_labels(task)
         examples.prepare(pattern)
     reader = _Reader(backbone, adapter)
-    by_prefix: dict[str, list[int]] = {}
-    asked: list[tuple[str, tuple[str, ...]]] = []
-    for i, row in enumerate(rows):
-        try:
-            text = pattern.text(row)
-            prefix = pattern.prefix(task, examples.choose(text) if examples is not None else ())
-            asked.append((text, pattern.answers(task, row)))
-        except DataError as error:
-            raise DataError(f"row {i}: {error}") from error
-        by_prefix.setdefault(prefix, []).append(i)
-    scores: list[tuple[float, ...]] = [()] * len(rows)
-    shared = 0
-    for prefix, places in by_prefix.items():
-        found, once = reader.scores(prefix, [asked[i] for i in places], places, normalised, batch_size)
-        shared += len(places) * once
-        for i, of_row in zip(places, found, strict=True):
-            scores[i] = of_row
+    asked = _ask(task, pattern, rows, examples)
+    scores, shared = reader.scores(asked, normalised, batch_size)
     predictions = tuple(max(range(len(s)), key=lambda k: (s[k], -k)) for s in scores)
     labelled = all(task.label in row for row in rows)
     metrics = judge(task, predictions, task.examples(rows)) if labelled else {}
     return Ranking(scores=tuple(scores), predictions=predictions, metrics=metrics, num_shared=shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """One row in words."""
+
+    prefix: str
+    """The instruction and the examples."""
+    text: str
+    """Its own prompt."""
+    answers: tuple[str, ...]
+
+
+def _ask(task: Task, pattern: Pattern, rows: Sequence[Any], examples: Examples | None) -> list[_Asked]:
+    """The rows in words; the examples of all are looked up together."""
+    texts: list[str] = []
+    answers: list[tuple[str, ...]] = []
+    found: list[_Asked] = []
+    for i, row in enumerate(rows):
+        with _named(i):
+            texts.append(pattern.text(row))
+            answers.append(pattern.answers(task, row))
+    chosen: list[list[Row]] = [[] for _ in rows] if examples is None else examples.choose_all(texts)
+    for i, (text, own, shown) in enumerate(zip(texts, answers, chosen, strict=True)):
+        with _named(i):
+            found.append(_Asked(prefix=pattern.prefix(task, shown), text=text, answers=own))
+    return found
+
+
+@contextmanager
+def _named(row: int) -> Iterator[None]:
+    """Say in a `DataError` which row it is of."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"row {row}: {error}") from error
 
 
 class _Reader:
@@ -111,54 +137,58 @@ class _Reader:
     @property
     def _shares(self) -> bool:
         """Whether the keys and values of a prefix can be handed to other rows."""
-        windowed = getattr(self.backbone.model.config, "sliding_window", None)
-        return self.deltas is None and self.backbone.takes_position_ids and not windowed
-
-    def scores(
-        self,
-        prefix: str,
-        asked: Sequence[tuple[str, tuple[str, ...]]],
-        numbers: Sequence[int],
-        normalised: bool,
-        batch_size: int,
-    ) -> tuple[list[tuple[float, ...]], bool]:
-        """Per prompt the scores of its answers, all behind one prefix; and whether that was read once for all."""
-        front, prompts = self._prompts(prefix, [text for text, _ in asked])
-        once = bool(front) and len(asked) > 1 and self._shares
-        rows: list[Answered] = []
-        room = self.backbone.max_length - (0 if self.deltas is None else self.deltas.num_positions)
-        for number, prompt, (_, answers) in zip(numbers, prompts, asked, strict=True):
-            for answer in answers:
-                ids = text_ids(self.backbone, answer, first=False)
-                needed = len(front) + len(prompt) + len(ids)
-                if self.backbone.decodes:  # the answer has the decoder to itself
-                    needed = max(len(prompt), len(ids))
-                if needed > room:
-                    raise DataError(
-                        f"row {number}: its examples, prompt and answer are {needed} tokens, but backbone "
-                        f"'{self.backbone.name}' has {self.backbone.max_length} positions; take fewer or shorter "
-                        f"examples"
-                    )
-                whole = [*([] if once else front), *prompt, *ids]
-                rows.append(Answered(input_ids=whole, num_answer=len(ids), row=number))
-        deltas = self._memory(front) if once else self.deltas
-        found = iter(answer_losses(self.backbone, deltas, rows, batch_size=batch_size))
-        out: list[tuple[float, ...]] = []
-        for _, answers in asked:
-            pairs = [next(found) for _ in answers]
-            out.append(tuple(-loss / (count if normalised else 1) for loss, count in pairs))
-        return out, once
-
-    def _prompts(self, prefix: str, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of what all texts have in front, and of each; an encoder reads both as one text."""
         backbone = self.backbone
-        if not backbone.decodes:
-            front = text_ids(backbone, prefix, first=True)
-            return front, [text_ids(backbone, text, first=not prefix) for text in texts]
-        assert backbone.tokenizer is not None
-        with backbone.tokenizer_lock:
-            found = backbone.tokenizer([prefix + text for text in texts], truncation=False, return_attention_mask=False)
-        return [], [list(ids) for ids in found["input_ids"]]
+        windowed = getattr(backbone.model.config, "sliding_window", None)
+        return self.deltas is None and backbone.takes_position_ids and not windowed and not backbone.decodes
+
+    def scores(self, asked: Sequence[_Asked], normalised: bool, batch_size: int) -> tuple[list[tuple[float, ...]], int]:
+        """Per row the scores of its answers; and how many rows had what stands in front of them read once for several.
+
+        Rows that read everything by themselves run together, whatever stands in front of each.
+        """
+        fronts: dict[str, list[int]] = {}
+        for row in asked:
+            if row.prefix not in fronts:
+                fronts[row.prefix] = [] if self.backbone.decodes else text_ids(self.backbone, row.prefix, first=True)
+        encoded = [self._encode(i, row, fronts[row.prefix]) for i, row in enumerate(asked)]
+        times = Counter(row.prefix for row in asked)
+        once = {prefix for prefix, front in fronts.items() if front and times[prefix] > 1 and self._shares}
+        found: list[tuple[float, ...]] = [()] * len(asked)
+        for prefix in (None, *(p for p in fronts if p in once)):
+            places = [i for i, row in enumerate(asked) if (row.prefix if row.prefix in once else None) == prefix]
+            front = [] if prefix is None else fronts[prefix]
+            deltas = self.deltas if prefix is None else self._memory(front)
+            rows = [replace(a, input_ids=a.input_ids[len(front) :]) for i in places for a in encoded[i]]
+            losses = iter(answer_losses(self.backbone, deltas, rows, batch_size=batch_size))
+            for i in places:
+                pairs = [next(losses) for _ in encoded[i]]
+                found[i] = tuple(-loss / (count if normalised else 1) for loss, count in pairs)
+        return found, sum(times[prefix] for prefix in once)
+
+    def _encode(self, number: int, row: _Asked, front: list[int]) -> list[Answered]:
+        """A row with each of its answers, behind token ids that stand in front of it; an encoder reads it as one text.
+
+        Raises:
+            DataError: it does not fit the backbone's positions.
+        """
+        backbone = self.backbone
+        room = backbone.max_length - (0 if self.deltas is None else self.deltas.num_positions)
+        if backbone.decodes:
+            prompt = prompt_ids(backbone, row.prefix + row.text)
+        else:
+            prompt = [*front, *text_ids(backbone, row.text, first=not row.prefix)]
+        found = []
+        for answer in row.answers:
+            ids = answer_ids(backbone, answer)
+            # A decoder has the answer to itself.
+            needed = max(len(prompt), len(ids)) if backbone.decodes else len(prompt) + len(ids)
+            if needed > room:
+                raise DataError(
+                    f"row {number}: its examples, prompt and answer are {needed} tokens, but backbone "
+                    f"'{backbone.name}' has {backbone.max_length} positions; take fewer or shorter examples"
+                )
+            found.append(Answered(input_ids=[*prompt, *ids], num_answer=len(ids), row=number))
+        return found
 
     def _memory(self, ids: list[int]) -> DeltaSet:
         """The keys and values of tokens that all rows have in front, at their positions."""

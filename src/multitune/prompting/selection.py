@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,8 +62,15 @@ class Examples(ABC):
 
     def choose(self, text: str) -> list[Row]:
         """The examples for a question, whose prompt alone is `text`; fewer than k where the pool has no other."""
+        return self.choose_all([text])[0]
+
+    def choose_all(self, texts: Sequence[str]) -> list[list[Row]]:
+        """`choose` for several questions."""
+        return [self._pick(text, order) for text, order in zip(texts, self._ranked(texts), strict=True)]
+
+    def _pick(self, text: str, order: Iterable[int]) -> list[Row]:
         asked, found, seen = _plain(text), [], set()
-        for i in self._ranked(text):
+        for i in order:
             if self._plain[i] != asked and self._plain[i] not in seen:
                 seen.add(self._plain[i])
                 found.append(self.rows[i])
@@ -72,8 +79,8 @@ class Examples(ABC):
         return found[::-1]
 
     @abstractmethod
-    def _ranked(self, text: str) -> Iterator[int]:
-        """Numbers of the pool's rows, the best for this question first."""
+    def _ranked(self, texts: Sequence[str]) -> Iterable[Iterable[int]]:
+        """For every question the numbers of the pool's rows, the best for it first."""
 
 
 class RandomExamples(Examples):
@@ -83,8 +90,8 @@ class RandomExamples(Examples):
         super().__init__(table, k)
         self._order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def _ranked(self, text: str) -> Iterator[int]:
-        return iter(self._order)
+    def _ranked(self, texts: Sequence[str]) -> Iterable[Iterable[int]]:
+        return [self._order] * len(texts)
 
 
 class BM25Examples(Examples):
@@ -102,10 +109,11 @@ class BM25Examples(Examples):
     def _words(self, texts: Sequence[str]) -> Any:
         return self._bm25s.tokenize(list(texts), stopwords=None, show_progress=False)
 
-    def _ranked(self, text: str) -> Iterator[int]:
-        words = self._bm25s.tokenize([text], stopwords=None, show_progress=False, return_ids=False)[0]
-        scores = torch.from_numpy(self._index.get_scores(words).copy()) if words else torch.zeros(len(self.rows))
-        return iter(scores.argsort(descending=True, stable=True).tolist())
+    def _ranked(self, texts: Sequence[str]) -> Iterable[Iterable[int]]:
+        for text in texts:
+            words = self._bm25s.tokenize([text], stopwords=None, show_progress=False, return_ids=False)[0]
+            scores = torch.from_numpy(self._index.get_scores(words).copy()) if words else torch.zeros(len(self.rows))
+            yield scores.argsort(descending=True, stable=True).tolist()
 
 
 class NeighbourExamples(Examples):
@@ -116,22 +124,23 @@ class NeighbourExamples(Examples):
         Args:
             backbone: embeds texts: the mean of its last hidden states, such as `Backbone.load("minilm")`.
         """
+        from multitune.bank import Bank
+
         super().__init__(table, k)
         self.backbone = backbone
+        self._bank = Bank(backbone)
 
     def prepare(self, pattern: Puts) -> None:
         super().prepare(pattern)
         self._vectors = self._embed(self._texts)
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        from multitune.bank import Bank
-
-        found = [p.embedding for p in Bank(self.backbone).predict([(None, text) for text in texts])]
+        found = [p.embedding for p in self._bank.predict([(None, text) for text in texts])]
         return torch.nn.functional.normalize(torch.stack([v for v in found if v is not None]), dim=1)
 
-    def _ranked(self, text: str) -> Iterator[int]:
-        cosines = self._vectors @ self._embed([text])[0]
-        return iter(cosines.argsort(descending=True, stable=True).tolist())
+    def _ranked(self, texts: Sequence[str]) -> Iterable[Iterable[int]]:
+        for vector in self._embed(texts):
+            yield (self._vectors @ vector).argsort(descending=True, stable=True).tolist()
 
 
 def _plain(text: str) -> str:

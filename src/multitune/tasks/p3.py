@@ -75,6 +75,10 @@ def p3_templates(
 
     Args:
         original: leave out those that ask for something else than the data set does.
+        data_dir: the folder of data; by default the one that `MULTITUNE_DATA` names.
+
+    Raises:
+        DataError: no folder of data, or one without `p3_templates/templates.parquet`.
     """
     table = read_table(data_root(data_dir) / "p3_templates" / "templates.parquet")
     return tuple(

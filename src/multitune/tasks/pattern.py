@@ -28,7 +28,7 @@ class Pattern:
 
     prompt: str
     """A template over columns. `{mask}` says where the answer stands: anywhere for a masked language model, at the end
-    for a causal one; without it that is the end."""
+    for a causal one or an encoder-decoder; without it that is the end."""
     verbalizer: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Label name to the text that says it; by default the name itself. A multiple choice has its choices instead."""
     instruction: str = ""
@@ -105,11 +105,11 @@ class Pattern:
             raise TaskError(f"the verbalizer says {(twice or [''])[0]!r} for two labels, or nothing; give each its own")
 
     def check_end(self) -> None:
-        """Raise `TaskError` unless the answer stands at the end, where a causal language model can give it."""
+        """Raise `TaskError` unless the answer stands at the end, where a language model that writes can give it."""
         if self._ends[1].strip():
             raise TaskError(
-                f"pattern {self.prompt!r} has text behind {{mask}}, which a causal language model has not read when it "
-                f"answers; end the prompt with {{mask}}, or take a masked language model"
+                f"pattern {self.prompt!r} has text behind {{mask}}, which a language model that writes has not read "
+                f"when it answers; end the prompt with {{mask}}, or take a masked language model"
             )
 
     def check_mask(self) -> None:

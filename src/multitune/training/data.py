@@ -137,7 +137,7 @@ class Collator:
         self.start_ids = list(start_ids)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        if self.start_ids:
+        if self.start_ids and self.kind == "generation":
             return self._two_sided(items)
         sequences = [s for item in items for s in item.sequences]
         batch = pad(sequences, self.pad_id)
@@ -146,6 +146,7 @@ class Collator:
             "attention_mask": batch.attention_mask,
             "token_type_ids": batch.token_type_ids,
             "slots": batch.slots,
+            "decoder_input_ids": batch.decoder_input_ids,
             "targets": self._targets(items, batch.input_ids.shape[1]),
             "states": None if self.states is None else self.states.batch(sequences),
         }

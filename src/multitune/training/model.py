@@ -90,7 +90,7 @@ class TuningModel(nn.Module):
             targets: as `heads.loss` takes them; generation as `token_losses` does.
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
             slots, decoder_input_ids: int64 `[B, S]` and `[B, U]`, as `Backbone.run` takes them; with the latter targets
-                are of the decoder's tokens.
+                and `index` are of the decoder's tokens.
             index: ranking: int64 `[N, 5]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
             teacher: ranking: float32 `[R, choices]`, the scores to distil.
 

@@ -333,12 +333,13 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
             )
         return config
     PatternReader(backbone, task)
-    if config.distill_examples is not None and not backbone.causal:
+    if config.distill_examples is not None and not backbone.writes:
         raise ConfigError(
             f"distill_examples={config.distill_examples}: backbone '{backbone.name}' is a masked language model, and "
-            f"context distillation needs a causal one, which continues its examples; leave it out, or take smollm2"
+            f"context distillation needs a causal one or an encoder-decoder, which read "
+            f"examples as they read texts; leave it out, or take smollm2"
         )
-    return replace(config, losses=config.losses or "+".join(LOSS_NAMES if backbone.causal else ("choice",)))
+    return replace(config, losses=config.losses or "+".join(LOSS_NAMES if backbone.writes else ("choice",)))
 
 
 def _check_prompts(model: TuningModel, splits: Iterable[TaskRows]) -> None:
