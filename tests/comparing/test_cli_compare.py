@@ -83,15 +83,15 @@ def test_a_slip_is_one_line(run, file, arguments, message):
 
 
 def test_ctrl_c_says_how_to_go_on(run, file, tmp_path, monkeypatch):
-    train_many, calls = execute.train_many, []
+    train, calls = execute.train, []
 
     def second_time_interrupted(*arguments, **settings):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return train_many(*arguments, **settings)
+        return train(*arguments, **settings)
 
-    monkeypatch.setattr(execute, "train_many", second_time_interrupted)
+    monkeypatch.setattr(execute, "train", second_time_interrupted)
     result = run(file(), "--out", "here")
     assert result.exit_code == 130
     assert result.stderr.strip().endswith("interrupted; 1 of 6 trials are in here; the same command goes on")

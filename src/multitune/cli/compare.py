@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
 from multitune.comparing.estimate import estimate
+from multitune.comparing.gathering import that_count
 from multitune.comparing.recipe import Recipe
 from multitune.comparing.records import Record, Trial
 from multitune.comparing.run import (
@@ -78,11 +79,20 @@ def compare_command(
     max_jobs: Annotated[
         int | None,
         typer.Option(
-            help="Packed: trials that share passes; 1 makes each exactly what `train` gives. "
-            "\\[default: 1, on a GPU 8]",
+            help="Packed: trials that share passes, whose times are then not comparable; with 1 each is exactly what "
+            "`train` gives. \\[default: 1]",
             show_default=False,
         ),
     ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Packed, several trials at a time: most tokens of a pass. \\[default: 512]", show_default=False
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run the trials again that failed in an earlier run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their number, and stop.")] = False,
     backbone: Annotated[
         str | None,
@@ -125,10 +135,12 @@ def compare_command(
     if dry_run:
         _dry(plan, as_json)
         return
-    place = make_runner(runner, plan.backbone, recipe.backbone, workers=workers, max_jobs=max_jobs, token_budget=512)
+    place = make_runner(
+        runner, plan.backbone, recipe.backbone, workers=workers, max_jobs=max_jobs, token_budget=token_budget
+    )
     try:
-        _announce(plan, folder)
-        comparison = _run(plan, folder, place)
+        _announce(plan, folder, retry_failed)
+        comparison = _run(plan, folder, place, retry_failed)
     finally:
         place.close()
     _finish(comparison, as_json)
@@ -191,7 +203,7 @@ def _finals(plan: Plan) -> list[Job]:
     return jobs if plan.recipe.search is None else [j for j in jobs if j.trial.seed == plan.search_seed()]
 
 
-def _announce(plan: Plan, folder: Path) -> None:
+def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
     tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
     methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
     for cell in {id(cell.draws[0]): cell for cell in plan.cells}.values():
@@ -201,7 +213,7 @@ def _announce(plan: Plan, folder: Path) -> None:
             f"{cell.draws[0].task}: {task.kind}{labels}, text from {' | '.join(task.template.parts)}, answer from "
             f"{task.label}; {count(len(data.train))} rows to learn from, {count(len(data.validation))} to judge by"
         )
-    total, known = number_of_trials(plan), number_known(plan, folder)
+    total, known = number_of_trials(plan), number_known(plan, folder, retry_failed=retry_failed)
     what = f"{_several(len(methods), 'method')} on {_several(len(tasks), 'task')}, "
     what += _several(len(plan.recipe.seeds), "seed")
     if known:
@@ -227,11 +239,11 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------- while
 
 
-def _run(plan: Plan, folder: Path, place: Runner) -> Comparison:
+def _run(plan: Plan, folder: Path, place: Runner, retry_failed: bool) -> Comparison:
     start = time.perf_counter()
     with _Screen() as screen:
         try:
-            found = run_plan(plan, folder, place, screen.watch)
+            found = run_plan(plan, folder, place, screen.watch, retry_failed=retry_failed)
         except KeyboardInterrupt:
             screen.stop()
             note(f"interrupted; {screen.done} of {screen.total} trials are in {folder}; the same command goes on")
@@ -307,11 +319,13 @@ def _result(record: Record) -> str:
 
 def _finish(comparison: Comparison, as_json: bool) -> None:
     """The table, the report and the recommendation."""
+    from multitune.cli.report import command_of
     from multitune.comparing.report import write_report
 
-    recipe_text = (comparison.folder / RECIPE_FILE).read_text("utf-8")
-    advice = write_report(comparison.records, comparison.folder, recipe_text=recipe_text).recommendation
-    lines = summary(comparison.records)
+    folder, records = comparison.folder, (*comparison.searched, *comparison.records)
+    recipe_text = (folder / RECIPE_FILE).read_text("utf-8")
+    written = write_report(records, folder, recipe_text=recipe_text, command=command_of(folder))
+    advice, lines = written.recommendation, summary(that_count(records))
     if as_json:
         said = {"method": advice.method, "reasons": list(advice.reasons)}
         print_json({"results": lines, "recommendation": said, "folder": str(comparison.folder)})
@@ -320,7 +334,8 @@ def _finish(comparison: Comparison, as_json: bool) -> None:
         print(f"\nrecommended: {advice.candidate or 'none'}", *advice.reasons, sep="\n- ")
         print(f"\nreport: {comparison.folder / 'report.html'}")
     if comparison.failed:
-        note(f"{len(comparison.failed)} trials failed; the first: {comparison.failed[0].outcome.error}")
+        first = comparison.failed[0].outcome.error
+        note(f"{_several(len(comparison.failed), 'trial')} failed (--retry-failed runs them again); the first: {first}")
     if not any(r.outcome.score is not None for r in comparison.records):
         raise typer.Exit(1)
 
