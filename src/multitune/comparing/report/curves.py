@@ -108,7 +108,7 @@ def _curves(
         axes.set_ylabel(judge.title)
         ends = {n: judge.say(rows[-1][1]) for n, rows in curves.items()}
         said = f"{judge.title.capitalize()}, on {task} over the optimiser steps. At the last step: "
-        said += ", ".join(f"{n} {ends[n]}" for n in [*coloured, *curves] if n in ends)[:600] + "."
+        said += ", ".join(f"{n} {ends[n]}" for n in dict.fromkeys([*coloured, *curves]) if n in ends)[:600] + "."
         handles, labels = axes.get_legend_handles_labels()
         if any(n not in coloured for n in curves):
             handles, labels = [*handles, Line2D([], [], color=GRID)], [*labels, "the others"]
