@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +21,11 @@ from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
 from multitune.comparing.estimate import estimate
 from multitune.comparing.gathering import that_count
-from multitune.comparing.recipe import Recipe
 from multitune.comparing.records import Record, Trial
 from multitune.comparing.run import (
     Comparison,
     Progress,
+    as_yaml,
     load,
     number_known,
     number_of_trials,
@@ -32,7 +33,7 @@ from multitune.comparing.run import (
     with_choices,
 )
 from multitune.comparing.runners import make_runner
-from multitune.comparing.sources import recipe_of
+from multitune.comparing.sources import recipe_of, suites
 from multitune.comparing.store import RECIPE_FILE
 from multitune.comparing.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
@@ -64,6 +65,23 @@ def compare_command(
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="These methods instead of the recipe's.", show_default=False)
     ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Numbers of trained parameters that every method is brought to, such as 0.1% or 50000.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Look for each method's settings with so many trials; where its recipe varies none, for its learning "
+            "rate (a third of the usual, that, three times it).",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +112,10 @@ def compare_command(
         bool, typer.Option("--retry-failed", help="Run the trials again that failed in an earlier run.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their number, and stop.")] = False,
+    print_recipe: Annotated[
+        bool,
+        typer.Option("--print-recipe", help="Print the recipe as YAML, to edit and to give instead, and stop."),
+    ] = False,
     backbone: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Backbone; by default the recipe's, or minilm.", show_default=False),
@@ -127,7 +149,18 @@ def compare_command(
 ) -> None:
     """Compare methods on tasks or on your own table: scores over seeds, a report, and a recommendation."""
     own = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "validation": validation}
-    recipe = _recipe(what, {k: v for k, v in own.items() if v is not None}, methods, seeds, backbone, device)
+    found = recipe_of(what, **{k: v for k, v in own.items() if v is not None})
+    recipe = with_choices(
+        replace(found, backbone=backbone or found.backbone, device=device or found.device),
+        methods=None if methods is None else _words(methods, "methods"),
+        budgets=None if budgets is None else _words(budgets, "budgets"),
+        seeds=_seeds(seeds),
+        trials=trials,
+    )
+    if print_recipe:
+        # a suite that nothing was changed of comes with its comments
+        print(suites()[what].read_text("utf-8") if recipe == found and what in suites() else as_yaml(recipe), end="")
+        return
     folder = Path(out or f"compare-{recipe.name}")
     plan = load(recipe)
     for line in plan.left_out:
@@ -146,20 +179,11 @@ def compare_command(
     _finish(comparison, as_json)
 
 
-def _recipe(
-    what: str, own: Mapping[str, str], methods: str | None, seeds: str | None, backbone: str | None, device: str | None
-) -> Recipe:
-    from dataclasses import replace
-
-    recipe = recipe_of(what, **own)
-    recipe = with_choices(recipe, None if methods is None else _words(methods, "methods"), _seeds(seeds))
-    return replace(recipe, backbone=backbone or recipe.backbone, device=device or recipe.device)
-
-
 def _words(given: str, option: str) -> list[str]:
     found = [word.strip() for word in given.split(",") if word.strip()]
     if not found:
-        raise ConfigError(f"--{option} takes names with commas between them, such as lora,bitfit, not '{given}'")
+        such = {"budgets": "0.1%,50000", "seeds": "0,1,2"}.get(option, "lora,bitfit")
+        raise ConfigError(f"--{option} takes values with commas between them, such as {such}, not '{given}'")
     return found
 
 

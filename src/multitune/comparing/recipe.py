@@ -197,6 +197,25 @@ class Recipe:
         """The recipe with other seeds: so many, or just these."""
         return replace(self, seeds=_seeds(seeds, "the comparison", "seeds"))
 
+    def with_budgets(self, budgets: Sequence[str | int]) -> Recipe:
+        """The recipe with these budgets, as a file gives them."""
+        return replace(self, budgets=tuple(_budget(b, "the comparison") for b in budgets))
+
+    def with_search(self, trials: int) -> Recipe:
+        """The recipe with a search of so many trials. A method that varies nothing gets its learning rate to vary: a
+        third of the usual one, that, and three times it.
+        """
+        methods = tuple(m if m.num_points > 1 else self._with_rates(m) for m in self.methods)
+        return replace(self, methods=methods, search=_search({"trials": trials}, "the comparison"))
+
+    def _with_rates(self, entry: MethodEntry) -> MethodEntry:
+        if "learning_rate" in entry.grid:
+            return entry
+        (point,) = entry.points()
+        usual = self.training.get("learning_rate") or entry.method(point).recipe.learning_rate
+        rates = tuple(float(f"{usual * factor:.2g}") for factor in (1 / 3, 1, 3))
+        return replace(entry, grid={**entry.grid, "learning_rate": rates})
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as the values of a YAML file; `from_dict` gives back an equal recipe."""
         tasks = []

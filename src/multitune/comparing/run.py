@@ -237,13 +237,27 @@ def _each_once(jobs: Iterable[Job]) -> list[Job]:
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
     """Write the recipe as YAML."""
-    import yaml
-
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    text = as_yaml(recipe)
     replace_file(file, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def with_choices(recipe: Recipe, methods: Sequence[str] | None, seeds: int | Sequence[int] | None) -> Recipe:
-    """The recipe with other methods or seeds, where they are given."""
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as a YAML file has it."""
+    import yaml
+
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def with_choices(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[str | int] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    trials: int | None = None,
+) -> Recipe:
+    """The recipe with other methods, budgets or seeds, or with a search, where they are given."""
     recipe = recipe if methods is None else recipe.with_methods(methods)
+    recipe = recipe if budgets is None else recipe.with_budgets(budgets)
+    recipe = recipe if trials is None else recipe.with_search(trials)
     return recipe if seeds is None else recipe.with_seeds(seeds)
