@@ -51,7 +51,9 @@ SUITES = """\
 
 A suite is a recipe that ships with the library: tasks with the part of their rows that is used and why, methods, seeds
 and settings. They are sized for two CPU cores; their files say what to take out for all rows. `multitune compare NAME`
-runs one and goes on where it was stopped; `overhead` trains nothing and is the grid of `benchmarks/overhead.py`.
+runs one and goes on where it was stopped, `multitune compare NAME --print-recipe` prints it to be edited; `overhead`
+trains nothing and is the grid of `benchmarks/overhead.py`. `glue` and `superglue` read the hub's tables where
+`MULTITUNE_DATA` names no folder; the others need the folder.
 
 | suite | backbone | tasks | methods | seeds | rows |
 |---|---|---|---|---|---|

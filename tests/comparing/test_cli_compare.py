@@ -1,6 +1,7 @@
 """`multitune compare`: what it says before, while and after."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,9 +9,10 @@ from typer.testing import CliRunner
 
 from multitune.cli.compare import duration
 from multitune.cli.shared import app, load_command
-from multitune.comparing import Store, execute
+from multitune.comparing import Recipe, Store, execute
 from multitune.comparing.estimate import estimate
 from multitune.comparing.run import load
+from multitune.comparing.sources import recipe_of, suites
 from multitune.comparing.store import FILE
 
 
@@ -61,6 +63,25 @@ def test_methods_and_seeds_of_the_command_line_replace_the_recipes(run, file):
     }
 
 
+def test_budgets_and_a_search_of_the_command_line_suit_a_table(run, moods, tiny_folder):
+    pytest.importorskip("optuna", reason="the extra [compare] is not installed")
+    given = ("--backbone", tiny_folder, "--methods", "lora,head", "--budgets", "500,5%", "--trials", "2")
+    told = json.loads(run(moods, *given, "--seeds", "1", "--dry-run", "--json").stdout)
+    lora = [t for t in told["final"] if t["method"] == "lora"]
+    assert len({t["settings"]["r"] for t in lora}) == 2
+    assert sorted({t["training"]["learning_rate"] for t in lora}) == [1e-3, 3e-3, 9e-3]
+    assert told["trials"] == 2 * 2 * 2
+
+
+def test_a_printed_recipe_is_the_one_that_runs(run, file, moods, tmp_path):
+    suite = run("glue", "--print-recipe").stdout
+    assert suite == suites()["glue"].read_text("utf-8")
+    changed = yaml.safe_load(run("glue", "--print-recipe", "--methods", "lora", "--trials", "3").stdout)
+    assert list(changed["methods"][0]["lora"]) == ["learning_rate"] and changed["search"] == {"trials": 3}
+    (tmp_path / "own.yaml").write_text(run(moods, "--print-recipe", "--seeds", "2").stdout, "utf-8")
+    assert Recipe.read(tmp_path / "own.yaml") == replace(recipe_of(str(moods)), seeds=(0, 1))
+
+
 def test_a_budget_that_is_too_small_is_said(run, file):
     result = run(file(methods=["lora", "head"], budgets=[5]), "--dry-run")
     assert "lora is left out at 5: its smallest form has more parameters" in result.stderr
@@ -70,9 +91,11 @@ def test_a_budget_that_is_too_small_is_said(run, file):
     ("arguments", "message"),
     [
         (["--seeds", "three"], "--seeds takes a number"),
-        (["--methods", ","], "--methods takes names"),
+        (["--methods", ","], "--methods takes values"),
         (["--methods", "lora,bitfitt"], "Did you mean 'bitfit'"),
         (["--label", "mood"], "--label is for a table"),
+        (["--budgets", "much"], "a budget is a share of the backbone"),
+        (["--trials", "0"], "'trials' is a whole number of at least 1"),
         (["--runner", "cluster"], "no runner is called 'cluster'"),
     ],
 )
@@ -83,15 +106,15 @@ def test_a_slip_is_one_line(run, file, arguments, message):
 
 
 def test_ctrl_c_says_how_to_go_on(run, file, tmp_path, monkeypatch):
-    train_many, calls = execute.train_many, []
+    train, calls = execute.train, []
 
     def second_time_interrupted(*arguments, **settings):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return train_many(*arguments, **settings)
+        return train(*arguments, **settings)
 
-    monkeypatch.setattr(execute, "train_many", second_time_interrupted)
+    monkeypatch.setattr(execute, "train", second_time_interrupted)
     result = run(file(), "--out", "here")
     assert result.exit_code == 130
     assert result.stderr.strip().endswith("interrupted; 1 of 6 trials are in here; the same command goes on")

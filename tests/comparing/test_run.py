@@ -28,7 +28,7 @@ def ran(recipe, folder, **how):
     return keys, compare(recipe, folder, watch=watch, **how)
 
 
-#: Settings with which `train_many` refuses a job, and `train` does not.
+#: Settings with which `train_many` refuses a job, and `train` takes it.
 KEPT = {"count": 1, "cache_frozen": "memory"}
 
 
@@ -182,6 +182,9 @@ def test_a_search_goes_on_to_the_trials_it_would_have_run(recipe, tmp_path, cont
         ({"workers": 0}, "workers=0 is not possible"),
         ({"max_jobs": 0}, "max_jobs=0 is not possible"),
         ({"token_budget": 0}, "token_budget=0 is not possible"),
+        ({"token_budget": 64}, "token_budget=64 is for trials that share passes"),
+        ({"token_budget": 64, "max_jobs": 1}, "give max_jobs above 1 too"),
+        ({"token_budget": 64, "runner": "processes"}, "only the runner 'packed'"),
     ],
 )
 def test_what_a_runner_cannot_do_is_refused(recipe, tmp_path, how, message):
@@ -193,7 +196,7 @@ def test_what_a_runner_cannot_do_is_refused(recipe, tmp_path, how, message):
 def test_a_missing_ray_is_refused_with_the_line_that_installs_it(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'multitune\[ray\]'"):
-        make_runner("ray", bert, "minilm", workers=None, max_jobs=None, token_budget=512)
+        make_runner("ray", bert, "minilm", workers=None, max_jobs=None, token_budget=None)
 
 
 def test_a_store_that_is_none_is_refused_before_anything_runs(recipe, tmp_path):

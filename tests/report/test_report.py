@@ -205,7 +205,9 @@ def test_the_same_records_give_the_same_files(tmp_path):
 
 def test_overhead_is_drawn_and_listed(tmp_path):
     overhead = [
-        OverheadRow(method=m, form=form, rows=b, length=16, ratio=ratio, milliseconds=3.0, rounds=9)
+        OverheadRow(
+            method=m, form=form, rows=b, length=16, ratio=ratio, milliseconds=3.0, rounds=9, settings={"size": 8}
+        )
         for m, ratio in (("lora", 1.07), ("bitfit", 1.03))
         for form in ("alone", "mixed")
         for b in (1, 16)
@@ -215,6 +217,40 @@ def test_overhead_is_drawn_and_listed(tmp_path):
     assert table["lora", "all tasks"]["overhead_mixed"] == "1.07"
     text = "".join(page.said)
     assert "Inference, in a mixed batch" in text and "Without a value, so not drawn: prompt and head." in text
+
+
+def test_a_time_of_serving_with_other_settings_is_none_and_the_report_says_so(tmp_path):
+    times = {8: 1.25, 64: 1.75}
+    overhead = [
+        OverheadRow(method="lora", form="alone", rows=1, length=16, ratio=ratio, milliseconds=3.0, rounds=9,
+                    settings={"r": r})
+        for r, ratio in times.items()
+    ]  # fmt: skip
+    records = [record("lora", seed=s, settings={"r": 64}) for s in (0, 1)]
+    table, page = check(write_report(records, tmp_path, overhead=overhead), records)
+    assert table["lora", "all tasks"]["overhead_alone"] == "1.75"
+    assert {"lora, r=8", "lora, r=64"} <= set(page.said)
+    table, page = check(write_report(records, tmp_path, overhead=overhead[:1]), records)
+    assert table["lora", "all tasks"]["overhead_alone"] == ""
+    assert "other settings than these have, so they have no time of it: lora." in "".join(page.said)
+
+
+def test_texts_that_were_judged_at_the_end_alone_have_curves_of_perplexity(tmp_path):
+    history = tuple({"step": float(k), "eval_perplexity": 10.0 / k} for k in (1, 2))
+    records = [record("lora", "nlg/e2e", s, 0.3, metric="bleu", history=history) for s in (0, 1)]
+    said = "".join(check(write_report(records, tmp_path), records)[1].said)
+    assert "Validation perplexity, lower is better, on nlg/e2e" in said and "At the last step: lora 5." in said
+    judged = tuple({"step": float(k), "eval_perplexity": 10.0 / k, "eval_bleu": 20.0 * k} for k in (1, 2))
+    records = [record("lora", "nlg/e2e", s, 0.4, metric="bleu", history=judged) for s in (0, 1)]
+    said = "".join(check(write_report(records, tmp_path), records)[1].said)
+    assert "Validation score, points, on nlg/e2e" in said and "At the last step: lora 40.0." in said
+
+
+def test_the_command_that_is_shown_is_the_one_that_was_given(tmp_path):
+    files = write_report([record()], tmp_path, command="multitune compare mine/recipe.yaml --out mine")
+    for file in (files.html, files.markdown):
+        assert "multitune compare mine/recipe.yaml --out mine" in file.read_text("utf-8")
+    assert "command" not in write_report([record()], tmp_path).markdown.read_text("utf-8")
 
 
 def test_the_recipe_of_a_row_holds_all_that_its_trials_depend_on():

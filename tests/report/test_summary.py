@@ -123,6 +123,18 @@ def test_overhead_is_the_mean_over_shapes_that_every_method_has():
     assert found["head"].overhead_alone is None
 
 
+def test_a_search_that_found_nothing_stands_among_the_failed_runs():
+    lost = [failed("lora", task, settings={"r": r}, purpose="search") for task in ("a", "b") for r in (4, 8)]
+    found = [record("lora", "b", settings={"r": 4}), record("ia3", "a"), record("ia3", "b")]
+    going = [record("vera", "a", purpose="search"), failed("vera", "a", purpose="search", settings={"r": 2})]
+    summary = summarise([*lost, *going, *found])
+    assert set(summary.by_name) == {"lora", "ia3"} and summary.num_search == 6 and not summary.only_search
+    assert [c.name for c in summary.complete] == ["ia3"]
+    cells = summary.by_name["lora"].cells
+    assert (len(cells["a"].failed), len(cells["b"].failed)) == (1, 0)
+    assert "all of its 2 trials failed; the first: it ran out of memory" in cells["a"].failed[0].outcome.error
+
+
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +20,12 @@ from rich.progress import Progress as Bar
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
 from multitune.comparing.estimate import estimate
-from multitune.comparing.recipe import Recipe
+from multitune.comparing.gathering import that_count
 from multitune.comparing.records import Record, Trial
 from multitune.comparing.run import (
     Comparison,
     Progress,
+    as_yaml,
     load,
     number_known,
     number_of_trials,
@@ -31,7 +33,7 @@ from multitune.comparing.run import (
     with_choices,
 )
 from multitune.comparing.runners import make_runner
-from multitune.comparing.sources import recipe_of
+from multitune.comparing.sources import recipe_of, suites
 from multitune.comparing.store import RECIPE_FILE
 from multitune.comparing.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
@@ -63,6 +65,23 @@ def compare_command(
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="These methods instead of the recipe's.", show_default=False)
     ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Numbers of trained parameters that every method is brought to, such as 0.1% or 50000.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Look for each method's settings with so many trials; where its recipe varies none, for its learning "
+            "rate (a third of the usual, that, three times it).",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
@@ -78,12 +97,25 @@ def compare_command(
     max_jobs: Annotated[
         int | None,
         typer.Option(
-            help="Packed: trials that share passes; 1 makes each exactly what `train` gives. "
-            "\\[default: 1, on a GPU 8]",
+            help="Packed: trials that share passes, whose times are then not comparable; with 1 each is exactly what "
+            "`train` gives. \\[default: 1]",
             show_default=False,
         ),
     ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Packed, several trials at a time: most tokens of a pass. \\[default: 512]", show_default=False
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run the trials again that failed in an earlier run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their number, and stop.")] = False,
+    print_recipe: Annotated[
+        bool,
+        typer.Option("--print-recipe", help="Print the recipe as YAML, to edit and to give instead, and stop."),
+    ] = False,
     backbone: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Backbone; by default the recipe's, or minilm.", show_default=False),
@@ -117,7 +149,18 @@ def compare_command(
 ) -> None:
     """Compare methods on tasks or on your own table: scores over seeds, a report, and a recommendation."""
     own = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "validation": validation}
-    recipe = _recipe(what, {k: v for k, v in own.items() if v is not None}, methods, seeds, backbone, device)
+    found = recipe_of(what, **{k: v for k, v in own.items() if v is not None})
+    recipe = with_choices(
+        replace(found, backbone=backbone or found.backbone, device=device or found.device),
+        methods=None if methods is None else _words(methods, "methods"),
+        budgets=None if budgets is None else _words(budgets, "budgets"),
+        seeds=_seeds(seeds),
+        trials=trials,
+    )
+    if print_recipe:
+        # a suite that nothing was changed of comes with its comments
+        print(suites()[what].read_text("utf-8") if recipe == found and what in suites() else as_yaml(recipe), end="")
+        return
     folder = Path(out or f"compare-{recipe.name}")
     plan = load(recipe)
     for line in plan.left_out:
@@ -125,29 +168,22 @@ def compare_command(
     if dry_run:
         _dry(plan, as_json)
         return
-    place = make_runner(runner, plan.backbone, recipe.backbone, workers=workers, max_jobs=max_jobs, token_budget=512)
+    place = make_runner(
+        runner, plan.backbone, recipe.backbone, workers=workers, max_jobs=max_jobs, token_budget=token_budget
+    )
     try:
-        _announce(plan, folder)
-        comparison = _run(plan, folder, place)
+        _announce(plan, folder, retry_failed)
+        comparison = _run(plan, folder, place, retry_failed)
     finally:
         place.close()
     _finish(comparison, as_json)
 
 
-def _recipe(
-    what: str, own: Mapping[str, str], methods: str | None, seeds: str | None, backbone: str | None, device: str | None
-) -> Recipe:
-    from dataclasses import replace
-
-    recipe = recipe_of(what, **own)
-    recipe = with_choices(recipe, None if methods is None else _words(methods, "methods"), _seeds(seeds))
-    return replace(recipe, backbone=backbone or recipe.backbone, device=device or recipe.device)
-
-
 def _words(given: str, option: str) -> list[str]:
     found = [word.strip() for word in given.split(",") if word.strip()]
     if not found:
-        raise ConfigError(f"--{option} takes names with commas between them, such as lora,bitfit, not '{given}'")
+        such = {"budgets": "0.1%,50000", "seeds": "0,1,2"}.get(option, "lora,bitfit")
+        raise ConfigError(f"--{option} takes values with commas between them, such as {such}, not '{given}'")
     return found
 
 
@@ -191,7 +227,7 @@ def _finals(plan: Plan) -> list[Job]:
     return jobs if plan.recipe.search is None else [j for j in jobs if j.trial.seed == plan.search_seed()]
 
 
-def _announce(plan: Plan, folder: Path) -> None:
+def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
     tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
     methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
     for cell in {id(cell.draws[0]): cell for cell in plan.cells}.values():
@@ -201,7 +237,7 @@ def _announce(plan: Plan, folder: Path) -> None:
             f"{cell.draws[0].task}: {task.kind}{labels}, text from {' | '.join(task.template.parts)}, answer from "
             f"{task.label}; {count(len(data.train))} rows to learn from, {count(len(data.validation))} to judge by"
         )
-    total, known = number_of_trials(plan), number_known(plan, folder)
+    total, known = number_of_trials(plan), number_known(plan, folder, retry_failed=retry_failed)
     what = f"{_several(len(methods), 'method')} on {_several(len(tasks), 'task')}, "
     what += _several(len(plan.recipe.seeds), "seed")
     if known:
@@ -227,11 +263,11 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------- while
 
 
-def _run(plan: Plan, folder: Path, place: Runner) -> Comparison:
+def _run(plan: Plan, folder: Path, place: Runner, retry_failed: bool) -> Comparison:
     start = time.perf_counter()
     with _Screen() as screen:
         try:
-            found = run_plan(plan, folder, place, screen.watch)
+            found = run_plan(plan, folder, place, screen.watch, retry_failed=retry_failed)
         except KeyboardInterrupt:
             screen.stop()
             note(f"interrupted; {screen.done} of {screen.total} trials are in {folder}; the same command goes on")
@@ -307,11 +343,13 @@ def _result(record: Record) -> str:
 
 def _finish(comparison: Comparison, as_json: bool) -> None:
     """The table, the report and the recommendation."""
+    from multitune.cli.report import command_of
     from multitune.comparing.report import write_report
 
-    recipe_text = (comparison.folder / RECIPE_FILE).read_text("utf-8")
-    advice = write_report(comparison.records, comparison.folder, recipe_text=recipe_text).recommendation
-    lines = summary(comparison.records)
+    folder, records = comparison.folder, (*comparison.searched, *comparison.records)
+    recipe_text = (folder / RECIPE_FILE).read_text("utf-8")
+    written = write_report(records, folder, recipe_text=recipe_text, command=command_of(folder))
+    advice, lines = written.recommendation, summary(that_count(records))
     if as_json:
         said = {"method": advice.method, "reasons": list(advice.reasons)}
         print_json({"results": lines, "recommendation": said, "folder": str(comparison.folder)})
@@ -320,7 +358,8 @@ def _finish(comparison: Comparison, as_json: bool) -> None:
         print(f"\nrecommended: {advice.candidate or 'none'}", *advice.reasons, sep="\n- ")
         print(f"\nreport: {comparison.folder / 'report.html'}")
     if comparison.failed:
-        note(f"{len(comparison.failed)} trials failed; the first: {comparison.failed[0].outcome.error}")
+        first = comparison.failed[0].outcome.error
+        note(f"{_several(len(comparison.failed), 'trial')} failed (--retry-failed runs them again); the first: {first}")
     if not any(r.outcome.score is not None for r in comparison.records):
         raise typer.Exit(1)
 

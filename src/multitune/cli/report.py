@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -54,6 +55,7 @@ def report_command(
         out or files[0].parent,
         overhead=measured,
         recipe_text=_recipe(files[0]) if len(files) == 1 else None,
+        command=command_of(files[0].parent) if len(files) == 1 else None,
         title=title,
     )
     advice = written.recommendation
@@ -65,6 +67,12 @@ def report_command(
     for reason in advice.reasons:
         print(f"- {reason}")
     note(f"wrote {written.html}, and report.md and report.csv beside it")
+
+
+def command_of(folder: Path) -> str | None:
+    """The command that runs a comparison again, from the recipe that lies in its folder."""
+    file = folder / RECIPE_FILE
+    return f"multitune compare {quote(str(file))} --out {quote(str(folder))}" if file.is_file() else None
 
 
 def read_stores(paths: list[Path]) -> list[Record]:

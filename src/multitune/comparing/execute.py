@@ -15,7 +15,7 @@ from multitune.backbone import Backbone
 from multitune.bank import Bank
 from multitune.comparing import memory
 from multitune.comparing.environment import environment
-from multitune.comparing.records import Outcome
+from multitune.comparing.records import PERCENT, Outcome
 from multitune.comparing.trials import Job
 from multitune.errors import DataWarning, MultituneError
 from multitune.methods import make_method
@@ -27,8 +27,8 @@ from multitune.training.judging import predict_rows
 Done = Callable[[Job, Outcome], None]
 Say = Callable[[str], None]
 
-#: Metrics of sacreBLEU, which run to 100; scores run to 1.
-_PERCENT = ("bleu", "chrf")
+#: What is the fault of one trial, and no reason to give up the others: too little memory is a RuntimeError of torch.
+_OF_A_TRIAL = (RuntimeError, MemoryError)
 _ROW_KINDS = ("classification", "multiple_choice", "multilabel", "regression", "tagging")
 
 
@@ -49,18 +49,27 @@ def run_jobs(
 
 def _run(backbone: Backbone, jobs: Sequence[Job], max_jobs: int, token_budget: int, done: Done, say: Say) -> None:
     facts = environment(backbone)
-    together = [] if max_jobs == 1 else [job for job in jobs if _shares(job)]
+    left = {job.trial.key: job for job in jobs}
+
+    def ended(job: Job, outcome: Outcome) -> None:
+        del left[job.trial.key]
+        done(job, outcome)
+
+    together = [] if max_jobs == 1 else [job for job in jobs if _shares(backbone, job)]
     if together:
-        _together(backbone, together, max_jobs, token_budget, facts, done, say)
-    for job in jobs:
-        if job not in together:
-            _alone(backbone, job, facts, done, say)
+        _together(backbone, together, max_jobs, token_budget, facts, ended, say)
+    for job in list(left.values()):
+        _alone(backbone, job, facts, ended, say)
 
 
-def _shares(job: Job) -> bool:
+def _shares(backbone: Backbone, job: Job) -> bool:
     """Whether a trial can share passes."""
     trial = job.trial
-    return not make_method(trial.method, trial.settings).changes_weights and trial.training["cache_frozen"] is None
+    return (
+        not backbone.decodes
+        and not make_method(trial.method, trial.settings).changes_weights
+        and trial.training["cache_frozen"] is None
+    )
 
 
 def _together(
@@ -72,45 +81,79 @@ def _together(
     done: Done,
     say: Say,
 ) -> None:
+    """Train these in shared passes. Where a pass fails, nobody can tell whose fault it is: some may not have ended."""
     by_key = {job.trial.key: job for job in jobs}
     company = min(max_jobs, len(jobs))
+    of_the_caller: list[Exception] = []
 
     def ended(key: str, result: TrainResult | FailedJob) -> None:
         job = by_key[key]
         backbone.model.eval()  # the next pass of the others switches it back
-        done(job, outcome_of(backbone, job.data, result, together=company, facts=facts))
+        outcome = outcome_of(backbone, job, result, together=company, facts=facts)
+        try:
+            done(job, outcome)
+        except _OF_A_TRIAL as error:
+            of_the_caller.append(error)
+            raise
 
-    train_many(
-        backbone,
-        [_train_job(job) for job in jobs],
-        config=TrainConfig(progress=False),
-        max_jobs=max_jobs,
-        token_budget=token_budget,
-        report=say,
-        ended=ended,
-    )
+    try:
+        train_many(
+            backbone,
+            [_train_job(job) for job in jobs],
+            config=TrainConfig(progress=False),
+            max_jobs=max_jobs,
+            token_budget=token_budget,
+            report=say,
+            ended=ended,
+        )
+    except _OF_A_TRIAL as error:
+        if any(error is own for own in of_the_caller):
+            raise
+        _tidy(backbone)
+        say(f"a shared pass failed ({_message(error)}); what is left runs one by one")
 
 
 def _alone(backbone: Backbone, job: Job, facts: Mapping[str, Any], done: Done, say: Say) -> None:
     measured = memory.reset_peak(backbone.device)
     start, processor = time.perf_counter(), time.process_time()
-    result = _cached(backbone, job, say) if job.trial.training["cache_frozen"] is not None else None
-    if result is None:
-        (result,) = train_many(
-            backbone, [_train_job(job)], config=TrainConfig(progress=False), max_jobs=1, alone="queue", report=say
-        )
+    result = _trained(backbone, job, say)
     own = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
     found = memory.peak(backbone.device) if measured else None
-    done(job, outcome_of(backbone, job.data, result, together=1, facts=facts, **own, peak_memory=found))
+    done(job, outcome_of(backbone, job, result, together=1, facts=facts, **own, peak_memory=found))
 
 
-def _cached(backbone: Backbone, job: Job, say: Say) -> TrainResult | FailedJob:
-    """A trial that keeps what frozen layers give, which `train_many` does not."""
-    own = _train_job(job)
+def _trained(backbone: Backbone, job: Job, say: Say) -> TrainResult | FailedJob:
+    """What `train` gives: unlike `train_many` it takes every backbone and every setting."""
+    own, name = _train_job(job), job.trial.key
     try:
-        return train(backbone, own.data, own.method, report=say, progress=False, **own.settings)
-    except MultituneError as error:
-        return FailedJob(name=job.trial.key, error=error, step=0, history=[])
+        return train(
+            backbone,
+            own.data,
+            own.method,
+            report=lambda line: say(f"{name}: {line}"),
+            progress=False,
+            **own.settings,
+        )
+    except (MultituneError, *_OF_A_TRIAL) as error:
+        _tidy(backbone)
+        return FailedJob(name=name, error=_as_ours(error), step=0, history=[])
+
+
+def _tidy(backbone: Backbone) -> None:
+    """Leave nothing of a trial that failed to the next one."""
+    backbone.model.eval()
+    if backbone.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _as_ours(error: Exception) -> MultituneError:
+    return error if isinstance(error, MultituneError) else MultituneError(_message(error))
+
+
+def _message(error: Exception) -> str:
+    """An error of another library in one line, with its kind, without which some say little."""
+    first = next(iter(str(error).strip().splitlines()), "no message")
+    return f"{type(error).__name__}: {first}"
 
 
 def _train_job(job: Job) -> TrainJob:
@@ -121,7 +164,7 @@ def _train_job(job: Job) -> TrainJob:
 
 def outcome_of(
     backbone: Backbone,
-    data: TaskData,
+    job: Job,
     result: TrainResult | FailedJob,
     *,
     together: int,
@@ -130,59 +173,72 @@ def outcome_of(
     processor_seconds: float | None = None,
     peak_memory: int | None = None,
 ) -> Outcome:
-    """What a store keeps of a run."""
+    """What a store keeps of a run; of one that could not be judged, why."""
+    metric = job.data.task.metric
+    shared: dict[str, Any] = {
+        "metric": metric,
+        "processor_seconds": processor_seconds,
+        "together": together,
+        "history": tuple(result.history),
+        "environment": facts,
+    }
     if isinstance(result, FailedJob):
-        return Outcome(
-            status="failed",
-            error=str(result.error).removeprefix(f"job '{result.name}': "),
-            metric=data.task.metric,
-            seconds=seconds,
-            processor_seconds=processor_seconds,
-            together=together,
-            history=tuple(result.history),
-            environment=facts,
-        )
-    adapter = result.adapter
-    scores, rows = _scores(backbone, adapter, data)
-    metric = data.task.metric
+        error = str(result.error).removeprefix(f"job '{result.name}': ")
+        return Outcome(status="failed", error=error, seconds=seconds, **shared)
+    seconds = result.seconds if seconds is None else seconds
+    try:
+        scores, rows = _scores(backbone, result.adapter, job)
+    except (MultituneError, *_OF_A_TRIAL) as error:
+        _tidy(backbone)
+        return Outcome(status="failed", error=f"judging failed: {_as_ours(error)}", seconds=seconds, **shared)
     return Outcome(
         status="finished",
-        metric=metric,
         score=_upwards(metric, scores[metric]),
         scores=scores,
-        parameters=result.num_method_parameters,
+        parameters=_num_parameters(result),
         head_parameters=result.num_head_parameters,
-        file_bytes=sum(t.numel() * t.element_size() for t in adapter.params.values()),
-        seconds=result.seconds if seconds is None else seconds,
-        processor_seconds=processor_seconds,
+        file_bytes=sum(t.numel() * t.element_size() for t in result.adapter.params.values()),
+        seconds=seconds,
         peak_memory=peak_memory,
-        together=together,
-        history=tuple(result.history),
         row_scores=rows,
-        environment=facts,
+        **shared,
     )
+
+
+def _num_parameters(result: TrainResult) -> int:
+    """As budgets count: what is saved, and so without a network that only training has (prefix-tuning, P-tuning)."""
+    adapter = result.adapter
+    # of the backbone's own weights those are saved that changed, and all are trained
+    return result.num_method_parameters if adapter.method.changes_weights else adapter.num_method_parameters
 
 
 def _upwards(metric: str, value: float) -> float:
     """A score of which more is better; errors count negative."""
-    value = value / 100 if metric in _PERCENT else value
+    value = value / 100 if metric in PERCENT else value
     return value if higher_is_better(metric) else -value
 
 
-def _scores(backbone: Backbone, adapter: Adapter, data: TaskData) -> tuple[dict[str, float], tuple[float, ...] | None]:
+def _scores(backbone: Backbone, adapter: Adapter, job: Job) -> tuple[dict[str, float], tuple[float, ...] | None]:
     """All scores of the best tensors on the validation rows, and those of each row."""
     scores = {name: float(value) for name, value in adapter.metrics.items()}
-    task = adapter.task
+    task, rows, batch_size = adapter.task, job.data.validation, job.trial.training["eval_batch_size"]
     if task.kind == "generation" and judge_of_training(task.metric) != task.metric:
         from multitune.generation.evaluation import evaluate_texts
 
         bank = Bank(backbone)
         bank.add("trial", adapter)
-        return scores | evaluate_texts(bank, "trial", data.validation).scores, None
+        return scores | evaluate_texts(bank, "trial", rows, _writing(job), batch_size=batch_size).scores, None
     if task.kind not in _ROW_KINDS:
         return scores, None
-    predictions, examples = predict_rows(backbone, adapter, data.validation)
+    predictions, examples = predict_rows(backbone, adapter, rows, batch_size=batch_size)
     return scores, tuple(row_score(task, p, e.target) for p, e in zip(predictions, examples, strict=True))
+
+
+def _writing(job: Job) -> dict[str, Any] | None:
+    """How the judged texts are written: as long as the task says, else as those that training was judged by."""
+    training = job.trial.training
+    most = job.trial.data.get("max_new_tokens") or (training["eval_new_tokens"] if training["eval_texts"] else None)
+    return None if most is None else {"max_new_tokens": most}
 
 
 def row_score(task: Task, prediction: Any, target: Any) -> float:

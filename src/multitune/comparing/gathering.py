@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from multitune.comparing.overhead import OverheadRow, mean_ratio
@@ -13,11 +14,13 @@ from multitune.comparing.records import Record
 from multitune.comparing.statistics import mean_over_tasks
 from multitune.comparing.summary import Candidate, Cell, Summary, draw_of
 
+#: What makes two tasks of one: which rows they have, and how long the judged texts may be.
+_CONDITIONS = ("per_class", "train_rows", "validation_rows", "max_new_tokens")
+
 
 def summarise(records: Sequence[Record], overhead: Sequence[OverheadRow] = ()) -> Summary:
-    """What a report of these records shows; of the search only where nothing else is there."""
-    final = [r for r in records if r.purpose == "final"]
-    counted = list({r.trial.key + str(r.budget): r for r in final or records}.values())
+    """What a report of these records shows, see `that_count`."""
+    counted = list({r.trial.key + str(r.budget): r for r in that_count(records)}.values())
     tasks = _task_names(counted)
     found = _candidates(counted, tasks)
     order = tuple(dict.fromkeys(tasks[r.trial.key] for r in sorted(counted, key=lambda r: tasks[r.trial.key])))
@@ -30,9 +33,36 @@ def summarise(records: Sequence[Record], overhead: Sequence[OverheadRow] = ()) -
         candidates=tuple(candidates),
         records=tuple(counted),
         num_search=sum(r.purpose == "search" for r in records),
-        only_search=bool(records) and not final,
+        only_search=bool(records) and not any(r.purpose == "final" for r in records),
         overhead=tuple(overhead),
     )
+
+
+def that_count(records: Sequence[Record]) -> list[Record]:
+    """The final records, and one that says so of every search that found nothing; without a final one those of the
+    search.
+    """
+    final = [r for r in records if r.purpose == "final"]
+    return [*final, *_lost(records, {_cell(r) for r in final})] if final else list(records)
+
+
+def _lost(records: Sequence[Record], done: set[str]) -> Iterator[Record]:
+    """A failed record for every method on a task under a budget of which all trials of the search failed."""
+    searched: dict[str, list[Record]] = defaultdict(list)
+    for r in records:
+        if _cell(r) not in done:
+            searched[_cell(r)].append(r)
+    for of in searched.values():
+        if all(r.outcome.status == "failed" for r in of):
+            said = f"the search found no setting, for all of its {len(of)} trials failed; the first: "
+            yield replace(of[0], outcome=replace(of[0].outcome, error=f"{said}{of[0].outcome.error}"))
+
+
+def _cell(record: Record) -> str:
+    """What a search looks for settings for: task with its number of rows, method, budget; whichever draw of rows."""
+    trial = record.trial
+    conditions = {k: trial.data.get(k) for k in _CONDITIONS}
+    return _json([trial.task, conditions, trial.backbone, trial.method, record.budget])
 
 
 def _task_names(records: Sequence[Record]) -> dict[str, str]:
@@ -40,13 +70,13 @@ def _task_names(records: Sequence[Record]) -> dict[str, str]:
     conditions: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     prints: dict[tuple[str, str, int], dict[str, None]] = defaultdict(dict)
     for r in records:
-        condition = {k: r.trial.data.get(k) for k in ("per_class", "train_rows", "validation_rows")}
+        condition = {k: r.trial.data.get(k) for k in _CONDITIONS}
         conditions[r.trial.task][_json(condition)] = condition
         prints[r.trial.task, _json(condition), draw_of(r)][_fingerprint(r)] = None
     names = {}
     for r in records:
         of_task = conditions[r.trial.task]
-        key = _json({k: r.trial.data.get(k) for k in ("per_class", "train_rows", "validation_rows")})
+        key = _json({k: r.trial.data.get(k) for k in _CONDITIONS})
         varying = {k for k in of_task[key] if len({_json(c[k]) for c in of_task.values()}) > 1}
         said = [_in_words(k, of_task[key][k]) for k in of_task[key] if k in varying]
         versions = list(prints[r.trial.task, key, draw_of(r)])
@@ -59,6 +89,8 @@ def _task_names(records: Sequence[Record]) -> dict[str, str]:
 def _in_words(name: str, value: Any) -> str:
     if name == "per_class":
         return "all rows" if value is None else f"{value} per class"
+    if name == "max_new_tokens":
+        return "texts of the usual length" if value is None else f"texts of {value:,} tokens"
     which = "training" if name == "train_rows" else "validation"
     return f"all {which} rows" if value is None else f"{value:,} {which} rows"
 
@@ -130,8 +162,8 @@ def _candidate(
         backbone=first.trial.backbone,
         cells=cells,
         overall=mean_over_tasks(scores) if len(scores) == len(tasks) else None,
-        overhead_alone=_ratio(first, overhead, ("alone", "factors", "fused")),
-        overhead_mixed=_ratio(first, overhead, ("mixed",)),
+        overhead_alone=_ratio(records, overhead, ("alone", "factors", "fused")),
+        overhead_mixed=_ratio(records, overhead, ("mixed",)),
     )
 
 
@@ -140,16 +172,22 @@ def _gave_a_score(record: Record) -> bool:
     return record.outcome.status == "finished" and score is not None and math.isfinite(score)
 
 
-def _ratio(record: Record, overhead: Sequence[OverheadRow], forms: Sequence[str]) -> float | None:
-    """Mean ratio of the first of these forms that was measured, over the shapes that every method of it has."""
-    here = [row for row in overhead if row.backbone == record.trial.backbone]
+def _ratio(records: Sequence[Record], overhead: Sequence[OverheadRow], forms: Sequence[str]) -> float | None:
+    """Mean ratio of the first of these forms that was measured, over the shapes that every method of it has.
+
+    Only what was measured with a run's own settings counts: a rank of 64 takes longer than one of 8.
+    """
+    first = records[0].trial
+    wanted = {_json(r.trial.settings) for r in records}
+    here = [row for row in overhead if row.backbone == first.backbone]
     for form in forms:
-        of_form = [row for row in here if row.form == form]
-        mine = [row for row in of_form if row.method == record.trial.method]
-        exact = [row for row in mine if _json(row.settings) == _json(record.trial.settings)]
-        if mine:
-            shapes: dict[str, set[tuple[int, int]]] = defaultdict(set)
-            for row in of_form:
-                shapes[row.method].add((row.rows, row.length))
-            return mean_ratio(exact or mine, sorted(set.intersection(*shapes.values())))
+        by_settings: dict[tuple[str, str], list[OverheadRow]] = defaultdict(list)
+        for row in here:
+            if row.form == form:
+                by_settings[row.method, _json(row.settings)].append(row)
+        mine = [by_settings[first.method, settings] for settings in wanted if (first.method, settings) in by_settings]
+        if len(mine) == len(wanted):
+            shapes = set.intersection(*({(row.rows, row.length) for row in of} for of in by_settings.values()))
+            ratios = [ratio for of in mine if (ratio := mean_ratio(of, sorted(shapes))) is not None]
+            return math.prod(ratios) ** (1 / len(ratios)) if ratios else None
     return None

@@ -20,7 +20,8 @@ OWN_DATA = ("validation", "text", "text_pair", "label", "kind", "metric", "forma
 """What a task of the user's own rows may say beside `data`: the keys of a recipe of `multitune train`."""
 
 _TOP = ("name", "backbone", "device", "tasks", "methods", "budgets", "seeds", "search", "training", "few_shot")
-_OF_TASK = ("task", "data", *OWN_DATA, "train_rows", "validation_rows", "subset_seed", "max_length", "training")
+_OF_TASK = ("task", "data", *OWN_DATA, "train_rows", "validation_rows", "subset_seed", "max_length",
+            "max_new_tokens", "training")  # fmt: skip
 _TRAINING = tuple(f.name for f in fields(TrainConfig))
 #: What the recipe says elsewhere, and what is no matter of a trial.
 _NOT_HERE = {
@@ -46,6 +47,8 @@ class TaskEntry:
     train_rows: int | None = None
     validation_rows: int | None = None
     subset_seed: int = 0
+    max_new_tokens: int | None = None
+    """Most tokens of the texts that a task of writing is judged by."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig` for this task."""
 
@@ -194,13 +197,33 @@ class Recipe:
         """The recipe with other seeds: so many, or just these."""
         return replace(self, seeds=_seeds(seeds, "the comparison", "seeds"))
 
+    def with_budgets(self, budgets: Sequence[str | int]) -> Recipe:
+        """The recipe with these budgets, as a file gives them."""
+        return replace(self, budgets=tuple(_budget(b, "the comparison") for b in budgets))
+
+    def with_search(self, trials: int) -> Recipe:
+        """The recipe with a search of so many trials. A method that varies nothing gets its learning rate to vary: a
+        third of the usual one, that, and three times it.
+        """
+        methods = tuple(m if m.num_points > 1 else self._with_rates(m) for m in self.methods)
+        return replace(self, methods=methods, search=_search({"trials": trials}, "the comparison"))
+
+    def _with_rates(self, entry: MethodEntry) -> MethodEntry:
+        if "learning_rate" in entry.grid:
+            return entry
+        (point,) = entry.points()
+        usual = self.training.get("learning_rate") or entry.method(point).recipe.learning_rate
+        rates = tuple(float(f"{usual * factor:.2g}") for factor in (1 / 3, 1, 3))
+        return replace(entry, grid={**entry.grid, "learning_rate": rates})
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as the values of a YAML file; `from_dict` gives back an equal recipe."""
         tasks = []
         for entry in self.tasks:
             values: dict[str, Any] = {"task": entry.task} if entry.task is not None else {"data": entry.data}
             values |= dict(entry.own)
-            values |= {k: v for k in ("train_rows", "validation_rows") if (v := getattr(entry, k)) is not None}
+            numbers = ("train_rows", "validation_rows", "max_new_tokens")
+            values |= {k: v for k in numbers if (v := getattr(entry, k)) is not None}
             values |= {"subset_seed": entry.subset_seed} if entry.subset_seed else {}
             tasks.append(values | ({"training": dict(entry.training)} if entry.training else {}))
         made: dict[str, Any] = {"name": self.name, "backbone": self.backbone, "device": self.device, "tasks": tasks}
@@ -257,6 +280,7 @@ def _tasks(given: Any, where: str) -> Iterator[TaskEntry]:
             train_rows=_whole(values, "train_rows", here),
             validation_rows=_whole(values, "validation_rows", here),
             subset_seed=_whole(values, "subset_seed", here, least=0) or 0,
+            max_new_tokens=_whole(values, "max_new_tokens", here),
             training=training,
         )
 

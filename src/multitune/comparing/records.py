@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+#: Metrics of sacreBLEU, which run to 100; scores run to 1.
+PERCENT = ("bleu", "chrf")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -19,7 +22,8 @@ class Trial:
     """The task's name, such as glue/rte."""
     data: Mapping[str, Any]
     """Where the rows come from, a fingerprint of them, and which were drawn: `train_rows`, `validation_rows` (numbers
-    of rows, none stands for all), `subset_seed`, and `per_class` where rows were drawn by label."""
+    of rows, none stands for all), `subset_seed`, `per_class` where rows were drawn by
+    label, and `max_new_tokens` where the recipe gives judged texts a length."""
     backbone: str
     """As `Backbone.load` takes it."""
     backbone_fingerprint: str
@@ -65,7 +69,7 @@ class Outcome:
     scores: Mapping[str, float] = field(default_factory=dict)
     """Every score by name."""
     parameters: int | None = None
-    """Trained values without the head's."""
+    """Trained values that the adapter keeps, without the head's: a network that only training has does not count."""
     head_parameters: int | None = None
     file_bytes: int | None = None
     """Size of the weights of the saved adapter without its head."""

@@ -64,7 +64,8 @@ def compare(
     runner: str = "packed",
     workers: int | None = None,
     max_jobs: int | None = None,
-    token_budget: int = 512,
+    token_budget: int | None = None,
+    retry_failed: bool = False,
     watch: Watch | None = None,
 ) -> Comparison:
     """Compare methods: run every trial of a recipe, and keep each in a store that a later call extends.
@@ -78,9 +79,10 @@ def compare(
         out: folder for the store and the recipe.
         runner: "packed" (all in this process), "processes" (several on this machine), or "ray" (a Ray cluster).
         workers: processes of the last two; by default one for each core, or CPU of the cluster.
-        max_jobs: packed: so many trials share passes. 1, the default on a CPU, makes each bit-equal to `train`
-            with the same settings and its times comparable; more are equal to it up to rounding.
-        token_budget: packed, several at a time: most tokens of a pass, see `train_many`.
+        max_jobs: packed: so many trials share passes. 1, the default, makes each bit-equal to `train` with the same
+            settings, and its time and memory its own; more are equal to it up to rounding.
+        token_budget: packed, several at a time: most tokens of a pass, 512 by default; see `train_many`.
+        retry_failed: run those trials again that failed in an earlier call, and keep what they give now.
         watch: called with every step of the progress.
 
     Raises:
@@ -93,7 +95,7 @@ def compare(
         runner, runs.backbone, found.backbone, workers=workers, max_jobs=max_jobs, token_budget=token_budget
     )
     try:
-        return run_plan(runs, Path(out), place, watch)
+        return run_plan(runs, Path(out), place, watch, retry_failed=retry_failed)
     finally:
         place.close()
 
@@ -107,11 +109,13 @@ def load(recipe: Recipe) -> Plan:
     return Plan(recipe, load_quietly(recipe.backbone, recipe.device))
 
 
-def run_plan(plan: Plan, folder: Path, runner: Runner, watch: Watch | None = None) -> Comparison:
-    """Run all that the store in the folder does not have."""
+def run_plan(
+    plan: Plan, folder: Path, runner: Runner, watch: Watch | None = None, *, retry_failed: bool = False
+) -> Comparison:
+    """Run all that the store in the folder does not have, and with `retry_failed` what it has as failed."""
     store = Store(folder / FILE)
     write_recipe(plan.recipe, folder / RECIPE_FILE)
-    ledger = _Ledger(store, runner, watch, total=number_of_trials(plan))
+    ledger = _Ledger(store, runner, watch, total=number_of_trials(plan), retry_failed=retry_failed)
     chosen = None
     if plan.recipe.search is not None:
         searches = {cell.name: Search(cell.name, cell.points, plan.recipe.search.trials) for cell in plan.cells}
@@ -141,12 +145,13 @@ def number_of_trials(plan: Plan) -> int:
     return searched + finals
 
 
-def number_known(plan: Plan, folder: Path) -> int:
-    """How many of a plan's trials an earlier run has ended; makes no store where there is none."""
+def number_known(plan: Plan, folder: Path, *, retry_failed: bool = False) -> int:
+    """How many of a plan's trials need not be run, for an earlier run has ended them; makes no store where is none."""
     if not (folder / FILE).exists():
         return 0
     store = Store(folder / FILE)
-    return min(number_of_trials(plan), sum(store.has(key) for key in {job.trial.key for job in plan.finals()}))
+    keys = {job.trial.key for job in plan.finals()}
+    return min(number_of_trials(plan), sum(store.has(key, finished=retry_failed) for key in keys))
 
 
 def _look(plan: Plan, searches: Mapping[str, Search], ledger: _Ledger) -> None:
@@ -169,8 +174,9 @@ def _look(plan: Plan, searches: Mapping[str, Search], ledger: _Ledger) -> None:
 class _Ledger:
     """Which trials have ended; runs those that have not, and puts every one into the store at once."""
 
-    def __init__(self, store: Store, runner: Runner, watch: Watch | None, total: int) -> None:
+    def __init__(self, store: Store, runner: Runner, watch: Watch | None, *, total: int, retry_failed: bool) -> None:
         self._store, self._runner, self._watch, self._total = store, runner, watch, total
+        self._retry_failed = retry_failed
         self.outcomes: dict[str, Outcome] = {}
         """By key of the trial."""
         self._kept: set[tuple[str, str, str | None]] = set()
@@ -187,7 +193,7 @@ class _Ledger:
             key = job.trial.key
             if key not in self.outcomes:
                 known = self._store.outcome(key)
-                if known is None:
+                if known is None or (self._retry_failed and known.status == "failed"):
                     left.append(job)
                     continue
                 self.outcomes[key] = known
@@ -231,13 +237,27 @@ def _each_once(jobs: Iterable[Job]) -> list[Job]:
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
     """Write the recipe as YAML."""
-    import yaml
-
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    text = as_yaml(recipe)
     replace_file(file, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def with_choices(recipe: Recipe, methods: Sequence[str] | None, seeds: int | Sequence[int] | None) -> Recipe:
-    """The recipe with other methods or seeds, where they are given."""
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as a YAML file has it."""
+    import yaml
+
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def with_choices(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[str | int] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    trials: int | None = None,
+) -> Recipe:
+    """The recipe with other methods, budgets or seeds, or with a search, where they are given."""
     recipe = recipe if methods is None else recipe.with_methods(methods)
+    recipe = recipe if budgets is None else recipe.with_budgets(budgets)
+    recipe = recipe if trials is None else recipe.with_search(trials)
     return recipe if seeds is None else recipe.with_seeds(seeds)

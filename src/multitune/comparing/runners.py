@@ -24,6 +24,9 @@ from multitune.comparing.records import Outcome
 from multitune.comparing.trials import Job
 from multitune.errors import ConfigError, MultituneError, suggest
 
+#: Most tokens of a shared pass, as in `train_many`.
+_TOKEN_BUDGET = 512
+
 Name = Literal["packed", "processes", "ray"]
 
 
@@ -38,14 +41,15 @@ class Runner(Protocol):
 
 
 def make_runner(
-    name: str, backbone: Backbone, load_as: str, *, workers: int | None, max_jobs: int | None, token_budget: int
+    name: str, backbone: Backbone, load_as: str, *, workers: int | None, max_jobs: int | None, token_budget: int | None
 ) -> Runner:
     """The runner of this name.
 
     Args:
         load_as: the backbone's name, for processes that load it themselves.
         workers: processes; by default one for each core or CPU of the cluster. Packed runs in one.
-        max_jobs: packed: how many trials share passes; by default 1 on a CPU, 8 on a GPU.
+        max_jobs: packed: how many trials share passes; by default 1, for only then times and memory are a trial's own.
+        token_budget: packed, several at a time: most tokens of a pass.
 
     Raises:
         ConfigError: no such runner, or a number that it cannot honour.
@@ -59,8 +63,13 @@ def make_runner(
     if name == "packed":
         if workers is not None and workers > 1:
             raise ConfigError(f"workers={workers}: packed runs in one process; give runner 'processes' for several")
-        usual = 8 if backbone.device.type == "cuda" else 1
-        return Packed(backbone, max_jobs=max_jobs or usual, token_budget=token_budget)
+        if token_budget is not None and (max_jobs or 1) == 1:
+            raise ConfigError(f"token_budget={token_budget} is for trials that share passes; give max_jobs above 1 too")
+        return Packed(backbone, max_jobs=max_jobs or 1, token_budget=token_budget or _TOKEN_BUDGET)
+    if token_budget is not None:
+        raise ConfigError(
+            f"token_budget={token_budget}: only the runner 'packed' lets trials share passes; leave it out"
+        )
     if max_jobs is not None and max_jobs > 1:
         raise ConfigError(f"max_jobs={max_jobs}: only the runner 'packed' lets trials share passes; leave it out")
     if name == "processes":
@@ -187,6 +196,11 @@ def _serve(connection: Connection, place: tuple[str, str, int]) -> None:
                 answer = here.run(job, key)
             except MultituneError as error:
                 answer = error
+            except (RuntimeError, MemoryError) as error:  # those of a trial are outcomes: this is the backbone
+                answer = ConfigError(
+                    f"backbone '{place[0]}' could not be loaded in a process of its own ({type(error).__name__}: "
+                    f"{error}); give fewer workers (--workers)"
+                )
             connection.send(answer)
     except (EOFError, BrokenPipeError):
         return

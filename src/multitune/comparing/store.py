@@ -35,6 +35,13 @@ CREATE TABLE IF NOT EXISTS uses (
 """
 
 
+_PUT = """
+INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET status = excluded.status, score = excluded.score, outcome = excluded.outcome
+WHERE trials.status = 'failed'
+"""
+
+
 class Store:
     """Finished trials by key. Every `add` is on the disk when it returns."""
 
@@ -86,7 +93,9 @@ class Store:
             connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_FORMAT}; COMMIT;")
 
     def add(self, record: Record) -> None:
-        """Keep a record. A trial that is there keeps its outcome; the record's purpose and budget are added to it."""
+        """Keep a record. A trial that is there keeps its outcome, unless that is a failure and the record is of a later
+        try; the record's purpose and budget are added to it.
+        """
         trial, outcome = record.trial, record.outcome
         values = record.to_dict()
         row = (
@@ -95,15 +104,16 @@ class Store:
         )  # fmt: skip
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            connection.execute(_PUT, row)
             use = (trial.key, record.purpose, record.budget or "")
             connection.execute("INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", use)
             connection.execute("COMMIT")
 
-    def has(self, key: str) -> bool:
-        """Whether the trial of this key has been run."""
+    def has(self, key: str, *, finished: bool = False) -> bool:
+        """Whether the trial of this key has been run, and if asked, did not fail."""
         with self._open() as connection:
-            return connection.execute("SELECT 1 FROM trials WHERE key = ?", (key,)).fetchone() is not None
+            found = connection.execute("SELECT status FROM trials WHERE key = ?", (key,)).fetchone()
+        return found is not None and not (finished and found[0] == "failed")
 
     def outcome(self, key: str) -> Outcome | None:
         """What the trial of this key gave, if it has been run."""

@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 from multitune.backbone import Backbone
 from multitune.comparing.budgets import fit
+from multitune.comparing.extras import require
 from multitune.comparing.recipe import Budget, MethodEntry, Point, Recipe, TaskEntry
 from multitune.comparing.records import Trial, digest
 from multitune.comparing.rows import draw, rows_fingerprint
 from multitune.errors import ConfigError, DataError, MultituneError
 from multitune.heads import Head
 from multitune.methods import Method
-from multitune.quantized import check_trains
-from multitune.tasks import TaskData
+from multitune.tasks import Task, TaskData, compute
+from multitune.tasks.metrics import judge_of_training
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.data import warn_of_empty
+from multitune.training.setup import Setup, check_trains_something
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,9 @@ class Plan:
         facts |= {"train_rows": entry.train_rows, "validation_rows": entry.validation_rows, "subset_seed": subset_seed}
         if per_class is not None:
             facts["per_class"] = per_class
+        _check_judging(part.task, entry.max_new_tokens, self.backbone)
+        if entry.max_new_tokens is not None:
+            facts["max_new_tokens"] = entry.max_new_tokens
         training = {**self.recipe.training, **entry.training}
         return Rows(task=whole.task.name, data=part, facts=facts, training=training)
 
@@ -196,23 +201,50 @@ class Plan:
 
     def _check(self) -> None:
         """Refuse now what a trial would be refused for later."""
-        seen: set[str] = set()
         for cell in self.cells:
             for point in cell.points:
                 method, config = self._made(cell.method, point, cell.draws[0], 0)
-                key = json.dumps([method.name, method.settings(), str(config.pooling)], default=str)
-                for rows in cell.draws:
-                    assert config.pooling is not None
-                    Head.for_task(rows.data.task, pooling=config.pooling).check(self.backbone)
-                if key in seen:
-                    continue
-                seen.add(key)
                 try:
-                    check_trains(self.backbone, method)
-                    if not method.changes_weights and not method.asks_for_layers:
-                        self.backbone.shapes_of(method)
+                    self._check_run(cell.draws[0], method, config)
                 except MultituneError as error:
                     raise type(error)(f"method '{cell.method.name}': {error}") from error
+        search = self.recipe.search
+        if search is not None and any(len(cell.points) > search.trials for cell in self.cells):
+            require("optuna", "compare", "a search")
+
+    def _check_run(self, rows: Rows, method: Method, config: TrainConfig) -> None:
+        """What `train` checks of its arguments. Which draw the rows are makes no difference, nor which layers."""
+        backbone, task = self.backbone, rows.data.task
+        assert config.pooling is not None
+        head = Head.for_task(task, pooling=config.pooling)
+        head.check(backbone)
+        of_any_layer = method.with_layers((backbone.num_layers - 1,))
+        Setup.check(backbone, rows.data, of_any_layer, None, config=config, name=None, overwrite=False)
+        if not method.changes_weights:
+            check_trains_something(task, of_any_layer, backbone.shapes_of(of_any_layer), head.shapes(backbone))
+
+
+def _check_judging(task: Task, max_new_tokens: int | None, backbone: Backbone) -> None:
+    """Refuse what the texts of a task could not be judged by, before the first of them is written.
+
+    Raises:
+        ConfigError: the library of the metric is not installed, or `max_new_tokens` cannot be honoured.
+    """
+    writes = task.kind == "generation" and judge_of_training(task.metric) != task.metric
+    if writes:
+        compute(task.metric, ["1"], ["1"])
+    if max_new_tokens is None:
+        return
+    if not writes:
+        raise ConfigError(
+            f"task '{task.name}': max_new_tokens={max_new_tokens} is the length of texts that are judged, and "
+            f"{task.kind} by {task.metric} judges none; leave it out"
+        )
+    if not backbone.decodes and max_new_tokens >= backbone.max_length:
+        raise ConfigError(
+            f"task '{task.name}': max_new_tokens={max_new_tokens} leaves no room for a prompt in the "
+            f"{backbone.max_length} positions of backbone '{backbone.name}'; lower it"
+        )
 
 
 def _with_grid(entry: MethodEntry, point: Point) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -276,12 +276,7 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
         backbone.to_float32()
         own = dict(backbone.model.named_parameters())
         params = {name: own[name].requires_grad_(True) for name in params}
-    if not head_params and not any(map(method.trains, params)):
-        what = f"kind, {data.task.kind}, has" if data.task.pattern is None else "pattern leaves"
-        raise ConfigError(
-            f"{method.title} trains nothing on task '{data.task.name}', whose {what} no head to train; choose a method "
-            f"that changes the backbone, such as lora"
-        )
+    check_trains_something(data.task, method, params, head_params)
     return TuningModel(
         backbone,
         method,
@@ -294,6 +289,16 @@ def _model(backbone: Backbone, data: TaskData, method: Method, config: TrainConf
         losses=parse_losses(config.losses) if config.losses is not None else (),
         distill_weight=config.distill_weight,
     )
+
+
+def check_trains_something(task: Task, method: Method, names: Iterable[str], head_names: Collection[str]) -> None:
+    """Raise `ConfigError` where neither the method, with tensors of these names, nor the head has any to train."""
+    if not head_names and not any(map(method.trains, names)):
+        what = f"kind, {task.kind}, has" if task.pattern is None else "pattern leaves"
+        raise ConfigError(
+            f"{method.title} trains nothing on task '{task.name}', whose {what} no head to train; choose a method "
+            f"that changes the backbone, such as lora"
+        )
 
 
 def check_head_settings(backbone: Backbone, task: Task, config: TrainConfig) -> None:

@@ -35,15 +35,18 @@ def write_report(
     *,
     overhead: Sequence[OverheadRow] = (),
     recipe_text: str | None = None,
+    command: str | None = None,
     title: str | None = None,
 ) -> ReportFiles:
     """Write `report.html`, `report.md` and `report.csv`.
 
     Args:
-        records: those of a store. The final ones are shown; where there are none yet, those of the search.
+        records: those of a store. The final ones are shown, and what a search lost; where there are none yet, those
+            of the search.
         folder: made if it is not there; files of an earlier report in it are replaced.
         overhead: measured times of serving, see `read_overhead`.
         recipe_text: the recipe, to be shown as it was written.
+        command: the command that runs it again, to be shown.
         title: heading of the page; by default "Comparison of N methods".
 
     Raises:
@@ -61,8 +64,8 @@ def write_report(
         html=place / "report.html", markdown=place / "report.md", csv=place / "report.csv", recommendation=advice
     )
     texts = {
-        files.html: as_page(summary, advice, table, heading, recipe_text),
-        files.markdown: as_markdown(summary, advice, table, heading, recipe_text),
+        files.html: as_page(summary, advice, table, heading, recipe_text, command),
+        files.markdown: as_markdown(summary, advice, table, heading, recipe_text, command),
         files.csv: tables.as_csv(table),
     }
     for file, text in texts.items():

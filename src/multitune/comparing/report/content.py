@@ -122,6 +122,17 @@ def how_to_read(summary: Summary) -> list[str]:
             f"Times are given only for runs that had their process to themselves on one kind of machine; without one: "
             f"{listed(incomparable, most=6)}."
         )
+    measured = {(row.method, row.backbone) for row in summary.overhead}
+    otherwise = [
+        c.name
+        for c in summary.candidates
+        if c.overhead_alone is None and c.overhead_mixed is None and (c.method, c.backbone) in measured
+    ]
+    if otherwise:
+        found.append(
+            f"Serving was timed with other settings than these have, so they have no time of it: "
+            f"{listed(otherwise, most=6)}."
+        )
     return found
 
 
@@ -182,13 +193,13 @@ def failures(summary: Summary) -> list[tuple[str, str, str, str]]:
     return [(c, t, ", ".join(map(str, sorted(set(seeds)))), error) for (c, t, error), seeds in found.items()]
 
 
-def how_it_ran(summary: Summary) -> list[tuple[str, str]]:
+def how_it_ran(summary: Summary, command: str | None) -> list[tuple[str, str]]:
     """Machine, versions and the rest, as pairs."""
     environments = [r.outcome.environment for r in summary.records if r.outcome.environment]
     found = [("backbone", ", ".join(sorted({f"{c.backbone}" for c in summary.candidates})))]
     seeds = sorted({r.trial.seed for r in summary.records})
     found.append(("seeds", ", ".join(map(str, seeds))))
-    found.append(("command", "multitune compare RECIPE --out FOLDER"))
+    found += [] if command is None else [("command", command)]
     found.append(("runs", f"{count(len(summary.records))} shown, {count(summary.num_search)} of the search"))
     together = Counter(r.outcome.together for r in summary.records)
     if set(together) != {1}:
@@ -222,5 +233,7 @@ def rows_of_tasks(summary: Summary) -> list[tuple[str, str, str]]:
         drawn = drawn if data.get("per_class") is None else f"{data['per_class']} training rows per class"
         judged = len(rows[0]) if rows else data.get("validation_rows")  # there may be fewer than were asked for
         drawn += ", all validation rows" if judged is None else f", {judged:,} validation rows"
+        most = data.get("max_new_tokens")
+        drawn += "" if most is None else f", texts of at most {most:,} tokens"
         found.append((task, summary.metrics[task], drawn))
     return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
 
+from multitune.comparing.records import PERCENT
 from multitune.comparing.report.charts import Chart
 from multitune.comparing.report.svg import GRID, MARKERS, NARROW, PALETTE, new_figure, render, style
 from multitune.comparing.summary import Candidate, Cell, Summary
@@ -18,15 +20,49 @@ from multitune.comparing.wording import points
 NUM_CURVES = 6
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A score of validation rows, as the curves show it."""
+
+    name: str
+    """In the log of a run behind `eval_`."""
+    title: str
+    factor: float
+    """From the log to the axis."""
+    say: Callable[[float], str]
+    """A value of the log in words."""
+
+
+#: Texts are dear to write: unless a recipe asks for it (`eval_texts`), only the finished adapter is judged by them.
+PERPLEXITY = Judge(name="perplexity", title="validation perplexity, lower is better", factor=1.0, say="{:.3g}".format)
+
+
+def _judge_of(metric: str) -> Judge:
+    if metric == PERPLEXITY.name:
+        return PERPLEXITY
+    percent = metric in PERCENT
+    return Judge(
+        name=metric,
+        title="validation score, points",
+        factor=1.0 if percent else 100.0,
+        say="{:.1f}".format if percent else points,
+    )
+
+
 def learning_curves(summary: Summary) -> list[Chart]:
-    """A figure for each task: the validation score over the steps, mean and range over the runs."""
+    """A figure for each task: the validation score over the steps, mean and range over the runs.
+
+    Where no run was judged by the task's own score while it trained, the perplexity.
+    """
     coloured = [c.name for c in _leading(summary)]
     found = []
     for i, task in enumerate(summary.tasks):
-        curves = {c.name: curve(c.cells[task], summary.metrics[task]) for c in summary.candidates if task in c.cells}
-        drawn = {name: points_ for name, points_ in curves.items() if len(points_) > 1}
-        if drawn:
-            found.append(_curves(f"curve-{i}", task, drawn, coloured))
+        for judge in (_judge_of(summary.metrics[task]), PERPLEXITY):
+            curves = {c.name: curve(c.cells[task], judge.name) for c in summary.candidates if task in c.cells}
+            drawn = {name: points_ for name, points_ in curves.items() if len(points_) > 1}
+            if drawn:
+                found.append(_curves(f"curve-{i}", task, drawn, coloured, judge))
+                break
     return found
 
 
@@ -45,29 +81,34 @@ def curve(cell: Cell, metric: str) -> list[tuple[float, float, float, float]]:
 
 
 def _curves(
-    name: str, task: str, curves: Mapping[str, Sequence[tuple[float, float, float, float]]], coloured: Sequence[str]
+    name: str,
+    task: str,
+    curves: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    coloured: Sequence[str],
+    judge: Judge,
 ) -> Chart:
+    factor = judge.factor
     with style():
         figure = new_figure(NARROW, 300)
         left, below = 50 / NARROW, 96 / 300
         axes = figure.add_axes((left, below, 0.985 - left, 0.985 - below))
         for candidate in [n for n in curves if n not in coloured]:
             steps, means, _, _ = np.array(curves[candidate]).T
-            axes.plot(steps, 100 * means, color=GRID, linewidth=1.0, zorder=1)
+            axes.plot(steps, factor * means, color=GRID, linewidth=1.0, zorder=1)
         for i, candidate in enumerate(coloured):
             if candidate not in curves:
                 continue
             steps, means, low, high = np.array(curves[candidate]).T
             colour, dashes = PALETTE[i], _DASHES[i % len(_DASHES)]
-            axes.fill_between(steps, 100 * low, 100 * high, color=colour, alpha=0.13, linewidth=0, zorder=2)
+            axes.fill_between(steps, factor * low, factor * high, color=colour, alpha=0.13, linewidth=0, zorder=2)
             shown = candidate if len(candidate) <= 28 else f"{candidate[:27]}…"
-            axes.plot(steps, 100 * means, color=colour, linestyle=dashes, linewidth=1.7, marker=MARKERS[i],
+            axes.plot(steps, factor * means, color=colour, linestyle=dashes, linewidth=1.7, marker=MARKERS[i],
                       markersize=4, label=shown, zorder=3)  # fmt: skip
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel("validation score, points")
-        ends = {n: points(rows[-1][1]) for n, rows in curves.items()}
-        said = f"Validation score on {task} over the optimiser steps. At the last step: "
-        said += ", ".join(f"{n} {ends[n]}" for n in [*coloured, *curves] if n in ends)[:600] + "."
+        axes.set_ylabel(judge.title)
+        ends = {n: judge.say(rows[-1][1]) for n, rows in curves.items()}
+        said = f"{judge.title.capitalize()}, on {task} over the optimiser steps. At the last step: "
+        said += ", ".join(f"{n} {ends[n]}" for n in dict.fromkeys([*coloured, *curves]) if n in ends)[:600] + "."
         handles, labels = axes.get_legend_handles_labels()
         if any(n not in coloured for n in curves):
             handles, labels = [*handles, Line2D([], [], color=GRID)], [*labels, "the others"]

@@ -14,7 +14,12 @@ from multitune.version import __version__
 
 
 def as_markdown(
-    summary: Summary, advice: Recommendation, table: Sequence[Row], title: str, recipe_text: str | None
+    summary: Summary,
+    advice: Recommendation,
+    table: Sequence[Row],
+    title: str,
+    recipe_text: str | None,
+    command: str | None,
 ) -> str:
     """The report as a document."""
     parts = [f"# {plain(title)}", plain(content.in_short(summary)), "## Recommendation"]
@@ -26,7 +31,8 @@ def as_markdown(
     failed = content.failures(summary)
     if failed:
         parts += ["## Failed runs", _table(("method", "task", "seeds", "message"), failed)]
-    parts += ["## How it was run", _items([f"{name}: {said}" for name, said in content.how_it_ran(summary)])]
+    ran = content.how_it_ran(summary, command)
+    parts += ["## How it was run", _items([f"{name}: {said}" for name, said in ran])]
     parts += [_table(("task", "score", "rows"), content.rows_of_tasks(summary))]
     if recipe_text:
         fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", recipe_text)), default=0))

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from multitune.comparing.method_facts import facts_of
-from multitune.comparing.overhead import FORMS
+from multitune.comparing.overhead import FORMS, OverheadRow
 from multitune.comparing.recommend import Recommendation
 from multitune.comparing.report import content
 from multitune.comparing.report.charts import costs, score_against
@@ -26,7 +26,14 @@ from multitune.version import __version__
 _MATRIX = 40
 
 
-def as_page(summary: Summary, advice: Recommendation, table: Sequence[Row], title: str, recipe_text: str | None) -> str:
+def as_page(
+    summary: Summary,
+    advice: Recommendation,
+    table: Sequence[Row],
+    title: str,
+    recipe_text: str | None,
+    command: str | None,
+) -> str:
     """The HTML of a report. Everything that comes from records is escaped by the template."""
     folder = resources.files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -66,7 +73,7 @@ def as_page(summary: Summary, advice: Recommendation, table: Sequence[Row], titl
         num_curves=min(NUM_CURVES, len(summary.complete or summary.candidates)),
         tests=content.about_tests(summary),
         matrix=_matrix(summary),
-        how=content.how_it_ran(summary),
+        how=content.how_it_ran(summary, command),
         data=content.rows_of_tasks(summary),
         recipe=recipe_text,
         again=[(c.name, recipes_of(c)) for c in summary.candidates],
@@ -120,6 +127,13 @@ def _pair(summary: Summary, names: Sequence[str], one: str, other: str) -> dict[
     return {"kind": kind, "text": f"{sign}{abs(100 * mean):.1f}", "tip": tip}
 
 
+def _with_settings(row: OverheadRow, rows: Sequence[OverheadRow]) -> str:
+    """A method with the settings that tell its measurement from others of it."""
+    others = [r.settings for r in rows if r.method == row.method]
+    own = [f"{k}={v}" for k, v in sorted(row.settings.items()) if any(o.get(k) != v for o in others)]
+    return ", ".join([row.method, *own])
+
+
 def _overhead(summary: Summary) -> dict[str, Any] | None:
     """Every measured ratio of the report's methods on its backbones."""
     shown = {(c.method, c.backbone) for c in summary.candidates}
@@ -130,7 +144,7 @@ def _overhead(summary: Summary) -> dict[str, Any] | None:
     several = len({row.backbone for row in rows}) > 1
     lines: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in sorted(rows, key=lambda r: (r.method, r.backbone, list(FORMS).index(r.form))):
-        name = f"{row.method} on {row.backbone}" if several else row.method
+        name = _with_settings(row, rows) + (f" on {row.backbone}" if several else "")
         lines.setdefault((name, row.form), {})[row.rows, row.length] = row.ratio
     forms = [form for form in FORMS if any(form == f for _, f in lines)]
     return {
