@@ -131,6 +131,10 @@ class DSEE(Method):
             found[site.name] = [InputScale(s=open_.repeat_interleave(site.in_features // len(open_)) - 1)]
         return found
 
+    @property
+    def loop_hooks(self) -> tuple[str, ...]:
+        return super().loop_hooks if self.pruned_heads else ()  # without heads to shut there is nothing to do
+
     def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         if self.pruned_heads and step == self._pruning_step(num_steps):
             for name, heads in params.items():
