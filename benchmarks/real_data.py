@@ -3,6 +3,7 @@
     export MULTITUNE_DATA=/path/to/data    # <collection>/<task>/<split>.parquet
     python benchmarks/real_data.py --shard 1/2 & python benchmarks/real_data.py --shard 2/2 & wait
     python benchmarks/real_data.py --table --write docs/results.md
+    python benchmarks/real_data.py --table --write-planner src/multitune/planner_scores.json
 
 One run is a system, a method, a task and a seed. Each finished run is kept in a store and never run again, so a
 killed benchmark goes on when the command is given again; every shard writes a store of its own and reads all.
@@ -16,6 +17,7 @@ and the numbers drawn for its start and for dropout.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import multiprocessing
@@ -498,6 +500,26 @@ def _listed(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
+# -------------------------------------------------------------------- what `multitune plan` advises by
+
+PLANNED = ("glue/sst2", "accuracy")
+
+
+def planner_scores(args: argparse.Namespace, rows: list[Row]) -> Row:
+    """Mean scores of this library's methods on one task, as `multitune.planner.scores` reads them."""
+    task, score = PLANNED
+    done = [row for cell in cells_of(args) if (row := find(rows, cell)) is not None]
+    methods: dict[str, Row] = {}
+    for name in args.methods:
+        runs = [r for r in done if (r["cell"]["method"], r["cell"]["system"]) == (name, "multitune")]
+        values = _scores(runs, task, score)
+        if values:
+            settings = multitune.get_method(name)().settings()  # those of the cells that were looked for
+            percent = round(100 * statistics.mean(values.values()), 1)
+            methods[name] = {"percent": percent, "seeds": len(values), "settings": settings}
+    return {"task": f"{TASKS[task].title} {score}", "backbone": BACKBONE, "methods": methods}
+
+
 # -------------------------------------------------------------------- command line
 
 
@@ -506,6 +528,10 @@ def main() -> None:
     number, count = args.shard
     if args.write and not args.table and count > 1:
         raise SystemExit(f"--write {args.write}: one shard is not the whole table; give --table --write at the end")
+    if args.write_planner and (args.quick or args.limit_rows or not args.table):
+        raise SystemExit(
+            "--write-planner goes with --table and the runs of the table, not with --quick or --limit-rows"
+        )
     check_markers(args.write, DOCUMENT_PART)
     own = args.store / f"real_data-{number}of{count}.jsonl"
     todo = [] if args.table else mine(cells_of(args), args.shard)
@@ -526,6 +552,9 @@ def main() -> None:
         print(text)
         if args.write:
             write_between(args.write, DOCUMENT_PART, text)
+    if args.write_planner:
+        text = json.dumps(planner_scores(args, _finished(args.store)), indent=2, ensure_ascii=False)
+        args.write_planner.write_text(text + "\n", "utf-8")
 
 
 def _finished(store: Path) -> list[Row]:
@@ -562,6 +591,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, default=Path(__file__).parent / "results", help="folder of the stores")
     parser.add_argument("--table", action="store_true", help="run nothing; print the tables of all stores")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between this document's markers")
+    parser.add_argument("--write-planner", type=Path, metavar="FILE", help="with --table: what `multitune plan` reads")
     return parser.parse_args()
 
 

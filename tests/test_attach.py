@@ -67,6 +67,8 @@ METHODS = [
     mt.PTuningV2(length=3, shift_positions=True),
     mt.AoTFC(r=2),
     mt.HeadOnly(),
+    mt.Combined(methods=(mt.LoRA(r=2), mt.BitFit())),
+    mt.DSEE(r=2, num_sparse=9),
 ]
 
 
@@ -84,7 +86,7 @@ def test_the_trainer_trains_the_adapter_and_the_head_alone(make_model, make_back
     moved = {k for k, t in before.items() if not torch.equal(t, after[k])}
     assert moved == {"classifier.weight", "classifier.bias"}
     assert {n for n, p in model.named_parameters() if p.requires_grad} - moved == {
-        n for n, _ in model.named_parameters() if n.startswith("multitune.")
+        f"multitune.{n}" for n, _ in model.multitune.named_parameters() if method.trains(n.replace("/", "."))
     }
 
     run.save_model(str(tmp_path / "adapter"))
@@ -92,6 +94,8 @@ def test_the_trainer_trains_the_adapter_and_the_head_alone(make_model, make_back
     adapter = mt.Adapter.load(tmp_path / "adapter", backbone)
     bank = mt.Bank(backbone)
     bank.add("a", adapter)
+    fresh = method.init(backbone, torch.Generator().manual_seed(0))
+    assert {k: t.dtype for k, t in adapter.params.items()} == {k: t.dtype for k, t in fresh.items()}
     assert adapter.method == method and adapter.task.labels == ("LABEL_0", "LABEL_1")
     texts = ["good film", "not the very bad film"]
     model.eval()
@@ -211,7 +215,42 @@ def test_a_method_that_needs_more_of_its_loop_is_refused(make_model):
         mt.attach(model, mt.AdaLoRA())
     with pytest.raises(mt.ConfigError, match="another learning rate for 'layer.0.query.B'"):
         mt.attach(model, mt.LoRAPlus())
+    both = mt.Combined(methods=(mt.BitFit(), mt.LoRAPlus()))
+    with pytest.raises(mt.ConfigError, match="^LoRA. wants another learning rate for 'lora_plus.layer.0.query.B'"):
+        mt.attach(model, both)
+    with pytest.raises(mt.ConfigError, match="^SIFT needs a loop that calls its calibrate"):
+        mt.attach(model, mt.Combined(methods=(mt.BitFit(), mt.SIFT())))
+    with pytest.raises(mt.ConfigError, match="^DSEE needs a loop that calls its after_step"):
+        mt.attach(model, mt.DSEE(pruned_heads=0.25))
     mt.detach(mt.attach(model, mt.LoRA()))
+
+
+ENCODER_DECODERS = [
+    ("bart", "BartForSequenceClassification", {"eos_token_id": 3}),
+    ("bart/writes", "", {}),
+    ("t5/writes", "", {}),
+    ("t5", "", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name", "config"), ENCODER_DECODERS)
+def test_an_encoder_with_a_decoder_is_refused_by_name(make_model, name, class_name, config):
+    model = make_model(name, class_name=class_name, **config)
+    model.config.name_or_path = "folder/model"
+    words = rf"a {type(model).__name__} has an encoder and a decoder.*Backbone\.load\('folder/model\+decoder'\)"
+    with pytest.raises(mt.BackboneError, match=words):
+        mt.attach(model, mt.LoRA(r=2))
+    assert all(p.requires_grad for p in model.parameters()) and "multitune" not in model._modules
+
+
+def test_the_encoder_of_an_encoder_decoder_alone_is_attached(make_model, make_backbone, random_rows):
+    model = mt.attach(make_model("t5/eager").eval(), mt.LoRA(r=2))
+    ids = random_rows(make_backbone("t5/eager"), [6]).padded()[0]
+    with torch.no_grad():
+        before = model(input_ids=ids).last_hidden_state
+        for parameter in model.multitune.parameters():
+            parameter.add_(0.1)
+        assert not torch.allclose(model(input_ids=ids).last_hidden_state, before, atol=1e-3)
 
 
 def test_what_cannot_be_honoured_is_refused(make_model, rows):

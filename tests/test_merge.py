@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
 
 import multitune as mt
 from multitune.deltas import InputScale, LowRank, Scale
-from multitune.merging import merge_deltas
+from multitune.merging import _compare, merge_deltas
 from multitune.plan import DeltaSet, Plan
 
 
@@ -49,3 +52,44 @@ def test_other_files_are_not_replaced(bert, random_adapter, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "keep me"
     with pytest.raises(mt.ConfigError, match="is a file"):
         adapter.save(tmp_path / "notes.txt")
+
+
+# ---- language models
+
+WRITE = mt.Task(name="write", kind="generation", template=("{text} :",), label="y")
+WORDS = mt.LoRA(r=2, targets=("embedding", "query"))
+
+
+def writing(adapter):
+    """The same adapter for a task that writes."""
+    return replace(adapter, task=WRITE, head=mt.Head.for_task(WRITE), head_params={})
+
+
+def test_words_that_a_tied_head_reads_too_are_not_changed(make_backbone, random_adapter, tmp_path):
+    tied = make_backbone("gpt2")
+    assert tied.lm_head.tied
+    with pytest.raises(mt.AdapterError, match=r"at embedding .* head is tied to the word embeddings.*Bank\.predict"):
+        mt.merge(writing(random_adapter(tied, WORDS, 1)), tied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = mt.merge(random_adapter(tied, WORDS, 1, pooling="last"), tied, tmp_path / "out")  # no head reads words
+    assert report.max_difference < 1e-4 * report.max_magnitude
+
+
+def test_a_head_of_its_own_answers_as_before_with_merged_words(make_model, random_adapter, tmp_path, close):
+    untied = mt.Backbone(make_model("gpt2", class_name="GPT2LMHeadModel", tie_word_embeddings=False))
+    adapter = writing(random_adapter(untied, WORDS, 1))
+    mt.merge(adapter, untied, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(5, untied.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(model(input_ids=ids).logits, untied.logits(Plan([adapter.delta_set(untied)] * 2), ids))
+
+
+def test_what_is_compared_of_a_model_that_writes_are_its_logits(make_model, random_adapter):
+    untied = mt.Backbone(make_model("gpt2", class_name="GPT2LMHeadModel", tie_word_embeddings=False))
+    deltas = random_adapter(untied, mt.LoRA(r=2), 1).delta_set(untied)
+    merged = merge_deltas(untied, deltas, writes=True)
+    merged.lm_linear.weight.data.neg_()  # the hidden states are right, and the answers are not
+    hidden, _ = _compare(untied, deltas, merged, writes=False)
+    logits, magnitude = _compare(untied, deltas, merged, writes=True)
+    assert hidden < 1e-4 and logits == pytest.approx(2 * magnitude, rel=1e-3)

@@ -1,14 +1,18 @@
 """The planner: counted sizes are exact, the memory estimate follows what autograd keeps, limits are honoured."""
 
 import dataclasses
+import importlib
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from multitune import (
+    DSEE,
     AdaLoRA,
     BitFit,
     Combined,
@@ -21,10 +25,12 @@ from multitune import (
     get_method,
     method_names,
     planner,
+    prune,
 )
 from multitune.cli import app
 from multitune.cli.plan import num_bytes
 from multitune.plan import DeltaSet, Plan
+from multitune.pruned import flops
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -164,20 +170,92 @@ def test_amounts_of_memory():
         num_bytes("lots")
 
 
-def test_recommendations_come_from_measured_scores_alone(monkeypatch):
-    def cost(name, file_bytes, latency, problems=()):
-        return planner.Cost(
-            method=name, parameters=1, file_bytes=file_bytes, training_bytes=1, serving_bytes=1,
-            latency=latency, merges=True, mixes=True, problems=problems,
-        )  # fmt: skip
+def cost(name, file_bytes, latency, accuracy=None, problems=()):
+    return planner.Cost(
+        method=name, parameters=1, file_bytes=file_bytes, training_bytes=1, serving_bytes=1,
+        latency=latency, merges=True, mixes=True, accuracy=accuracy, problems=problems,
+    )  # fmt: skip
 
-    monkeypatch.setattr(planner, "SST2_ACCURACY", {"a": 90.0, "b": 89.5, "c": 89.2, "d": 80.0, "e": 95.0})
-    costs = [cost("a", 900, 1.3), cost("b", 10, 1.2), cost("c", 50, 1.1), cost("d", 1, 1.0), cost("new", 1, 1.0)]
-    costs.append(cost("e", 1, 1.0, problems=("cannot be folded into a checkpoint",)))
+
+def test_recommendations_come_from_measured_scores_where_there_are_any():
+    costs = [cost("a", 900, 1.3, 90.0), cost("b", 10, 1.2, 89.5), cost("c", 50, 1.1, 89.2), cost("d", 1, 1.0, 80.0)]
+    costs += [cost("new", 1, 1.0), cost("e", 1, 1.0, 95.0, problems=("cannot be folded into a checkpoint",))]
     found = planner.recommend(costs)
     assert [r.method for r in found] == ["a", "b", "c"]
     assert "90.0 %" in found[0].reason and "1.10 times" in found[2].reason
-    assert planner.recommend(costs[-2:]) == []
+    assert planner.recommend(costs[-1:]) == []
+
+
+def test_without_a_measured_score_the_advice_says_so():
+    found = planner.recommend([cost("new", 50, 1.1), cost("newer", 9, 1.2), cost("e", 1, 1.0, 95.0, problems=("no",))])
+    assert [r.method for r in found] == ["newer", "new"]
+    assert "how well they do was not measured" in found[0].reason
+
+
+def test_a_score_is_that_of_the_settings_it_was_measured_with(bert):
+    measured = planner.scores()
+    assert {"lora", "bitfit"} <= set(measured.methods) <= set(method_names())
+    assert measured.of(LoRA()) == measured.methods["lora"]["percent"] and measured.methods["lora"]["seeds"] >= 1
+    assert measured.of(LoRA(r=9)) is None and measured.of(Combined(methods=(LoRA(), BitFit()))) is None
+    workload = planner.Workload(length=8)
+    found = [planner.cost_of(bert, m, workload, rounds=0).accuracy for m in (LoRA(), LoRA(r=9))]
+    assert found == [measured.of(LoRA()), None]
+
+
+def test_the_benchmark_writes_the_means_that_the_planner_reads(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    script = importlib.import_module("real_data")
+    monkeypatch.setattr(sys, "argv", ["real_data.py", "--table"])
+    args = script._arguments()
+    cells = [c for c in script.cells_of(args) if c["task"] == "glue/sst2" and c["method"] in ("lora", "bitfit")]
+    ours = [c for c in cells if c["system"] == "multitune" and c["training"]["seed"] < 2]
+    of_lora = iter([0.8, 0.81])
+    rows = [{"cell": c, "scores": {"accuracy": next(of_lora)}} for c in ours if c["method"] == "lora"]
+    others = [c for c in cells if c["system"] == "peft"] + [dict(c, settings={"r": 1}) for c in ours]
+    rows += [{"cell": c, "scores": {"accuracy": 0.5}} for c in others]
+    found = planner.Scores(**json.loads(json.dumps(script.planner_scores(args, rows))))
+    for name in ("real_data", "_store"):
+        sys.modules.pop(name, None)
+    assert (found.task, found.backbone, set(found.methods)) == ("SST-2 accuracy", "minilm", {"lora"})
+    assert found.of(LoRA()) == 80.5 and found.methods["lora"]["seeds"] == 2
+
+
+@pytest.mark.parametrize("name", ["bart/writes", "t5/writes"])
+def test_an_encoder_decoder_is_planned_with_as_many_tokens_written_as_read(make_backbone, name):
+    backbone = make_backbone(name)
+    method, rows, length = LoRA(targets=("query", "cross.value")), 1, 20  # T5 keeps one bias for all rows of a batch
+    workload = planner.Workload(rows=rows, length=length)
+    found = planner.cost_of(backbone, method, workload, rounds=1)
+    assert found.latency > 0 and found.merges and found.file_bytes == 4 * method.num_parameters(backbone)
+
+    tensors = method.init(backbone, torch.Generator().manual_seed(0))
+    kept: dict[int, int] = {}
+    params = {k: t.requires_grad_(True) for k, t in tensors.items()}
+    own = [p.data_ptr() for p in [*backbone.model.parameters(), *backbone.model.buffers(), *params.values()]]
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    backbone.model.train()
+    ids = torch.full((rows, length), 7)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = backbone.run(Plan([DeltaSet(method.deltas(params, backbone))] * rows), ids, decoder_input_ids=ids)
+    measured = sum(size for pointer, size in kept.items() if pointer not in own)
+    estimate = planner.activation_bytes(backbone, method, tensors, workload)
+    assert hidden.requires_grad and estimate == pytest.approx(measured, rel=0.1)
+
+
+def test_zeros_and_shut_heads_are_counted_where_there_are_any(bert):
+    workload = planner.Workload(length=8)
+    assert planner.cost_of(bert, LoRA(), workload, rounds=0).flops is None
+    shut = DSEE(pruned_heads=0.5, num_sparse=9)
+    found = planner.cost_of(bert, shut, workload, rounds=0).flops
+    assert found == flops(bert, 8, pruned_heads=0.5, update=shut.num_parameters(bert)) and found.without_heads > 0
+    pruned = prune(bert, 0.5)
+    found = planner.cost_of(pruned, LoRA(r=2), workload, rounds=0).flops
+    assert found == flops(pruned, 8, update=LoRA(r=2).num_parameters(pruned)) and found.without_zeros > 0
+    assert planner.cost_of(pruned, PromptTuning(length=2), workload, rounds=0).flops is None  # it lengthens the row
 
 
 def test_the_command_prints_a_row_per_method(minilm):
@@ -189,3 +267,31 @@ def test_the_command_prints_a_row_per_method(minilm):
     assert all(m["latency"] > 0 and m["training_bytes"] > 80e6 for m in found["methods"])
     refused = CliRunner().invoke(app, ["plan", "--latency", "1.1", "--rounds", "0"])
     assert refused.exit_code == 1 and "--latency needs measured batches" in refused.stderr
+
+
+def test_the_command_takes_settings_and_joined_methods(minilm):
+    def plan(*options):
+        return CliRunner().invoke(app, ["plan", "--rows", "2", "--length", "8", "--rounds", "0", *options])
+
+    result = plan("--method", "lora+bitfit", "--set", "lora.r=2", "--json")
+    assert result.exit_code == 0, result.output
+    (both,) = json.loads(result.stdout)["methods"]
+    assert both["method"] == "lora+bitfit" and both["accuracy"] is None
+    assert both["parameters"] == Combined(methods=(LoRA(r=2), BitFit())).num_parameters(minilm)
+
+    result = plan("--method", "dsee", "--set", "pruned_heads=0.25", "--set", "support=random")
+    assert result.exit_code == 0, result.output
+    assert "could save" in result.stdout and "not measured" in result.stdout and "try dsee" in result.stdout
+    assert "dense ones that run here save nothing" in result.stderr
+    for options in (["--set", "r=2"], ["--method", "lora", "--method", "dora", "--set", "r=2"]):
+        refused = plan(*options)
+        assert refused.exit_code == 1 and "--set is for one method" in refused.stderr
+
+
+def test_the_command_plans_for_an_encoder_with_its_decoder(make_model, make_backbone, tmp_path):
+    make_model("bart/writes").save_pretrained(tmp_path)
+    make_backbone("bart/writes").tokenizer.save_pretrained(tmp_path)
+    options = ["--backbone", f"{tmp_path}+decoder", "--method", "lora", "--rows", "2", "--length", "6", "--rounds", "1"]
+    result = CliRunner().invoke(app, ["plan", *options])
+    assert result.exit_code == 0, result.output
+    assert "try lora" in result.stdout and "does not fit" not in result.stderr

@@ -17,14 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from multitune.architectures import architecture_for
 from multitune.backbone import Backbone
 from multitune.call import Call, active, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.files import replace_file
 from multitune.hooks import Undo, wrap_forward
 from multitune.inputs import Batch
+from multitune.loading import with_decoder
 from multitune.lsg import LSG
-from multitune.methods import Method
+from multitune.methods import Combined, Method
 from multitune.plan import DeltaSet, Plan
 
 if TYPE_CHECKING:
@@ -45,14 +47,18 @@ def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", see
     beside it what a `Trainer` needs to resume. `model.detach()` takes everything off again.
 
     Args:
-        model: a transformers model of a supported architecture, with or without a task head.
-        method: any method that changes no weights.
+        model: a transformers model of a supported architecture, an encoder or a decoder, with or without a task head.
+        method: any method that changes no weights and needs nothing of its loop but gradients; several of them joined
+            (`Combined`) all get the loop's one learning rate.
         name: what saved adapters are called.
         seed: seed of the fresh tensors.
 
     Raises:
-        BackboneError: an unsupported architecture, or a model that is attached already.
-        ConfigError: full fine-tuning, which needs none of this; or a method that does not fit.
+        BackboneError: an unsupported architecture, an encoder-decoder, a model converted to LSG attention, or a model
+            that is attached already.
+        ConfigError: full fine-tuning, which needs none of this; a method that chooses by gradients (SIFT), acts after
+            each step (AdaLoRA, DSEE with `pruned_heads`) or wants several learning rates (LoRA+); or one that does not
+            fit.
     """
     if MODULE in model._modules or hasattr(model, MODULE):
         raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
@@ -64,6 +70,7 @@ def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", see
             "backbone: multitune.train(backbone, data, method)"
         )
     _check_plain_loop(method)
+    _check_one_stack(model)
     attached = Attached(model, method, name, seed)
     model.add_module(MODULE, attached.tensors)
     return model
@@ -81,17 +88,40 @@ def detach(model: PreTrainedModel) -> None:
     tensors.owner.detach()
 
 
-#: What `multitune.train` calls while it trains, and no other loop does.
-_HOOKS = ("after_step", "penalty", "calibrate")
-
-
 def _check_plain_loop(method: Method) -> None:
     """Raise `ConfigError` for a method that needs more of its loop than gradients."""
-    for hook in _HOOKS:
-        if getattr(type(method), hook, None) is not getattr(Method, hook, None):
+    for part in method.methods if isinstance(method, Combined) else (method,):
+        for hook in part.loop_hooks:
             raise ConfigError(
-                f"{method.title} needs a loop that calls its {hook}, which loops of others do not; use multitune.train"
+                f"{part.title} needs a loop that calls its {hook}, which loops of others do not; use multitune.train"
             )
+
+
+def _check_one_rate(method: Method, params: Mapping[str, Tensor]) -> None:
+    """Raise `ConfigError` for a method that is defined by different learning rates.
+
+    Methods trained together get the one rate that the loop has, as each of them would alone; only their recipes differ.
+    """
+    for name in params:
+        part, own = method.part_of(name) if isinstance(method, Combined) else (method, name)
+        if part.trains(own) and part.learning_rate_factor(own) != 1:
+            raise ConfigError(
+                f"{part.title} wants another learning rate for '{name}', which other loops do not give it; use "
+                f"multitune.train"
+            )
+
+
+def _check_one_stack(model: PreTrainedModel) -> None:
+    """Raise `BackboneError` for a model with an encoder and a decoder, of which only the encoder would be adapted."""
+    decoder = architecture_for(model.config.model_type, model.config).decoder
+    if decoder is None or not hasattr(model.base_model, decoder.runs):
+        return
+    name = model.config.name_or_path or "NAME"
+    raise BackboneError(
+        f"a {type(model).__name__} has an encoder and a decoder, and attach would adapt the encoder alone. Train both "
+        f"as a backbone, multitune.train(Backbone.load('{with_decoder(name)}'), data, method), or the encoder alone: "
+        f"Backbone.load('{name}')"
+    )
 
 
 class AttachedTensors(nn.Module):
@@ -130,12 +160,7 @@ class Attached:
         _ = self.backbone.fingerprint  # before the adapter's own tensors join the base model
         try:
             params = method.init(self.backbone, torch.Generator().manual_seed(seed))
-            faster = [k for k in params if method.trains(k) and method.learning_rate_factor(k) != 1]
-            if faster:
-                raise ConfigError(
-                    f"{method.title} wants another learning rate for '{faster[0]}', which other loops do not give it; "
-                    f"use multitune.train"
-                )
+            _check_one_rate(method, params)
         except ConfigError:
             self.backbone.detach()
             for parameter, trained in was_trained.items():
@@ -254,7 +279,10 @@ class Attached:
         from multitune.convert.hugging_face import adapter_of
 
         with torch.no_grad():
-            params = {k: p.detach().float().cpu().clone() for k, p in self.tensors.by_name().items()}
+            params = {
+                k: (p.detach().float() if p.is_floating_point() else p.detach()).cpu().clone()  # or places in a weight
+                for k, p in self.tensors.by_name().items()
+            }
             method, params = self.method.finish(params, self.backbone)  # type: ignore[assignment]
         return adapter_of(self.model, self.backbone, method, params, self.name)
 

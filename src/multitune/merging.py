@@ -35,37 +35,58 @@ class MergeReport:
     num_deltas: int
     """Deltas folded into weights."""
     max_difference: float | None
-    """Largest absolute difference of the last hidden states, merged against attached, on probe inputs; `None` for
-    full fine-tuning, whose weights are the checkpoint's and have no attached form."""
+    """Largest absolute difference, merged against attached, on probe inputs: of the logits of words where the
+    checkpoint is a language model, else of the last hidden states. `None` for full fine-tuning, whose weights are the
+    checkpoint's and have no attached form."""
     max_magnitude: float | None
-    """Largest absolute value of those hidden states, to judge the difference by."""
+    """Largest absolute value of those logits or hidden states, to judge the difference by."""
 
 
-def why_not_mergeable(backbone: Backbone, deltas: DeltaSet) -> str | None:
-    """The reason why some delta cannot be folded into the backbone's weights, or `None` if all can."""
+def why_not_mergeable(backbone: Backbone, deltas: DeltaSet, *, writes: bool = False) -> str | None:
+    """The reason why some delta cannot be folded into the backbone's weights, or `None` if all can.
+
+    Args:
+        writes: whether the merged model is read through its language-model head.
+    """
     if backbone.quantized is not None:
         return backbone.quantized.refusal(backbone.name, "take deltas into its weights")
     shared = {site.name for site in backbone.sites if site.shared}
-    one_table = {site.name for site in backbone.sites if site.kind == "embedding" and backbone.decodes}
+    one_table = _why_not_the_words(backbone, writes)
+    words = {site.name for site in backbone.sites if site.kind == "embedding"}
     for site, of_site in deltas.by_site.items():
         for delta in of_site:
             reason = delta.why_not_merge(backbone.frozen(site))
             if reason is None and site in shared:
                 reason = "other layers run with the same weights, which cannot differ from layer to layer"
-            if reason is None and site in one_table:
-                reason = "encoder, decoder and head have one table of words, which cannot differ among them"
+            if reason is None and site in words:
+                reason = one_table
             if reason is not None:
                 return f"its {delta.kind} at {site} cannot be folded into weights: {reason}"
     return None
 
 
-def merge_deltas(backbone: Backbone, deltas: DeltaSet) -> Backbone:
+def _why_not_the_words(backbone: Backbone, writes: bool) -> str | None:
+    """Why the table of words cannot be changed for what reads it first alone, or `None` if it can."""
+    if backbone.decodes:
+        return "encoder, decoder and head have one table of words, which cannot differ among them"
+    if writes and backbone.has_lm_head and backbone.lm_head.tied:
+        return (
+            "the language-model head is tied to the word embeddings; the adapter was trained with the head as it was, "
+            "and a tied head would change with the words"
+        )
+    return None
+
+
+def merge_deltas(backbone: Backbone, deltas: DeltaSet, *, writes: bool = False) -> Backbone:
     """A copy of the backbone with the deltas folded in; the backbone itself is not touched.
+
+    Args:
+        writes: whether the copy is to be read through its language-model head.
 
     Raises:
         AdapterError: a delta that cannot be merged; names the site and the reason.
     """
-    reason = why_not_mergeable(backbone, deltas)
+    reason = why_not_mergeable(backbone, deltas, writes=writes)
     if reason is not None:
         raise AdapterError(reason)
     merged = backbone.clone()
@@ -91,8 +112,9 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         output_dir: the folder to write; replaced atomically if it exists.
 
     Raises:
-        AdapterError: the adapter's method does not merge, its backbone has LSG attention, or it ranks texts by the head
-            of a masked language model; says why.
+        AdapterError: the adapter's method does not merge, its backbone has LSG attention, it ranks texts by the head
+            of a masked language model, or it writes with new words on a model whose head is tied to the old ones; says
+            why.
         BackboneError: the adapter belongs to another backbone.
     """
     adapter.check_backbone(backbone)
@@ -106,6 +128,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
             f"adapter '{adapter.name}' cannot be merged: it answers through the head of a masked language model, which "
             f"the checkpoint of a base model has no place for. Serve it unmerged with Bank.predict"
         )
+    writes = adapter.head.kind in ("generation", "ranking")
     if adapter.method.changes_weights:
         merged, num_deltas = backbone.with_weights(adapter.params), len(adapter.params)
         attached: Backbone | None = None
@@ -114,7 +137,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         params = {k: t.to(backbone.device) for k, t in adapter.params.items()}
         deltas = DeltaSet(adapter.method.deltas(params, backbone))
         try:
-            merged = merge_deltas(backbone, deltas)
+            merged = merge_deltas(backbone, deltas, writes=writes)
         except AdapterError as error:
             raise AdapterError(
                 f"adapter '{adapter.name}' ({adapter.method.title}) cannot be merged: {error}. Serve it unmerged with "
@@ -122,12 +145,12 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
             ) from error
         num_deltas = sum(len(d) for d in deltas.by_site.values())
         attached = backbone
-    difference, magnitude = (None, None) if attached is None else _compare(attached, deltas, merged)
+    difference, magnitude = (None, None) if attached is None else _compare(attached, deltas, merged, writes=writes)
     folder = Path(output_dir)
     merged.detach()  # a checkpoint must not record the instrumented attention
 
     def write(temporary: Path) -> None:
-        model = merged.language_model() if adapter.head.kind in ("generation", "ranking") else merged.model
+        model = merged.language_model() if writes else merged.model
         model.save_pretrained(temporary)
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
@@ -138,8 +161,8 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
     return MergeReport(path=folder, num_deltas=num_deltas, max_difference=difference, max_magnitude=magnitude)
 
 
-def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone) -> tuple[float, float]:
-    """Largest difference of hidden states between attached and merged on eight rows of random ids."""
+def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone, *, writes: bool) -> tuple[float, float]:
+    """Largest difference of logits, or of hidden states, between attached and merged on eight rows of random ids."""
     generator = torch.Generator().manual_seed(0)
     length = min(32, attached.max_length)
     ids = torch.randint(attached.vocab_size, (8, length), generator=generator)
@@ -150,4 +173,6 @@ def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone) -> tuple[fl
         written = ids if attached.decodes else None
         expected: Tensor = attached.run(Plan([served] * len(ids)), ids, decoder_input_ids=written)
         found = merged.run(Plan([None] * len(ids)), ids, decoder_input_ids=written)
+        if writes:  # each by its own head, which is what the checkpoint answers with
+            expected, found = attached.lm_head(expected), merged.lm_head(found)
     return float((expected - found).abs().max()), float(expected.abs().max())

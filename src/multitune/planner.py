@@ -3,26 +3,32 @@
 Parameters and files are counted; a size that training decides counts as the settings aim at (`Method.expected`).
 Training memory is estimated from the tensors that autograd keeps in three tiny passes, extrapolated to the batch asked
 for. Time is measured: batches of the method and of the bare backbone, in turn. `benchmarks/planner.py` compares the
-estimates with measured runs.
+estimates with measured runs. Scores are those that `benchmarks/real_data.py --write-planner` has written.
 
 Legend: B rows in a batch, T tokens in a row, K tasks.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from multitune.backbone import Backbone
-from multitune.errors import ConfigError
+from multitune.deltas import InputScale, LowRank, SparseWeight
+from multitune.errors import ConfigError, PlanError
 from multitune.merging import why_not_mergeable
 from multitune.methods import Method
 from multitune.plan import DeltaSet, Plan
+from multitune.pruned import Flops, flops
 from multitune.quantized import bytes_of, check_trains, plain_tensors
 from multitune.workspace import Workspace
 
@@ -40,7 +46,7 @@ class Workload:
     rows: int = 32
     """Rows in one batch, B."""
     length: int = 64
-    """Tokens in a row, T."""
+    """Tokens in a row, T; an encoder-decoder writes as many as it reads."""
     tasks: int = 10
     """Tasks that one copy of the backbone serves, K."""
     memory: int | None = None
@@ -73,7 +79,7 @@ class Cost:
     parameters: int
     """Trained parameters without the head."""
     file_bytes: int
-    """A task's file of tensors, with a head of two outputs."""
+    """A task's file of tensors, with a head of two outputs; an encoder-decoder's tasks have none."""
     training_bytes: int
     """Estimated memory of training one task: weights, trained values with their optimiser, activations."""
     serving_bytes: int
@@ -84,6 +90,11 @@ class Cost:
     """Whether it can be folded into a checkpoint of its own."""
     mixes: bool
     """Whether its rows share a batch with other methods'."""
+    accuracy: float | None = None
+    """The score of `scores()` for this method with these settings, in percent; `None` where it was not measured."""
+    flops: Flops | None = None
+    """What zeros of a pruned backbone, and heads that the method shuts, would save in one row on kernels that skip
+    them; `None` where there are neither, or where what the method adds is not counted."""
     problems: tuple[str, ...]
     """Why it does not meet the workload; empty where it does."""
 
@@ -106,7 +117,7 @@ def cost_of(
     tensors = method.init(backbone, generator)
     deltas = DeltaSet(method.deltas({k: t.to(backbone.device) for k, t in tensors.items()}, backbone))
     weights = bytes_of(backbone.model, buffers=False)
-    head = 2 * (backbone.hidden_size + 1)
+    head = 0 if backbone.decodes else 2 * (backbone.hidden_size + 1)
     trained = method.num_parameters(backbone)
     finished_method, finished = _left(backbone, method, generator)
     stored = sum(t.numel() * t.element_size() for t in finished.values())
@@ -130,15 +141,46 @@ def cost_of(
         latency=latency,
         merges=why_not_mergeable(backbone, deltas) is None,
         mixes=not method.changes_weights,
+        accuracy=scores().of(method),
+        flops=_flops(backbone, method, deltas, workload),
         problems=(),
     )
     return Cost(**{**cost.__dict__, "problems": problems_of(cost, workload)})
+
+
+def costs_of(
+    backbone: Backbone, methods: Iterable[Method], workload: Workload, *, rounds: int = 3
+) -> tuple[list[Cost], dict[str, str]]:
+    """What each method costs, as `cost_of` says, and by name why others do not fit the backbone."""
+    costs, misfits = [], {}
+    for method in methods:
+        try:
+            costs.append(cost_of(backbone, method, workload, rounds=rounds))
+        except (ConfigError, PlanError) as error:
+            misfits[method.name] = str(error)
+    return costs, misfits
 
 
 def _left(backbone: Backbone, method: Method, generator: torch.Generator) -> tuple[Method, Mapping[str, Tensor]]:
     """What a run of `method` is expected to leave, untrained."""
     served = method.expected(backbone)
     return served.finish(served.init(backbone, generator), backbone)
+
+
+def _flops(backbone: Backbone, method: Method, deltas: DeltaSet, workload: Workload) -> Flops | None:
+    """`Cost.flops`."""
+    pruned_heads = float(getattr(method, "pruned_heads", 0.0))
+    if backbone.decodes or not (backbone.pruned or pruned_heads):
+        return None
+    update = 0
+    for delta in (d for of_site in deltas.by_site.values() for d in of_site):
+        if isinstance(delta, LowRank):
+            update += delta.A.numel() + delta.B.numel()
+        elif isinstance(delta, SparseWeight):
+            update += delta.values.numel()
+        elif not isinstance(delta, InputScale):  # that of shut heads, which would be cut out
+            return None
+    return flops(backbone, workload.length, pruned_heads=pruned_heads, update=update)
 
 
 def problems_of(cost: Cost, workload: Workload) -> tuple[str, ...]:
@@ -201,7 +243,7 @@ def _kept(backbone: Backbone, method: Method, tensors: dict[str, Tensor], length
         model.train()  # with dropout, whose masks are kept too
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             deltas = DeltaSet(method.deltas(params, backbone)) if not method.changes_weights else DeltaSet({})
-            hidden = backbone.run(Plan([deltas]), ids)
+            hidden = backbone.run(Plan([deltas]), ids, decoder_input_ids=_written(backbone, ids))
         del hidden
     finally:
         model.eval()
@@ -210,6 +252,11 @@ def _kept(backbone: Backbone, method: Method, tensors: dict[str, Tensor], length
     held = [*own, *model.buffers(), *params.values()]
     known = {t.untyped_storage().data_ptr() for whole in held for t in plain_tensors(whole)}
     return sum(size for pointer, size in seen.items() if pointer not in known)
+
+
+def _written(backbone: Backbone, ids: Tensor) -> Tensor | None:
+    """What the decoder of an encoder-decoder reads: as many tokens as its encoder."""
+    return ids if backbone.decodes else None
 
 
 # ---------------------------------------------------------------- time
@@ -236,7 +283,8 @@ def measure_latency(
             ids = ids.to(backbone.device)
             for bare in (True, False):
                 start = time.perf_counter()
-                backbone.run(Plan([None] * workload.rows if bare else rows, workspace), ids)
+                plan = Plan([None] * workload.rows if bare else rows, workspace)
+                backbone.run(plan, ids, decoder_input_ids=_written(backbone, ids))
                 if backbone.device.type == "cuda":
                     torch.cuda.synchronize(backbone.device)
                 if turn:  # the first round warms up
@@ -246,26 +294,36 @@ def measure_latency(
 
 # ---------------------------------------------------------------- recommendation
 
-#: Accuracy in percent on SST-2, 4,000 rows, two epochs, minilm, mean of the seeds run so far, by
-#: `benchmarks/real_data.py` (docs/results.md).
-#: One small backbone and one task: a reason to try a method first, no more.
-SST2_ACCURACY: dict[str, float] = {
-    "aot_fc": 81.7,
-    "aot_kronecker": 80.3,
-    "bitfit": 77.8,
-    "full": 82.7,
-    "head": 61.9,
-    "houlsby": 83.4,
-    "ia3": 80.6,
-    "layernorm": 80.8,
-    "lora": 82.6,
-    "pfeiffer": 82.6,
-    "prompt": 73.2,
-    "ptuning_v2": 73.2,
-}
+#: Beside this module: measured scores.
+SCORES_FILE = "planner_scores.json"
 
 #: Scores closer than this, in points, are no reason to prefer one method.
 _TIE = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Measured scores of methods: one small backbone and one task, a reason to try a method first and no more."""
+
+    task: str
+    """What the task is called, and by which score it is judged."""
+    backbone: str
+    """Name of the backbone."""
+    methods: Mapping[str, Mapping[str, Any]]
+    """By method: `percent`, the mean over `seeds` runs, and the method's `settings` in them."""
+
+    def of(self, method: Method) -> float | None:
+        """The score of a method with exactly these settings, in percent, if it was measured."""
+        found = self.methods.get(method.name)
+        if found is None or found["settings"] != method.settings():
+            return None
+        return float(found["percent"])
+
+
+@functools.cache
+def scores() -> Scores:
+    """The scores that ship with the package."""
+    return Scores(**json.loads(resources.files("multitune").joinpath(SCORES_FILE).read_text("utf-8")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,30 +337,27 @@ class Recommendation:
 def recommend(costs: Sequence[Cost]) -> list[Recommendation]:
     """Methods to try first among those that meet the workload: the most accurate, the smallest, the fastest.
 
-    The last two are taken from those that scored about as well as the most accurate. Methods without a measured
-    score are not recommended; they are in the table all the same.
+    The last two are taken from those that scored about as well as the most accurate. Methods without a measured score
+    are advised only where none of those that fit has one, by size and time alone.
     """
-    fit = [c for c in costs if not c.problems and c.method in SST2_ACCURACY]
-    if not fit:
-        return []
-    best = max(fit, key=lambda c: SST2_ACCURACY[c.method])
-    top = SST2_ACCURACY[best.method]
-    close = [c for c in fit if SST2_ACCURACY[c.method] >= top - _TIE]
-    found = [Recommendation(method=best.method, reason=f"the most accurate on SST-2 with minilm ({top:.1f} %)")]
-    smallest = min(close, key=lambda c: c.file_bytes)
-    found.append(
-        Recommendation(
-            method=smallest.method,
-            reason=f"the smallest file ({smallest.file_bytes / 1e3:,.0f} kB a task) of those within {_TIE:g} point",
-        )
-    )
+    fit = [c for c in costs if not c.problems]
+    close, among = fit, "that fit; how well they do was not measured"
+    found = []
+    if any(c.accuracy is not None for c in fit):
+        best = max(fit, key=lambda c: c.accuracy or 0.0)
+        top = best.accuracy or 0.0
+        close = [c for c in fit if c.accuracy is not None and c.accuracy >= top - _TIE]
+        among = f"within {_TIE:g} point"
+        reason = f"the most accurate on {scores().task} with {scores().backbone} ({top:.1f} %)"
+        found.append(Recommendation(method=best.method, reason=reason))
+    if close:
+        smallest = min(close, key=lambda c: c.file_bytes)
+        reason = f"the smallest file ({smallest.file_bytes / 1e3:,.0f} kB a task) of those {among}"
+        found.append(Recommendation(method=smallest.method, reason=reason))
     timed = [c for c in close if c.latency is not None]
     if timed:
         fastest = min(timed, key=lambda c: c.latency or 0.0)
-        found.append(
-            Recommendation(
-                method=fastest.method,
-                reason=f"the least time in a mixed batch ({fastest.latency:.2f} times the bare backbone's) of the same",
-            )
-        )
+        times = f"{fastest.latency:.2f} times the bare backbone's"
+        reason = f"the least time in a mixed batch ({times}) of the same"
+        found.append(Recommendation(method=fastest.method, reason=reason))
     return found

@@ -118,7 +118,7 @@ class Flops:
     dense: int
     """The linear maps as they are, and attention's scores and averages."""
     without_heads: int
-    """Of these, what cutting a share of every layer's attention heads out saves on any kernel."""
+    """Of these, what cutting a share of every layer's attention heads out would save on any kernel."""
     without_zeros: int
     """Of the rest of the linear maps, what kernels that skip zero weights save; dense kernels save nothing."""
     update: int

@@ -331,6 +331,68 @@ def test_the_wrong_backbone_does_not_pass_the_check(lora_folder, make_backbone):
         mt.import_adapter(folder, make_backbone("bert"))
 
 
+@pytest.mark.parametrize("name", ["bert", "albert", "llama", "gemma3_text"])
+def test_updated_words_go_there_and_back(make_backbone, name, tmp_path, monkeypatch):
+    """Beside linear maps, also where the model multiplies its words, and where PEFT saves the frozen table too."""
+    backbone = make_backbone(name)
+    roles = dict.fromkeys(s.module for s in backbone.find_sites("linear", ("query",)))
+    words = backbone.architecture.embedding
+    config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=3, lora_alpha=7, target_modules=[words, *roles])
+    folder = save(trained(plain(backbone), config), tmp_path / "theirs")
+    theirs = load_file(folder / TENSOR_FILE)
+    assert any(".base_layer." in key for key in theirs) == (words == "embed_tokens")
+    done = mt.import_adapter(folder, backbone)
+    assert done.adapter.method == mt.LoRA(r=3, alpha=7.0, targets=("embedding", "query"))
+    assert done.check.by.startswith("PEFT") and done.check.max_difference <= RELATIVE * done.check.max_magnitude
+    back = mt.export_adapter(done.adapter, backbone, tmp_path / "back")
+    assert back.check.max_difference <= RELATIVE * back.check.max_magnitude
+    again = load_file(tmp_path / "back" / TENSOR_FILE)
+    assert again.keys() == {key for key in theirs if ".base_layer." not in key}
+    assert all(torch.equal(again[key], theirs[key]) for key in again)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a))
+    without = mt.import_adapter(tmp_path / "back", backbone).check
+    assert "float64" in without.by and without.max_difference <= RELATIVE * without.max_magnitude
+
+
+def test_of_tables_the_words_alone_are_taken_over(make_backbone, tmp_path):
+    backbone = make_backbone("bert")
+
+    def refused(problem, *targets, **settings):
+        config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=list(targets), **settings)
+        folder = save(trained(plain(backbone), config), tmp_path / str(len(list(tmp_path.iterdir()))))
+        with pytest.raises(mt.AdapterError, match=problem):
+            mt.import_adapter(folder, backbone)
+
+    refused("adapts the table 'embeddings.position_embeddings'.*only the word embeddings", "position_embeddings")
+    refused("use_dora=True on 'embeddings.word_embeddings'", "word_embeddings", use_dora=True)
+    config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=["word_embeddings"])
+    folder = save(trained(plain(backbone), config), tmp_path / "alone")
+    assert mt.import_adapter(folder, backbone).adapter.method == mt.LoRA(r=2, alpha=8.0, targets=("embedding",))
+    tensors = load_file(folder / TENSOR_FILE)
+    frozen = backbone.word_embeddings.detach() + 0.1
+    tensors["base_model.model.embeddings.word_embeddings.base_layer.weight"] = frozen
+    save_file(tensors, folder / TENSOR_FILE)
+    with pytest.raises(mt.AdapterError, match="is not the backbone's word embeddings .*resized or trained"):
+        mt.import_adapter(folder, backbone)
+
+
+def test_a_p_tuning_that_ended_as_a_prompt_is_exported_as_one(bert, random_adapter, tmp_path):
+    adapter = random_adapter(bert, mt.PTuningV1(pattern="{p*3} {text}"), 1)
+    done = mt.export_adapter(adapter, bert, tmp_path / "out")
+    assert done.check.by.startswith("PEFT") and done.check.max_difference <= RELATIVE * done.check.max_magnitude
+    assert json.loads((tmp_path / "out" / CONFIG_FILE).read_text())["peft_type"] == "PROMPT_TUNING"
+    settings = dict(reparametrise=False)
+    for method in (
+        mt.PTuningV1(pattern="{p*2} good {text}", **settings),
+        mt.PTuningV1(pattern="{p} {text} {p}", **settings),
+        mt.PTuningV1(pattern="{p} {text}", position=1, **settings),
+        mt.PTuningV1(pattern="{p} {text}", slots=("{p}",), **settings),
+    ):
+        with pytest.raises(mt.AdapterError, match="PEFT's stand in front of the whole text"):
+            mt.export_adapter(random_adapter(bert, method, 1), bert, tmp_path / "no")
+
+
 def test_methods_without_a_counterpart_are_not_exported(bert, random_adapter, tmp_path):
     for method, problem in [
         (mt.AoTFC(r=2), "has no counterpart in PEFT.*can be exported: .*ia3.*lora"),
@@ -488,9 +550,9 @@ def test_vera_of_other_matrices_is_refused(make_backbone, tmp_path):
         mt.import_adapter(folder, backbone)
 
 
-def test_an_update_of_the_word_embeddings_is_not_exported(bert, random_adapter, tmp_path):
-    with pytest.raises(mt.AdapterError, match="adapts the word embeddings"):
-        mt.export_adapter(random_adapter(bert, mt.LoRA(r=2, targets=("embedding",)), 1), bert, tmp_path / "out")
+def test_an_update_of_the_words_alone_is_exported(bert, random_adapter, tmp_path):
+    done = mt.export_adapter(random_adapter(bert, mt.RsLoRA(r=2, targets=("embedding",)), 1), bert, tmp_path / "out")
+    assert done.check.by.startswith("PEFT") and done.check.max_difference <= RELATIVE * done.check.max_magnitude
 
 
 # ---- further classifiers

@@ -50,6 +50,9 @@ ALSO_CALLED = {
 SEMANTIC = "semantic"
 """Stands for layers that training chooses by where the hidden states of the task's rows turn."""
 
+#: What `multitune.train` calls beside forward and backward passes, and no other loop does.
+LOOP_HOOKS = ("after_step", "penalty", "calibrate")
+
 Roles = tuple[str, ...]
 Layers = tuple[int, ...] | Literal["semantic"] | None
 T = TypeVar("T")
@@ -160,6 +163,12 @@ class Method(metaclass=_Checked):
         The gradients of the step are still there, as `params[name].grad`. What must survive a kill belongs into
         tensors of `init` that are not trained: those are part of every checkpoint.
         """
+
+    @property
+    def loop_hooks(self) -> tuple[str, ...]:
+        """Which of `after_step`, `penalty` and `calibrate` a training loop must call: those that a subclass gives."""
+        own = type(self)
+        return tuple(hook for hook in LOOP_HOOKS if getattr(own, hook) is not getattr(Method, hook))
 
     def is_settled(self, step: int, num_steps: int) -> bool:
         """Whether the tensors after optimizer step `step` of `num_steps` have the form the method promises.

@@ -36,7 +36,8 @@ class BitFit(SiteMethod):
         The training set is small, or an adapter must be tiny, free to serve and mergeable.
     Pitfalls:
         - It needs a rate near 1e-3; that of full fine-tuning does nothing.
-        - Backbones without biases give it nothing to train, which is refused.
+        - Linear maps without a bias (Llama, T5) get a new one, which works and mixes but cannot be merged; norms
+          without an offset get none, and a `subset` of such norms alone is refused.
         - The figures for MRPC and QQP that other papers quote are probably F1, beside accuracies.
     Published:
         Hu et al. 2021, Table 2 (quoted there), RoBERTa-base, 0.1M parameters: MNLI 84.7, SST-2 93.7, CoLA 62.0, QNLI

@@ -93,7 +93,7 @@ class Combined(Method):
         """The methods by the name of their part."""
         return dict(zip(part_names([m.name for m in self.methods]), self.methods, strict=True))
 
-    def _split(self, name: str) -> tuple[Method, str]:
+    def part_of(self, name: str) -> tuple[Method, str]:
         """The part that a tensor belongs to, and what that part calls it."""
         part, _, own = name.partition(".")
         return self.parts[part], own
@@ -132,17 +132,21 @@ class Combined(Method):
         }
 
     def trains(self, name: str) -> bool:
-        part, own = self._split(name)
+        part, own = self.part_of(name)
         return part.trains(own)
 
     def learning_rate_factor(self, name: str) -> float:
-        part, own = self._split(name)
+        part, own = self.part_of(name)
         return part.learning_rate_factor(own) * part.recipe.learning_rate / self.recipe.learning_rate
 
     def penalty(self, params: Mapping[str, Tensor]) -> Tensor | None:
         found = [self.parts[part].penalty(own) for part, own in self._by_part(params).items()]
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else None
+
+    @property
+    def loop_hooks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(hook for part in self.methods for hook in part.loop_hooks))
 
     def is_settled(self, step: int, num_steps: int) -> bool:
         return all(part.is_settled(step, num_steps) for part in self.parts.values())

@@ -35,12 +35,13 @@ class DSEE(Method):
     The places of S₂ are where the pretrained weight is least like a low-rank matrix: it is split in a low-rank and a
     sparse part (GoDec), and the sparse part's places are taken; no training rows are needed. With `pruned_heads` the
     heads whose queries and values were updated least are shut in every layer at the step `prune_at`, and training
-    goes on without them. A shut head is a mask of the adapter's own, so the adapter still mixes with every other; its
-    arithmetic is saved only in a checkpoint of its own whose heads are cut out.
+    goes on without them. A shut head is a mask of the adapter's own, so the adapter still mixes with every other; no
+    arithmetic is saved by it here: nothing cuts the heads out, and merging writes zeros where the next map reads them.
 
     The unstructured mask S₁ of the paper, which zeroes single pretrained weights, is a backbone of its own, such as
     `minilm+pruned:0.3`, that all its tasks share (`multitune.prune`): as an update of one adapter it would take 8 bytes
-    a masked weight, and more arithmetic instead of less. `multitune.pruned.flops` counts what either mask saves.
+    a masked weight, and more arithmetic instead of less. `multitune plan --method dsee --set pruned_heads=0.25` and
+    `multitune.pruned.flops` count what either mask would save on kernels that make use of it.
 
     Shapes:
         Per query and value `U [I, R]`, `V [R, O]`, `values [N]`, all trained, and `indices [N]`, int32, places in the
@@ -49,9 +50,9 @@ class DSEE(Method):
     Parameters:
         `R · (I + O) + N` per query and value. RoBERTa-base: r=4, N=128 150,528; r=8, N=64 296,448; r=16, N=64 591,360.
     Use it when:
-        LoRA misses a few large single changes, or a checkpoint of one task is to lose attention heads as well.
+        LoRA misses a few large single changes, or you want to know which attention heads a task can do without.
     Pitfalls:
-        - Shut heads are masked: nothing is faster before they are cut out of a checkpoint of the adapter's own.
+        - Shut heads are masked: nothing is faster, neither attached nor merged.
         - With `pruned_heads` no step before they are shut can be the result; every layer loses as many.
         - One path of the released code scales S₂ alone by alpha / r; here, as in the equation, the low-rank part too.
         - The places `residual` are found by decomposing every target, which takes a while on wide backbones.
@@ -130,6 +131,10 @@ class DSEE(Method):
             open_ = by_site[site.name]["heads"]
             found[site.name] = [InputScale(s=open_.repeat_interleave(site.in_features // len(open_)) - 1)]
         return found
+
+    @property
+    def loop_hooks(self) -> tuple[str, ...]:
+        return super().loop_hooks if self.pruned_heads else ()  # without heads to shut there is nothing to do
 
     def after_step(self, params: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         if self.pruned_heads and step == self._pruning_step(num_steps):

@@ -41,7 +41,9 @@ class LoRA(LowRankWithEmbedding):
     title: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685, eq. 3; rank stabilised: arXiv 2312.03732"
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=3e-3, source="sweep on small tasks (docs/results.md); RoBERTa-base scripts use 4e-4 to 5e-4"
+        learning_rate=3e-3,
+        source="sweep on small tasks (docs/results.md), without weight decay; RoBERTa-base scripts use 4e-4 to 5e-4, "
+        "with a weight decay of 0.1",
     )
 
     rank_stabilised: bool = False

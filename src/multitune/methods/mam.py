@@ -53,7 +53,8 @@ class MAM(Method):
     )
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=1e-3,
-        source="not swept yet: that of the parallel adapter; the released GLUE script uses 1e-4 and 10 epochs",
+        source="not swept yet: that of the parallel adapter, without weight decay; the released GLUE script uses 1e-4, "
+        "a weight decay of 0.1 and 10 epochs",
     )
 
     prefix_length: int = 16

@@ -34,6 +34,8 @@ class PromptTuning(Method):
     Pitfalls:
         - It wants large learning rates (the paper: 0.3, with Adafactor), and accuracy on held-out rows can swing from
           one evaluation to the next: keep the best step.
+        - The default `length` is 16, for encoders whose rows are short; the paper's is 100, on T5, and it finds little
+          gain beyond 20.
         - Every position costs a token in every layer, and room for the text: P=20 beside 128 tokens is 16 % more work.
         - Lester et al. sample words from the 5,000 most frequent ones; tokenizers do not say which those are, so
           `vocabulary` draws from all. `text` is a common start elsewhere, and not one of theirs.
@@ -53,7 +55,9 @@ class PromptTuning(Method):
     identity_at_init: ClassVar[bool] = False
     size: ClassVar[Size | None] = size_field("length", takes_positions=True)
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=1e-2, source="sweep on small tasks (docs/results.md); Lester et al. use 0.3 with Adafactor"
+        learning_rate=1e-2,
+        source="sweep on small tasks (docs/results.md), without weight decay; Lester et al. use 0.3 with Adafactor and "
+        "a weight decay of 1e-5",
     )
 
     length: int = 16

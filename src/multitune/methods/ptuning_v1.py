@@ -69,7 +69,8 @@ class PTuningV1(Method):
         is_length=True,
     )
     recipe: ClassVar[Recipe] = Recipe(
-        learning_rate=1e-3, source="a guess; the released code uses 1e-5 on LAMA and 1e-4 on SuperGLUE"
+        learning_rate=1e-3,
+        source="a guess; the released code uses 1e-5 with a weight decay of 5e-4 on LAMA, and 1e-4 on SuperGLUE",
     )
 
     pattern: str = "{p*9} {text}"

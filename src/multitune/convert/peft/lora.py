@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multitune.convert.names import ModuleNames, part_of, product_of, whole_of
+from multitune.convert.peft import lora_words
 from multitune.convert.peft.family import Family, Source, Written, family, weight_of
-from multitune.deltas import LowRank
+from multitune.deltas import EmbeddingLowRank, LowRank
 from multitune.errors import AdapterError
 from multitune.methods import Method, SiteMethod
 from multitune.methods.dora import DoRA, weight_norm
@@ -39,7 +40,7 @@ class LoRAFamily(Family):
 
     peft_type = "LORA"
     methods = ("lora", "rslora", "lora_plus", "pissa", "adalora", "dora")
-    suffixes = (A, B, MAGNITUDE)
+    suffixes = (A, B, MAGNITUDE, lora_words.A, lora_words.B, lora_words.FROZEN)
     settings = frozenset(
         {
             "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
@@ -50,19 +51,23 @@ class LoRAFamily(Family):
 
     def read(self, source: Source) -> tuple[Method, dict[str, Tensor]]:
         check_lora_settings(source)
-        check_pairs(source, source.by_module(A), source.by_module(B))
+        words, their_second = lora_words.read_words(source)
+        all_first = source.by_module(A) | words
+        check_pairs(source, all_first, source.by_module(B) | their_second)
         first, second, magnitudes = _by_site(source)
-        rank = int(_uniform(source, "rank_pattern", {name: t.shape[0] for name, t in source.by_module(A).items()}))
-        alpha = _uniform(source, "alpha_pattern", {name: alpha_of(source, name) for name in source.by_module(A)})
-        roles, layers = product_of(first, source.backbone, source.where)
+        rank = int(_uniform(source, "rank_pattern", {name: t.shape[0] for name, t in all_first.items()}))
+        alpha = _uniform(source, "alpha_pattern", {name: alpha_of(source, name) for name in all_first})
+        roles, layers = product_of(first, source.backbone, source.where) if first else ((), None)
         stabilised = bool(source.config.get("use_rslora"))
         common: dict[str, Any] = {
             "r": rank,
             "dropout": float(source.config.get("lora_dropout") or 0.0),
-            "targets": roles,
+            "targets": (*(("embedding",) if words else ()), *roles),
             "layers": layers,
         }
         params = {f"{s.name}.A": t.T for s, t in first.items()} | {f"{s.name}.B": t.T for s, t in second.items()}
+        for path, down in words.items():  # there is one table
+            params |= {"embedding.A": down.T, "embedding.B": their_second[path].T}
         if not source.config.get("use_dora"):
             return LoRA(alpha=alpha, rank_stabilised=stabilised, **common), params
         if set(magnitudes) != set(first):
@@ -74,8 +79,6 @@ class LoRAFamily(Family):
     def write(self, method: Method, params: Mapping[str, Tensor], backbone: Backbone) -> Written:
         assert isinstance(method, SiteMethod)
         sites = list(method.sites(backbone))
-        if any(s.kind != "linear" for s in sites):
-            raise AdapterError("it adapts the word embeddings, which is not exported")
         deltas = {s: _low_rank(method, params, s, backbone) for s in sites}
         rank, scale = max(d.A.shape[1] for d in deltas.values()), next(iter(deltas.values())).scale
         stabilised = method.name == "rslora" or getattr(method, "rank_stabilised", False)
@@ -93,7 +96,10 @@ class LoRAFamily(Family):
         }
         first = {s: F.pad(d.A, (0, rank - d.A.shape[1])) for s, d in deltas.items()}
         second = {s: F.pad(d.B, (0, 0, 0, rank - d.B.shape[0])) for s, d in deltas.items()}
-        tensors = _by_module(first, second, backbone)
+        tensors = _by_module({s: t for s, t in first.items() if s.kind == "linear"}, second, backbone)
+        for site in (s for s in sites if s.kind == "embedding"):
+            tensors[site.module + lora_words.A] = first[site].T
+            tensors[site.module + lora_words.B] = second[site].T
         if dora:
             whole = {s: params[f"{s.name}.m"] + _norm_of(s, backbone) for s in sites}
             for module in dict.fromkeys(s.module for s in sites):
@@ -102,9 +108,12 @@ class LoRAFamily(Family):
 
     def fold(self, source: Source, model: nn.Module) -> int:
         up, magnitudes = source.by_module(B), source.by_module(MAGNITUDE)
+        words = source.by_module(lora_words.B)
+        for name, down in source.by_module(lora_words.A).items():
+            table = weight_of(model, ModuleNames(source.backbone).bare(name))
+            table += _scale_of(source, name, down.shape[0]) * (down.double().T @ words[name].double().T)
         for name, down in source.by_module(A).items():
-            rank = down.shape[0]
-            scale = alpha_of(source, name) / (math.sqrt(rank) if source.config.get("use_rslora") else rank)
+            scale = _scale_of(source, name, down.shape[0])
             weight = weight_of(model, ModuleNames(source.backbone).bare(name))
             weight += scale * (up[name].double() @ down.double())
             if name in magnitudes:
@@ -112,11 +121,18 @@ class LoRAFamily(Family):
         return 0
 
 
-def _low_rank(method: SiteMethod, params: Mapping[str, Tensor], site: Site, backbone: Backbone) -> LowRank:
+def _scale_of(source: Source, name: str, rank: int) -> float:
+    """What PEFT multiplies a module's update by."""
+    return alpha_of(source, name) / (math.sqrt(rank) if source.config.get("use_rslora") else rank)
+
+
+def _low_rank(
+    method: SiteMethod, params: Mapping[str, Tensor], site: Site, backbone: Backbone
+) -> LowRank | EmbeddingLowRank:
     """The low-rank update of a site, as it is served."""
     own = {k.removeprefix(f"{site.name}."): t for k, t in params.items() if k.startswith(f"{site.name}.")}
     delta = method.delta(own, site, backbone)
-    assert isinstance(delta, LowRank)
+    assert isinstance(delta, LowRank | EmbeddingLowRank)
     return delta
 
 
