@@ -105,7 +105,7 @@ def test_a_column_that_is_called_like_a_setting_is_the_column(made, tmp_path):
         ({"text": "film a", "temprature": 0.7}, "unknown key 'temprature'. Did you mean 'temperature'?"),
         ({"text": "film a", "beams": 2}, "unknown key 'beams'. Did you mean 'num_beams'?"),
         ({"fact": "film a"}, "unknown key 'fact'. Did you mean 'facts'?"),
-        ({"text": "film a", "temperature": "hot"}, "temperature='hot' is not possible; give 0 or more"),
+        ({"text": "film a", "temperature": "hot"}, "temperature='hot' is not possible; give a number, 0 or more"),
         (
             {"adapter": None, "text": "film a", "facts": "b"},
             "unknown key 'facts'. A line has an adapter, columns (text)",

@@ -151,8 +151,8 @@ def _one_row(bank: Bank, texts: Sequence[str], as_json: bool, *, more: int) -> N
         show(shared.table([(n, f"{p:.1%}") for n, p in ranked], ("label", "probability"), right=("probability",)))
     elif prediction.embedding is not None:
         shown = ", ".join(f"{value:.4f}" for value in prediction.embedding[:_SHOWN_VALUES].tolist())
-        more = ", …" if len(prediction.embedding) > _SHOWN_VALUES else ""
-        print(f"[{shown}{more}] ({len(prediction.embedding)} numbers; --json prints them all)")
+        rest = ", …" if len(prediction.embedding) > _SHOWN_VALUES else ""
+        print(f"[{shown}{rest}] ({len(prediction.embedding)} numbers; --json prints them all)")
     else:
         print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
 

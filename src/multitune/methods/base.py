@@ -275,8 +275,10 @@ def check_probability(method: Method, name: str) -> None:
     check(0 <= value < 1, method, f"{name}={value} is not a probability below 1", f"give 0 <= {name} < 1")
 
 
-#: The types of a class's fields; a forward reference is looked up once.
-_hints = functools.cache(get_type_hints)
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """The types of a class's fields; a forward reference is looked up once."""
+    return get_type_hints(cls)
 
 
 def _typed(cls: type[Any], settings: Mapping[str, Any], *, from_text: bool) -> dict[str, Any]:
