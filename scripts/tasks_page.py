@@ -44,6 +44,9 @@ task = mt.Task(name="capital", kind="multiple_choice", template=("question",), c
 row = {"question": "The capital of Peru?", "options": ["Lima", "Quito", "La Paz"], "answer": "Lima"}
 print(task.encode(row).target)  # (0,): the places of all options that are right
 ```
+
+`multitune train --train FILE --text question --choices options --label answer` and `mt.load_table(FILE,
+text="question", choices=("options",), label="answer")` read such rows from a table of your own.
 """
 
 SUITES = """\

@@ -410,6 +410,45 @@ def test_own_rows_with_a_tenth_held_out(tmp_path: Path, rows_file: Path, short: 
     assert "--metric" not in bad("train", "--train", rows_file, "--text", "nte", "--method", "head", "--out", "x")
 
 
+def test_a_multiple_choice_from_a_table_of_ones_own(tmp_path: Path, short: tuple[str, ...]) -> None:
+    rows = [{"premise": f"film {i}", "first": "good", "second": "bad", "answer": i % 2} for i in range(20)]
+    file = tmp_path / "causes.jsonl"
+    file.write_text(_lines(*rows), "utf-8")
+    given = ("--train", file, "--text", "{premise} Why?", "--label", "answer", "--method", "ia3", *short)
+    answer = good("train", *given, "--choices", "first,second", "--out", tmp_path / "causes")
+    assert "causes (multiple_choice) on 18 rows, judged by accuracy on 2" in answer.err
+    found = good("predict", "--adapters", tmp_path / "causes", input=_lines(rows[0])).lines[0]
+    assert set(found["probabilities"]) == {"0", "1"}
+    task = good("inspect", tmp_path / "causes", "--json").json["task"]
+    assert (task["choices"], task["template"]) == (["first", "second"], ["{premise} Why?"])
+    recipe = tmp_path / "recipe.yaml"
+    read = []
+    for choices in ("first, second", "[first, second]", "['{first}, or so', second]"):
+        recipe.write_text(f"train: {file}\ntext: '{{premise}} Why?'\nchoices: {choices}\nlabel: answer\n")
+        read.append(task_data(read_recipe(recipe), 0).task.choices)
+    assert read == [("first", "second")] * 2 + [("{first}, or so", "second")]
+    twice = good("train", *given, "--choices", "first", "--choices", "second", "--out", tmp_path / "again", "--json")
+    assert twice.json["metric"] == "accuracy"
+    assert "Did you mean 'first'?" in bad("train", *given, "--choices", "frst,second", "--out", tmp_path / "no")
+
+
+def test_the_order_of_labels_is_honoured(tmp_path: Path, rows_file: Path, short: tuple[str, ...]) -> None:
+    given = ("--train", rows_file, "--text", "note", "--label", "liked", "--method", "head", *short)
+    good("train", *given, "--labels", "yes, no", "--metric", "f1", "--out", tmp_path / "a")
+    assert good("inspect", tmp_path / "a", "--json").json["task"]["labels"] == ["yes", "no"]
+    assert "unknown label 'no'" in bad("train", *given, "--labels", "yes,never", "--out", tmp_path / "b")
+    assert "--labels cannot be honoured" in bad(
+        "train", "--task", "demo/topic", "--labels", "a,b", "--method", "head", "--out", tmp_path / "b"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"train: {rows_file}\ntext: note\nlabel: liked\nlabels: [yes, no]\n")
+    with pytest.raises(ConfigError, match="'labels' in the recipe: True is no name; put quotes around it"):
+        task_data(read_recipe(recipe), 0)
+    recipe.write_text(f"train: {rows_file}\nlabels: 3\n")
+    with pytest.raises(ConfigError, match="'labels' in the recipe is a list of names, such as"):
+        task_data(read_recipe(recipe), 0)
+
+
 def test_own_rows_in_a_folder_and_in_two_files(tmp_path: Path, rows_file: Path, short: tuple[str, ...]) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

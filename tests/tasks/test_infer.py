@@ -3,7 +3,7 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 
 from multitune.errors import DataError, TaskError
-from multitune.tasks import infer_task
+from multitune.tasks import Task, infer_task
 
 
 def table(columns, **features):
@@ -198,3 +198,63 @@ def test_from_rows_and_files(tmp_path):
 def test_large_strings_are_texts():
     data = table({"text": ["x", "y"], "label": ["a", "b"]}, text=Value("large_string"))
     assert infer_task(data).template.parts == ("text",)
+
+
+def test_label_names_that_are_given_are_taken_in_their_order():
+    data = table({"text": ["x", "y", "z"], "label": ["yes", "no", "yes"]})
+    task = infer_task(data, labels=("yes", "no"))
+    assert task.labels == ("yes", "no")
+    assert [example.target for example in task.examples(data)] == [0, 1, 0]
+    ids = table({"text": ["x", "y"], "score": [1, 0]})  # amounts or classes? the names say it
+    task = infer_task(ids, labels=["bad", "good"])
+    assert (task.kind, [example.target for example in task.examples(ids)]) == ("classification", [1, 0])
+    named = table({"text": ["x", "y"], "label": [1, 0]}, label=ClassLabel(names=["no", "yes"]))
+    assert [example.target for example in infer_task(named, labels=["yes", "no"]).examples(named)] == [0, 1]
+    words = table({"tokens": [["a", "b"]], "tags": [["B-x", "O"]]})
+    assert infer_task(words, labels=["O", "B-x", "I-x"]).labels == ("O", "B-x", "I-x")
+    with pytest.raises(
+        DataError, match=r"row 2: unknown label 'no'; the labels are 'yes', 'nope'.*Did you mean 'nope'"
+    ):
+        infer_task(data, labels=["yes", "nope"]).examples(data)
+    with pytest.raises(TaskError, match="generation has no label names"):
+        infer_task(data, kind="generation", label="label", text="text", labels=["yes", "no"])
+    with pytest.raises(TaskError, match="regression has no label names"):
+        infer_task(ids, kind="regression", labels=["bad", "good"])
+
+
+CAUSES = {"premise": ["x", "y"], "first": ["p", "q"], "second": ["r", "s"], "answer": [0, 1]}
+
+
+def test_choices_that_are_given_make_a_multiple_choice():
+    data = table(CAUSES)
+    task = infer_task(data, choices=["first", "second"])  # the text and the answer are what is left
+    expected = {"template": ("premise",), "choices": ("first", "second"), "label": "answer"}
+    assert task == Task(name="task", kind="multiple_choice", **expected)
+    assert [example.target for example in task.examples(data)] == [0, 1]
+    task = infer_task(data, text="{premise} Why?", choices=["{first}.", "{second}."], kind="multiple_choice")
+    assert task.encode(data[0]).texts == (("x Why?", "p."), ("x Why?", "r."))
+    listed = table({"question": ["x"], "options": [["p", "q", "r"]], "answer": ["q"]})
+    task = infer_task(listed, choices=["options"])
+    assert (task.template.columns, task.choices, task.label) == (("question",), ("options",), "answer")
+    assert task.examples(listed)[0].target == (1,)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"choices": ["frst", "second"]}, DataError, r"no column 'frst'.*Did you mean 'first'.*--choices"),
+        ({"choices": ["first", "second"], "kind": "classification"}, TaskError, "only multiple_choice has choices"),
+        ({"choices": ["first", "second"], "kind": "generation", "text": "premise"}, TaskError, "has choices, not gen"),
+        (
+            {"choices": ["first"], "text_pair": "second", "text": "premise"},
+            TaskError,
+            r'--text "\{premise\} \{second\}"',
+        ),
+        ({"choices": ["first", "second"], "labels": ["a", "b"]}, TaskError, "multiple_choice has no label names"),
+        ({"choices": ["first", "second"], "label": "first"}, TaskError, "is both text and label"),
+        ({"kind": "multiple_choice", "text": "premise", "label": "answer"}, TaskError, "set --choices"),
+    ],
+)
+def test_choices_are_honoured_or_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        infer_task(table(CAUSES), **given)

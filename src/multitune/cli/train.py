@@ -40,7 +40,11 @@ from multitune.yaml_file import read_yaml
 
 SETTINGS = fields_of(TrainConfig)
 
-OWN_DATA = ("train", "validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
+OWN_DATA = (
+    *("train", "validation", "text", "text_pair", "label", "kind", "labels", "choices", "metric", "format", "name"),
+)
+_LISTS = ("labels", "choices")
+"""Of these, what holds several names."""
 OWN_PATTERN = ("verbalizer", "instruction")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
 _PATTERN = "Answers as text, by a language model"
@@ -123,8 +127,24 @@ OPTIONS: dict[str, Any] = {
     "label": _option(_DATA, "Column of the answer.", metavar="COLUMN"),
     "kind": _option(
         _DATA,
-        "Kind of task: classification, regression, multilabel, tagging, or generation (a text is to be written).",
+        "Kind of task: classification, regression, multilabel, tagging, multiple_choice (with --choices), or "
+        "generation (a text is to be written).",
         metavar="WORD",
+    ),
+    "labels": _option(
+        _DATA,
+        "Names of the labels in the order of their ids, with commas between them or one a time; of two the second is "
+        "the positive one. \\[default: those of the column, sorted]",
+        list[str],
+        metavar="NAME,…",
+    ),
+    "choices": _option(
+        _DATA,
+        "Multiple choice: the columns that hold the choices, with commas between them or one a time, or one column "
+        "that holds a list. --label has the place of the right one, from 0, the name of its column, or its text in the "
+        "list.",
+        list[str],
+        metavar="COLUMN,…",
     ),
     "metric": _option(_DATA, "Metric to judge by; by default the usual one of the kind.", metavar="NAME"),
     "format": _option(
@@ -170,6 +190,9 @@ def train_command(
         flags["set"] = parse_settings(flags["set"])
     if "verbalizer" in flags:
         flags["verbalizer"] = parse_settings(flags["verbalizer"], "verbalizer", "LABEL=TEXT", "entailment=True")
+    for key in _LISTS:
+        if key in flags:
+            flags[key] = [name for each in flags[key] for name in _names(key, each)]
     chosen = override(read_recipe(recipe) if recipe else {}, flags)
     for key, example in (("method", "lora"), ("out", "adapters/mine")):
         if key not in chosen:
@@ -325,7 +348,9 @@ def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
 
 def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
     """The task and its tables, by name, as a mixture, or from the user's own files."""
-    own = {key: str(chosen[key]) for key in OWN_DATA if key in chosen}
+    own: dict[str, Any] = {
+        key: _names(key, chosen[key]) if key in _LISTS else str(chosen[key]) for key in OWN_DATA if key in chosen
+    }
     named = [key for key in ("task", "mixture") if key in chosen]
     if named:
         others = [*named[1:], *own]
@@ -340,7 +365,23 @@ def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
         raise ConfigError(
             "train needs data: --task NAME (`multitune tasks` lists them), --train FILE, or --mixture FILE"
         )
-    return load_table(own.pop("train"), **own, seed=seed)  # type: ignore[arg-type]
+    return load_table(own.pop("train"), **own, seed=seed)
+
+
+def _names(key: str, given: Any) -> list[str]:
+    """Labels or columns: a list of them, or a text with commas between them, where it is no template.
+
+    Raises:
+        ConfigError: neither, or a list in a recipe that does not hold texts or whole numbers.
+    """
+    if isinstance(given, str):
+        return [given] if "{" in given else [name.strip() for name in given.split(",")]
+    if not isinstance(given, list):
+        raise ConfigError(f"'{key}' in the recipe is a list of names, such as [a, b], not {given!r}")
+    for name in given:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):  # what YAML makes of yes, no, true and false
+            raise ConfigError(f"'{key}' in the recipe: {name!r} is no name; put quotes around it")
+    return list(map(str, given))
 
 
 def _in_pattern(data: TaskData, chosen: Mapping[str, Any]) -> TaskData:

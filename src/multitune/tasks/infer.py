@@ -11,7 +11,7 @@ from multitune.tasks.targets import as_integer, shown, split_names
 from multitune.tasks.templates import Template
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 MAX_CLASSES = 100
 """More different values than this in a label column call for a second look."""
@@ -26,6 +26,8 @@ def infer_task(
     text_pair: str | None = None,
     label: str | None = None,
     kind: str | None = None,
+    labels: Sequence[str] | None = None,
+    choices: Sequence[str] | None = None,
     name: str = "task",
 ) -> Task:
     """The task that a table seems to hold. What is given is taken as it is; the rest is guessed.
@@ -36,35 +38,60 @@ def infer_task(
     kind: "generation" where the answer is a text to write, which is never guessed. Floats are a regression; class
         labels, names, truth values and whole numbers a classification; lists are tagging where the text is a list of
         words, else multilabel.
+    labels: label names in the order of their ids; the second of two is the positive one. A column of whole numbers
+        has ids where these names are no numbers.
+    choices: the columns of a multiple choice's choices, or parts of a template, or one column of lists, see
+        `Task.choices`. They make the kind a multiple choice.
 
-    Label names come from the table's class labels, or are its values, sorted by name, numbers by size.
-    Raises DataError when columns or kind are ambiguous or the label column cannot be right.
+    Label names that are not given come from the table's class labels, or are its values, sorted by name, numbers by
+    size.
+    Raises DataError when columns or kind are ambiguous or the label column cannot be right; TaskError when the kind has
+    no labels or choices, or lacks them.
     """
     table = read_table(source)
     template = _template(text, text_pair)
     for column in template.columns if template else ():
         columns.require(table.column_names, column, "--text and --text-pair (text=…, text_pair=…)")
+    chosen_from = tuple(dict.fromkeys(c for choice in choices or () for c in Template((choice,)).columns))
+    for column in chosen_from:
+        columns.require(table.column_names, column, "--choices (choices=…)")
+    if choices and kind is None:
+        kind = "multiple_choice"
     if label is None:
-        taken = template.columns if template else ()
+        taken = (*(template.columns if template else ()), *chosen_from)
         if kind == "generation":
             label = columns.guess_answer(table.features, taken)
         else:
             label = columns.guess_label(table.features, taken, variety=lambda column: _variety(table, column))
     columns.require(table.column_names, label, "--label (label=…)")
+    given: dict[str, Any] = {"labels": tuple(labels or ()), "choices": tuple(choices or ())}
     if kind == "generation":
         template = template or Template((columns.guess_prompt(table.features, label),))
-        return Task(name=name, kind="generation", template=template, label=label)
-    template = template or Template(columns.guess_texts(table.features, label))
+        return Task(name=name, kind="generation", template=template, label=label, **given)
+    rest = {column: feature for column, feature in table.features.items() if column not in chosen_from}
+    template = template or Template(columns.guess_texts(cast("Features", rest), label))
     if kind is None:
-        kind = _kind(table, template, label)
+        kind = _kind(table, template, label, named=labels is not None)
     check_kind(kind)
     if kind == "multiple_choice":
+        _check_choices(template, choices)
+    elif labels is None and kind != "regression":
+        given["labels"] = _labels(table, label, kind)
+    return Task(name=name, kind=cast(Kind, kind), template=template, label=label, **given)
+
+
+def _check_choices(template: Template, choices: Sequence[str] | None) -> None:
+    """Raise TaskError where a multiple choice lacks what cannot be guessed."""
+    if not choices:
         raise TaskError(
-            "the choices of a multiple choice are not guessed; write "
-            f'Task(name={name!r}, kind="multiple_choice", template=…, label={label!r}, choices=("a", "b"))'
+            "the choices of a multiple choice are not guessed; set --choices (choices=…) to their columns, such as "
+            "--choices first,second, or to one column of lists"
         )
-    labels = () if kind == "regression" else _labels(table, label, kind)
-    return Task(name=name, kind=cast(Kind, kind), template=template, label=label, labels=labels)
+    if len(template.parts) != 1:
+        raise TaskError(
+            f"a multiple choice has one text beside its choices, not {columns.named(template.parts)}; write it as one: "
+            f'--text "{" ".join(f"{{{column}}}" for column in template.columns)}" (text=…)'
+        )
 
 
 def _variety(table: "Dataset", column: str) -> float:
@@ -79,12 +106,13 @@ def _template(text: str | None, text_pair: str | None) -> Template | None:
     return Template(tuple(part for part in (text, text_pair) if part is not None)) if text is not None else None
 
 
-def _kind(table: "Dataset", template: Template, label: str) -> str:
+def _kind(table: "Dataset", template: Template, label: str, *, named: bool) -> str:
+    """The kind of task that a label column asks for; `named`: its labels were given."""
     features = table.features
     if columns.is_list(features, label):
         words = len(template.columns) == 1 and columns.is_words(features, template.columns[0])
         return "tagging" if words else "multilabel"
-    if columns.class_names(features, label):
+    if named or columns.class_names(features, label):
         return "classification"
     if columns.is_float(features, label):
         return "regression"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multitune.errors import ConfigError
 from multitune.tasks.infer import infer_task
@@ -27,6 +28,8 @@ def load_table(
     text_pair: str | None = None,
     label: str | None = None,
     kind: str | None = None,
+    labels: Sequence[str] | None = None,
+    choices: Sequence[str] | None = None,
     metric: str | None = None,
     format: Format | None = None,
     name: str | None = None,
@@ -39,11 +42,11 @@ def load_table(
         load_table("reviews.csv", text="review", label="verdict")
 
     source: a file, a folder, rows in memory or a hub data set, see `read_table`.
-    text, text_pair, label, kind: what `infer_task` takes; what is not given is guessed.
+    text, text_pair, label, kind, labels, choices: what `infer_task` takes; what is not given is guessed.
     metric: the headline metric; by default the usual one of the kind.
     format: of a generation: plain, chat or auto, see `Task.format`.
     name: the task's name; by default that of the file.
-    task: a task made by hand, such as a multiple choice, instead of all of these.
+    task: a task made by hand instead of all of these.
     validation: rows to judge by, as another source or as the share of the rows to hold out; by default the
         source's own validation split, or a tenth of the rows.
     seed: draws the rows that are held out, in equal shares of every label.
@@ -51,16 +54,15 @@ def load_table(
     Raises DataError when rows cannot be read or columns not be told apart, ConfigError when both a task and
     what would make one are given.
     """
-    stated = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "metric": metric, "name": name}
-    stated["format"] = format
+    read_as = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "labels": labels, "choices": choices}
+    stated: dict[str, Any] = {**read_as, "metric": metric, "format": format, "name": name}
     given = {key: value for key, value in stated.items() if value is not None}
     if task is not None and given:
         raise ConfigError(f"a task={task.name!r} already says {', '.join(given)}; give one of them")
     splits = list_splits(source)
     table = read_table(source, split="train" if "train" in splits else None)
     if task is None:
-        columns = {key: given[key] for key in ("text", "text_pair", "label", "kind") if key in given}
-        task = infer_task(table, **columns, name=name or _name(source))
+        task = infer_task(table, **{key: given[key] for key in read_as if key in given}, name=name or _name(source))
         task = replace(task, metric=metric or task.metric, format=format or task.format)
     if isinstance(validation, (int, float)):
         train_rows, held_out = split_table(table, validation, seed, label=_stratified(task))
