@@ -29,11 +29,11 @@ from multitune.cli.shared import (
     written,
 )
 from multitune.errors import ConfigError, DataError, TaskError, suggest
-from multitune.methods import make_method
+from multitune.methods import Method, make_method
 from multitune.methods.combined import part_names
 from multitune.tasks import Pattern, TaskData, any_split, load_table, load_task
 from multitune.tasks.metrics import judge_of_training
-from multitune.training import TrainConfig, evaluate, train
+from multitune.training import TrainConfig, TrainResult, evaluate, train
 from multitune.training.checkpoints import Checkpoints
 from multitune.words import in_words
 from multitune.yaml_file import read_yaml
@@ -185,37 +185,15 @@ def train_command(
     **options: Any,
 ) -> None:
     """Train an adapter for one task with one method, and write it to a folder."""
-    flags = {key: value for key, value in options.items() if value is not None}
-    if "set" in flags:
-        flags["set"] = parse_settings(flags["set"])
-    if "verbalizer" in flags:
-        flags["verbalizer"] = parse_settings(flags["verbalizer"], "verbalizer", "LABEL=TEXT", "entailment=True")
-    for key in _LISTS:
-        if key in flags:
-            flags[key] = [name for each in flags[key] for name in _names(key, each)]
-    chosen = override(read_recipe(recipe) if recipe else {}, flags)
-    for key, example in (("method", "lora"), ("out", "adapters/mine")):
-        if key not in chosen:
-            raise ConfigError(f"train needs --{key}, or '{key}' in the recipe; for example --{key} {example}")
-    if not isinstance(chosen.get("set", {}), Mapping):
-        raise ConfigError("'set' in the recipe is a mapping of settings to values, such as {r: 16}")
-    if not isinstance(chosen.get("overwrite", False), bool):
-        raise ConfigError(f"'overwrite' in the recipe is true or false, not {chosen['overwrite']!r}")
+    chosen = _chosen(recipe, options)
     config = TrainConfig.from_dict({f.name: chosen[f.name] for f in SETTINGS if f.name in chosen})
     name, inline = read_method(chosen["method"])
     method = make_method(name, {**inline, **flat_settings(chosen.get("set", {}))})
     data = task_data(chosen, config.seed)
     place = {key: str(chosen[key]) for key in ("device", "dtype") if key in chosen}
     backbone = shared.load_backbone(str(chosen.get("backbone", "minilm")), **place)
-    if "train" in chosen and not {"text", "label"} <= set(chosen):
-        task = data.task
-        labels = f" ({len(task.labels)} labels: {', '.join(task.labels[:8])})" if task.labels else ""
-        note(f"reading the text from {' | '.join(task.template.parts)} and the answer from {task.label}{labels}")
     out = Path(str(chosen["out"]))
-    note(
-        f"training {method.name} for {data.task.name} ({data.task.kind}) on {count(len(data.train))} rows, judged by "
-        f"{judge_of_training(data.task.metric, by_texts=bool(config.eval_texts))} on {count(len(data.validation))}"
-    )
+    _announce(chosen, data, method, config)
     try:
         result = train(
             backbone,
@@ -232,6 +210,44 @@ def train_command(
         last = f"the last checkpoint is step {steps[-1]} in {out}" if steps else "there was no checkpoint yet"
         note(f"interrupted; {last}; give the same command to go on")
         raise typer.Exit(130) from None
+    _show_result(method, result, out, as_json)
+
+
+def _chosen(recipe: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with what the command line says instead, checked as far as that goes without loading anything."""
+    flags = {key: value for key, value in options.items() if value is not None}
+    if "set" in flags:
+        flags["set"] = parse_settings(flags["set"])
+    if "verbalizer" in flags:
+        flags["verbalizer"] = parse_settings(flags["verbalizer"], "verbalizer", "LABEL=TEXT", "entailment=True")
+    for key in _LISTS:
+        if key in flags:
+            flags[key] = [name for each in flags[key] for name in _names(key, each)]
+    chosen = override(read_recipe(recipe) if recipe else {}, flags)
+    for key, example in (("method", "lora"), ("out", "adapters/mine")):
+        if key not in chosen:
+            raise ConfigError(f"train needs --{key}, or '{key}' in the recipe; for example --{key} {example}")
+    if not isinstance(chosen.get("set", {}), Mapping):
+        raise ConfigError("'set' in the recipe is a mapping of settings to values, such as {r: 16}")
+    if not isinstance(chosen.get("overwrite", False), bool):
+        raise ConfigError(f"'overwrite' in the recipe is true or false, not {chosen['overwrite']!r}")
+    return chosen
+
+
+def _announce(chosen: Mapping[str, Any], data: TaskData, method: Method, config: TrainConfig) -> None:
+    """Say what is about to be trained, and what of a table was guessed."""
+    task = data.task
+    if "train" in chosen and not {"text", "label"} <= set(chosen):
+        labels = f" ({len(task.labels)} labels: {', '.join(task.labels[:8])})" if task.labels else ""
+        note(f"reading the text from {' | '.join(task.template.parts)} and the answer from {task.label}{labels}")
+    note(
+        f"training {method.name} for {task.name} ({task.kind}) on {count(len(data.train))} rows, judged by "
+        f"{judge_of_training(task.metric, by_texts=bool(config.eval_texts))} on {count(len(data.validation))}"
+    )
+
+
+def _show_result(method: Method, result: TrainResult, out: Path, as_json: bool) -> None:
+    """What came of a training run, as one line of a table."""
     facts: dict[str, Any] = {
         "method": method.name,
         "parameters": result.num_method_parameters,
