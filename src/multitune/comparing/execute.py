@@ -27,8 +27,8 @@ from multitune.training.judging import predict_rows
 Done = Callable[[Job, Outcome], None]
 Say = Callable[[str], None]
 
-#: Metrics of sacreBLEU, which run to 100; scores run to 1.
-_PERCENT = ("bleu", "chrf")
+#: Metrics of sacreBLEU, which run to 100, and NIST, whose 8 is shown as 8; scores run to 1 and are shown in percent.
+_PERCENT = ("bleu", "chrf", "nist")
 _ROW_KINDS = ("classification", "multiple_choice", "multilabel", "regression", "tagging")
 
 
