@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+from multitune.prompting.instructions import cluster_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CELLS = [{"n": n, "settings": {"r": n}} for n in range(3)]
@@ -85,6 +88,16 @@ def test_every_script_names_its_cells_and_its_place_in_the_page(name, cells, mon
     assert found["name"] == name and len({json.dumps(cell, sort_keys=True) for cell in found["cells"]}) >= 2
     page = (BENCHMARKS.parent / "docs" / "instructions.md").read_text("utf-8")
     assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
+
+
+@pytest.mark.data
+def test_the_mixture_holds_out_whole_clusters(cells):
+    if not os.environ.get("MULTITUNE_DATA"):
+        pytest.skip("needs the public data sets: set MULTITUNE_DATA to their folder")
+    script = importlib.import_module("instruction_mixture")
+    learnt, held = ({cluster_of(name) for name in names} for names in (script.LEARNT, script.HELD_OUT))
+    assert len(set(script.LEARNT)) == len(script.LEARNT) >= 20 and len(set(script.HELD_OUT)) >= 5
+    assert not learnt & held
 
 
 def test_the_page_uses_names_that_exist():

@@ -3,6 +3,7 @@ from importlib import resources
 
 import datasets
 import pytest
+from datasets import Dataset
 
 from multitune.errors import DataError, TaskError
 from multitune.tasks import Task, list_tasks, load_task
@@ -226,6 +227,24 @@ def test_published_texts(data_dir):
     assert all(text.count("*") == 2 for text in [*wsc.train["marked"], *wsc.validation["marked"]])
 
 
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("super_natural_instructions/task002_quoref_answer_generation", "token_f1"),
+        ("super_natural_instructions/task591_sciq_answer_generation", "token_f1"),
+        ("super_natural_instructions/task1572_samsum_summary", "rouge_l"),
+    ],
+)
+def test_answers_to_questions_are_judged_by_the_words_they_share(tmp_path, name, metric):
+    row = {"definition": "Answer.", "inputs": "Who?", "references": ["the man"]}
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        Dataset.from_list([row] * 20).to_parquet(folder / f"{split}.parquet")
+    task = load_task(name, tmp_path).task
+    assert task.metric == metric and task.encode(row).texts == (("Answer.\n\nWho?",),)
+
+
 @pytest.mark.data
 def test_a_query_is_read_with_every_entity(data_dir):
     record = load_task("super_glue/record", data_dir)
@@ -295,7 +314,7 @@ def test_the_pronoun_that_is_meant_is_marked(text, index, pronoun, marked):
         ("instruction/alpaca", 2000, 200, "rouge_l", "How many elements are there in", "A triangular matrix of"),
         ("reasoning/gsm8k", 6726, 747, "number_match", "Natalia sold clips to 48 of her", "Natalia sold 48/2 ="),
         ("commonsense/arc_easy", 2026, 225, "exact_match", "Please choose the correct answer", "the correct answer is"),
-        ("super_natural_instructions/task591_sciq_answer_generation", 600, 100, "rouge_l", "", ""),
+        ("super_natural_instructions/task591_sciq_answer_generation", 600, 100, "token_f1", "", ""),
         ("instruction_induction/sum", 450, 50, "exact_match", "Input: 0 10\nOutput:", "10"),
     ],
 )

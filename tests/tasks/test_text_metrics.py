@@ -32,6 +32,29 @@ def test_bleu_of_several_references_by_hand():
     assert by_hand() == pytest.approx(77.8, abs=0.05)
 
 
+def test_nist_by_hand():
+    """Words of one reference tell log2(3) bits each, its word pairs nothing; two thirds of its length halve that."""
+    assert compute("nist", ["A b"], ["a B c"]) == {"nist": pytest.approx(math.log2(3) / 2)}
+    # a: 3 of 5 words, told twice since a reference has it twice; "a a": once behind 3 a; lengths 2 against 5 / 2
+    penalty = math.exp(math.log(0.5) * (math.log(2 / 2.5) / math.log(1.5)) ** 2)
+    found = compute("nist", ["a a"], [("a b", "a a c")])["nist"]
+    assert found == pytest.approx((math.log2(5 / 3) + math.log2(3)) * penalty)
+    assert compute("nist", ["x", ""], ["a", "b"])["nist"] == 0
+    assert compute("nist", [""], [""])["nist"] == 0
+
+
+def test_nist_of_one_reference_is_nltks():
+    theirs = pytest.importorskip("nltk.translate.nist_score").corpus_nist
+    texts = ["the cat sat on the mat , did it ?", "there is a very small dog here", "a mat sat on a cat"]
+    references = [
+        "a cat sat on the mat , did it not ?",
+        "there is a small dog over there .",
+        "no one knows a cat at all",
+    ]
+    expected = theirs([[r.split()] for r in references], [t.split() for t in texts])
+    assert compute("nist", texts, references)["nist"] == pytest.approx(expected)
+
+
 def test_the_headline_comes_first_and_the_parts_follow():
     assert list(compute("bleu", TEXTS, REFERENCES)) == ["bleu", "chrf"]
     assert list(compute("rouge_l", TEXTS, REFERENCES)) == ["rouge_l", "rouge_1", "rouge_2"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-#: Metrics of sacreBLEU, which run to 100; scores run to 1.
-PERCENT = ("bleu", "chrf")
+#: Metrics of sacreBLEU, which run to 100, and NIST, whose 8 is shown as 8; scores run to 1 and are shown in percent.
+PERCENT = ("bleu", "chrf", "nist")
 
 
 @dataclass(frozen=True, kw_only=True)

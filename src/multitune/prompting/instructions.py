@@ -90,6 +90,16 @@ class InstructedTask:
             raise DataError(f"task '{self.name}': {error}") from error
 
 
+def cluster_of(name: str, data_dir: str | Path | None = None) -> str:
+    """The group of a task of the suites, whose tasks are held out together; its rows are not read.
+
+    Raises:
+        DataError: the folder of suites is not set.
+    """
+    collection, _, short = name.partition("/")
+    return _CLUSTER_OF.get(name) or _about(collection, short, data_dir).cluster or collection
+
+
 def instructed(name: str, data_dir: str | Path | None = None) -> InstructedTask:
     """A task of the suites as instructions.
 
@@ -111,7 +121,7 @@ def instructed(name: str, data_dir: str | Path | None = None) -> InstructedTask:
     test = data.validation if data.test is None or validated else data.test
     found = InstructedTask(
         name=name,
-        cluster=_CLUSTER_OF.get(name, collection),
+        cluster=cluster_of(name, data_dir),
         wordings=(),
         metric="rouge_l" if data.task.metric == "perplexity" else data.task.metric,
         train=data.train if len(data.train) else None,
@@ -127,8 +137,7 @@ def instructed(name: str, data_dir: str | Path | None = None) -> InstructedTask:
         about = _about(collection, short, data_dir)
         options = _options_of(data.task, some)
         wordings = tuple(_defined(data.task, said, options) for said in about.instructions or ("",))
-        cluster = found.cluster if name in _CLUSTER_OF else about.cluster or found.cluster
-        return replace(found, wordings=wordings, cluster=cluster)
+        return replace(found, wordings=wordings)
     if data.task.kind in ("classification", "multiple_choice"):
         return replace(found, wordings=(_by_labels(data.task),), metric="exact_match")
     raise TaskError(f"task '{name}' is of kind {data.task.kind}, for which no instruction is known; leave it out")

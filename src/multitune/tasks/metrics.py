@@ -283,6 +283,7 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric(compute=text_metrics.not_of_texts, kinds=_TEXT_KINDS, higher_is_better=False),
     "bleu": Metric(compute=text_metrics.bleu, kinds=_TEXT_KINDS),
     "chrf": Metric(compute=text_metrics.chrf, kinds=_TEXT_KINDS),
+    "nist": Metric(compute=text_metrics.nist, kinds=_TEXT_KINDS),
     "rouge_l": Metric(compute=text_metrics.rouge, kinds=_TEXT_KINDS),
     "exact_match": Metric(compute=text_metrics.exact_match, kinds=_TEXT_KINDS),
     "token_f1": Metric(compute=text_metrics.token_f1, kinds=_TEXT_KINDS),

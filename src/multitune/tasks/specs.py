@@ -57,6 +57,10 @@ _TITLED = Spec(template=("title", "content"), label="label")
 _WRITE = Spec(kind="generation", label="output")
 _INSTRUCTION = replace(_WRITE, template=("{instruction}\n{input}",), metric="rouge_l", format="auto")
 _COMMONSENSE = replace(_WRITE, template=("{instruction}",), metric="exact_match")
+_NATURAL = Spec(
+    kind="generation", template=("{definition}\n\n{inputs}",), label="references", metric="rouge_l", format="auto"
+)
+_QUESTION = replace(_NATURAL, metric="token_f1")
 _RAFT = Spec(label="label", metric="macro_f1", held_out=0.5)
 _NUMBER = Spec(kind="generation", template=("{question}",), label="answer", metric="number_match", format="auto")
 _SYMBOL = Spec(kind="generation", template=("{question}",), label="answer", metric="exact_match")
@@ -154,6 +158,9 @@ SPECS: dict[str, Spec] = {
     ),
     "instruction/alpaca": replace(_INSTRUCTION, hub="tatsu-lab/alpaca"),
     "instruction/self_instruct_seed": _INSTRUCTION,
+    # short answers, most of them words of the passage: by the words they share with a right one, as SQuAD's are
+    "super_natural_instructions/task002_quoref_answer_generation": _QUESTION,
+    "super_natural_instructions/task591_sciq_answer_generation": _QUESTION,
     # reasoning; what the authors publish for judging alone has nothing to learn from
     "reasoning/gsm8k": replace(_NUMBER, hub="openai/gsm8k:main"),
     "reasoning/addsub": replace(_NUMBER, train=""),
@@ -180,13 +187,7 @@ SPECS: dict[str, Spec] = {
 FAMILIES: dict[str, Spec] = {
     "raft": _RAFT,
     "commonsense": _COMMONSENSE,
-    "super_natural_instructions": Spec(
-        kind="generation",
-        template=("{definition}\n\n{inputs}",),
-        label="references",
-        metric="rouge_l",
-        format="auto",
-    ),
+    "super_natural_instructions": _NATURAL,
     "instruction_induction": Spec(
         kind="generation", template=("Input: {input}\nOutput:",), label="references", metric="exact_match"
     ),

@@ -1,6 +1,6 @@
 """Metrics of written texts, each text judged by all references of its row; the arithmetic is the libraries'.
 
-BLEU and chrF are sacreBLEU's and run from 0 to 100; everything else runs from 0 to 1.
+BLEU and chrF are sacreBLEU's and run from 0 to 100; NIST has no upper end; everything else runs from 0 to 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from multitune.errors import ConfigError, DataError
+from multitune.tasks.nist import nist_score
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -46,6 +47,17 @@ def bleu(texts: Texts, references: References, labels: Sequence[str] = ()) -> Sc
 def chrf(texts: Texts, references: References, labels: Sequence[str] = ()) -> Scores:
     """Corpus chrF (Popović 2015), by sacreBLEU."""
     return {"chrf": _sacrebleu().corpus_chrf(list(texts), _streams(references)).score}
+
+
+def nist(texts: Texts, references: References, labels: Sequence[str] = ()) -> Scores:
+    """Corpus NIST (Doddington 2002) of lower-case words, split as by sacreBLEU, as mteval-v13a counts."""
+    _sacrebleu()
+    split = import_module("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+
+    def words(text: str) -> list[str]:
+        return str(split(text.lower())).split()
+
+    return {"nist": nist_score([words(t) for t in texts], [[words(r) for r in of_row] for of_row in references])}
 
 
 def bleu_interval(texts: Texts, references: References, num_samples: int = BOOTSTRAP_SAMPLES) -> Interval:
