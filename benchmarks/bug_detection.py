@@ -2,7 +2,7 @@
 
     export MULTITUNE_DATA=/path/to/data    # code/bug_detection_java/<split>.parquet
     python benchmarks/bug_detection.py
-    python benchmarks/bug_detection.py --table
+    python benchmarks/bug_detection.py --table --write docs/lsg.md
 
 What is compared follows experiments that are known by their abstract alone (code models tuned with frozen layers or
 with LoRA, with variants of LSG attention); their data, settings and scores are not known, and no number here reproduces
@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _store import Row, append, environment, find, read
+from _store import Row, append, check_markers, environment, find, read, write_between
 from real_data import Clock, load, peak_memory, reset_peak_memory
 from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
 
 import multitune
 
+NAME = "bug_detection"
 TASK = "code/bug_detection_java"
 BACKBONE = "minilm"
 MAX_LENGTH = 512
@@ -139,6 +140,8 @@ def render(args: argparse.Namespace, rows: list[Row]) -> str:
             values += [f"{statistics.mean(r['seconds'] for r in done):,.0f}"]
             values += [f"{max(peaks) / 1e6:,.0f}" if peaks else "", str(len(done))]
             lines.append("| " + " | ".join(values) + " |")
+    if len(lines) == 2:
+        return "Not run yet."
     longest = max((row["longest"] for cell in cells if (row := find(rows, cell)) is not None), default=0)
     notes = [
         "",
@@ -156,6 +159,7 @@ def _spread(values: list[float]) -> str:
 
 def main() -> None:
     args = _arguments()
+    check_markers(args.write, NAME)
     store = args.store / ("bug_detection_quick.jsonl" if args.quick else "bug_detection.jsonl")
     todo = [] if args.table else cells_of(args)
     context = torch.multiprocessing.get_context("spawn")
@@ -177,7 +181,10 @@ def main() -> None:
             f"[{position}/{len(todo)}] {cell['method']} on {cell['backbone']}: {shown}, {row['seconds']:.0f} s",
             flush=True,
         )
-    print(render(args, read([store])))
+    text = render(args, read([store]))
+    print(text)
+    if args.write:
+        write_between(args.write, NAME, text)
 
 
 def _arguments() -> argparse.Namespace:
@@ -190,6 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="32 rows, one epoch, one seed: does everything run?")
     parser.add_argument("--table", action="store_true", help="run nothing; print the table of the store")
     parser.add_argument("--store", type=Path, default=Path(__file__).parent / "results", help="folder of the store")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between this document's markers")
     return parser.parse_args()
 
 

@@ -1,7 +1,9 @@
 """Does a stream of tasks keep what it learnt?  The ten intent domains one after another, all classes told apart.
 
-    python benchmarks/continual_intents.py --threads 2 --json benchmarks/results/continual_intents.json
-    python benchmarks/continual_intents.py --quick        # two domains, few rows: minutes, says nothing
+    export MULTITUNE_DATA=/path/to/data    # intent/clinc_<domain>/<split>.parquet
+    python benchmarks/continual_intents.py --threads 2 --write docs/continual.md
+    python benchmarks/continual_intents.py --tasks 3      # the first three domains
+    python benchmarks/continual_intents.py --quick        # two domains, few rows: does everything run?
 
 After every domain a text of any domain so far must get its class among the classes of all domains so far. Compared:
 
@@ -11,26 +13,31 @@ After every domain a text of any domain so far must get its class among the clas
     sequential    every weight is trained on domain after domain; heads side by side
     seq./means    the same weights, read by class means kept as they were
 
-Needs the folder of public suites (MULTITUNE_DATA).
+What a domain leaves is kept in --work (some 100 MB for each domain of minilm, to be deleted at the end) and its scores
+in --store, so that a killed benchmark goes on with the domain it was at.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from dataclasses import dataclass, replace
+import statistics
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _store import environment
+from _store import Row, append, check_markers, environment, find, read, write_between
 from torch import Tensor
 
 import multitune
 from multitune import Adapter, Backbone, SoTU
 from multitune.continual import Prototypes, cosine_of_updates, features, sum_of_updates
+from multitune.files import replace_folder
 from multitune.tasks import TaskData
 
+NAME = "continual_intents"
 DOMAINS = (
     "auto_and_commute", "banking", "credit_cards", "home", "kitchen_and_dining", "meta", "small_talk", "travel",
     "utility", "work",
@@ -47,34 +54,88 @@ class Stream:
     backbone: Backbone
     tuned: Backbone
     """The sequentially tuned copy."""
-    data: list[TaskData]
-    adapters: list[Adapter]
-    heads: list[dict[str, Tensor]]
-    kept: dict[str, Prototypes]
+    data: list[TaskData] = field(default_factory=list)
+    adapters: list[Adapter] = field(default_factory=list)
+    heads: list[dict[str, Tensor]] = field(default_factory=list)
+    kept: dict[str, Prototypes] = field(default_factory=dict)
     """Class means by system, as they were when their domain came."""
 
 
 def main() -> None:
     args = _arguments()
+    check_markers(args.write, NAME)
     torch.set_num_threads(args.threads)
+    for seed in [] if args.table else args.seeds:
+        _run(args, seed)
+    text = render(args)
+    print(text)
+    if args.write:
+        write_between(args.write, NAME, text)
+
+
+def cells_of(args: argparse.Namespace, seed: int) -> list[Row]:
+    """For each domain of a stream all that its row depends on: the domains so far and the settings."""
+    names = ("backbone", "density", "targets", "rate", "full_rate", "epochs", "rows")
+    settings = {name: getattr(args, name) for name in names} | {"seed": seed}
+    return [settings | {"domains": args.domains[: n + 1]} for n in range(len(args.domains))]
+
+
+def _run(args: argparse.Namespace, seed: int) -> None:
+    """The domains of one stream that have not been run; what a domain has left is always read from its folder."""
+    store = args.store / f"{NAME}.jsonl"
+    cells = cells_of(args, seed)
+    if all(find(read([store]), cell) is not None for cell in cells):
+        return
     backbone = multitune.Backbone.load(args.backbone)
-    stream = Stream(backbone, backbone, [], [], [], {})
-    results = []
-    print(f"{'after':20}{'classes':>8}" + "".join(f"{name:>12}" for name in SYSTEMS) + f"{'|cosine|':>10}", flush=True)
-    for number, domain in enumerate(args.domains):
-        _learn(stream, _task(domain, args), number, args)
-        scores = _scores(stream)
-        cosine = max(
-            (abs(cosine_of_updates(backbone, stream.adapters[-1], a)) for a in stream.adapters[:-1]), default=0
-        )
-        classes = len(stream.kept["sotu"].labels)
-        line = "".join(f"{scores[name]:12.3f}" for name in SYSTEMS)
-        print(f"{domain:20}{classes:8}{line}{cosine:10.4f}", flush=True)
-        results.append({"after": domain, "classes": classes, "accuracy": scores, "largest_cosine": cosine})
-    if args.json is not None:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        text = json.dumps({"environment": environment(), "settings": settings, "results": results}, indent=1)
-        args.json.write_text(text + "\n", "utf-8")
+    stream = Stream(backbone, backbone)
+    for cell in cells:
+        data = _task(cell["domains"][-1], args)
+        folder = args.work / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
+        if not folder.exists():
+            _learn(stream, data, cell, folder)
+        _enter(stream, data, folder)
+        if find(read([store]), cell) is not None:
+            continue
+        others = stream.adapters[:-1]
+        cosine = max((abs(cosine_of_updates(backbone, stream.adapters[-1], a)) for a in others), default=0.0)
+        found = {"classes": len(stream.kept["sotu"].labels), "accuracy": _scores(stream), "largest_cosine": cosine}
+        append(store, {"cell": cell, **found, "environment": environment(args.threads)})
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in found["accuracy"].items())
+        print(f"[{len(cell['domains'])}/{len(cells)}] {cell['domains'][-1]}: {scores}", flush=True)
+
+
+def render(args: argparse.Namespace) -> str:
+    """The table of the finished rows, the mean over the seeds."""
+    rows = read([args.store / f"{NAME}.jsonl"])
+    stages = list(zip(*(cells_of(args, seed) for seed in args.seeds), strict=True))
+    lines = ["| after | classes | " + " | ".join(SYSTEMS) + " | largest cosine |"]
+    lines.append("|---|---:|" + "---:|" * (len(SYSTEMS) + 1))
+    done: list[Row] = []
+    for cells in stages:
+        found = [row for cell in cells if (row := find(rows, cell)) is not None]
+        done += found
+        if found:
+            scores = [f"{100 * statistics.mean(r['accuracy'][s] for r in found):.1f}" for s in SYSTEMS]
+            cosine = max(r["largest_cosine"] for r in found)
+            first = [cells[0]["domains"][-1], str(found[0]["classes"])]
+            lines.append("| " + " | ".join([*first, *scores, f"{cosine:.4f}"]) + " |")
+    if not done:
+        return "Not run yet."
+    last = max((row["environment"] for row in done), key=lambda e: e["date"])
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "transformers"))
+    missing = len(stages) * len(args.seeds) - len(done)
+    rows_used = "all rows" if args.rows is None else f"{args.rows} rows a split"
+    seeds = ", ".join(map(str, args.seeds))
+    lines += [
+        "",
+        f"- Percent of the test rows of all domains so far whose class is found, the mean over the seeds {seeds}; the "
+        f"largest cosine of the domain's update with an earlier one.",
+        f"- {args.backbone}, {args.epochs:g} epochs a domain, {rows_used}; SoTU trains {100 * args.density:g} % of the "
+        f"weights of {', '.join(args.targets)} at {args.rate:g}, sequential tuning all weights at {args.full_rate:g}.",
+        f"- {last['machine']}, {last['threads']} thread(s), Python {last['python']}, {versions}; {last['date']}.",
+        *([f"- {missing} of {missing + len(done)} domains are still to be run."] if missing else []),
+    ]
+    return "\n".join(lines)
 
 
 def _task(domain: str, args: argparse.Namespace) -> TaskData:
@@ -98,19 +159,35 @@ def _renamed(value: Any, before: tuple[str, ...], after: tuple[str, ...]) -> str
     return after[value if isinstance(value, int) else before.index(value)]
 
 
-def _learn(stream: Stream, data: TaskData, number: int, args: argparse.Namespace) -> None:
-    settings = dict(epochs=args.epochs, pooling="mean", max_length=32, progress=False)
-    method = SoTU(density=args.density, targets=tuple(args.targets), mask_seed=number)
-    trained = multitune.train(stream.backbone, data, method, learning_rate=args.rate, **settings)
-    stream.adapters.append(trained.adapter)
-    full = multitune.train(stream.tuned, data, "full", learning_rate=args.full_rate, **settings)
-    stream.tuned = stream.tuned.with_weights(full.adapter.params)
-    stream.heads.append(dict(full.adapter.head_params))
+def _learn(stream: Stream, data: TaskData, cell: Row, folder: Path) -> None:
+    """Train a domain's update and the weights that go on from the domain before, and take its class means."""
+    settings = dict(epochs=cell["epochs"], seed=cell["seed"], pooling="mean", max_length=32, progress=False)
+    number = len(cell["domains"]) - 1
+    method = SoTU(density=cell["density"], targets=tuple(cell["targets"]), mask_seed=1000 * cell["seed"] + number)
+    update = multitune.train(stream.backbone, data, method, learning_rate=cell["rate"], **settings).adapter
+    full = multitune.train(stream.tuned, data, "full", learning_rate=cell["full_rate"], **settings).adapter
+    total = sum_of_updates(stream.backbone, [*stream.adapters, update])
+    tuned = stream.tuned.with_weights(full.params)
+    ways = {"backbone": (stream.backbone, None), "sotu": (stream.backbone, total), "seq./means": (tuned, None)}
+
+    def write(temporary: Path) -> None:
+        update.save(temporary / "update")
+        full.save(temporary / "tuned")
+        for name, (model, deltas) in ways.items():
+            _means(model, deltas, data).save(temporary / "means" / name.replace("/", "-"))
+
+    replace_folder(folder, write)
+
+
+def _enter(stream: Stream, data: TaskData, folder: Path) -> None:
+    """Add what a domain has left to the stream."""
     stream.data.append(data)
-    total = sum_of_updates(stream.backbone, stream.adapters)
-    ways = {"backbone": (stream.backbone, None), "sotu": (stream.backbone, total), "seq./means": (stream.tuned, None)}
-    for name, (model, deltas) in ways.items():
-        fresh = _means(model, deltas, data)
+    stream.adapters.append(Adapter.load(folder / "update"))
+    full = Adapter.load(folder / "tuned")
+    stream.tuned = stream.tuned.with_weights(full.params)
+    stream.heads.append(dict(full.head_params))
+    for name in ("backbone", "sotu", "seq./means"):
+        fresh = Prototypes.load(folder / "means" / name.replace("/", "-"))
         stream.kept[name] = stream.kept[name].extended(fresh) if name in stream.kept else fresh
 
 
@@ -154,21 +231,30 @@ def _scores(stream: Stream) -> dict[str, float]:
 
 
 def _arguments() -> argparse.Namespace:
+    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="minilm", help="backbone (default minilm)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="the stream, in order")
+    parser.add_argument("--tasks", type=int, metavar="N", help="only the first N domains")
     parser.add_argument("--density", type=float, default=0.1, help="share of the target weights that SoTU trains")
     parser.add_argument("--targets", nargs="+", default=["query", "key", "value", "attention_output"])
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of SoTU")
     parser.add_argument("--full-rate", type=float, default=1e-4, help="learning rate of sequential fine-tuning")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--rows", type=int, default=None, help="rows per split and domain; by default all")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=None, help="file for the results")
-    parser.add_argument("--quick", action="store_true", help="two domains, 60 rows each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--quick", action="store_true", help="two domains, 60 rows each, one epoch")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the table of the store")
+    parser.add_argument("--store", type=Path, default=here / "results", help="folder of the store")
+    parser.add_argument("--work", type=Path, default=here / "results" / NAME, help="folder of what domains leave")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between this document's markers")
     args = parser.parse_args()
     if args.quick:
-        args.domains, args.rows, args.epochs = args.domains[:2], args.rows or 60, 1.0
+        args.tasks, args.rows, args.epochs = args.tasks or 2, args.rows or 60, 1.0
+    if args.tasks is not None and not 0 < args.tasks <= len(args.domains):
+        parser.error(f"--tasks {args.tasks}: there are {len(args.domains)} domains")
+    args.domains = args.domains[: args.tasks]
     return args
 
 

@@ -1,13 +1,16 @@
 """LSG attention against full attention: time and peak memory of one batch by its length.
 
     python benchmarks/lsg.py [--lengths 256 512 1024 2048 4096] [--kinds norm pooling] [--write docs/lsg.md]
+    python benchmarks/lsg.py --task raft/terms_of_service     # texts of a task in the folder that MULTITUNE_DATA names
 
 Every line is a process of its own that loads minilm, converts it, or for full attention repeats its position table to
 the same length, and runs rows of exactly that many tokens: serving (no gradients, the median of several passes) and
-training (LoRA of query and value, forward and backward). Memory is the most the process held beyond what it held before
-the batch (Linux). The system's allocator is told to give large blocks back at once (`MALLOC_MMAP_THRESHOLD_`, glibc).
-The model's attention function is torch's fused one, which never holds all scores, so that full attention too needs
-memory in proportion to the length; `--attention eager` has both sides compute scores plainly.
+training (LoRA of query and value, forward and backward). The tokens are random, or with --task the texts of a task's
+training rows, joined until a row is full; which they are changes what `norm` and `lsh` choose, and no shape. Memory is
+the most the process held beyond what it held before the batch (Linux). The system's allocator is told to give large
+blocks back at once (`MALLOC_MMAP_THRESHOLD_`, glibc). The model's attention function is torch's fused one, which never
+holds all scores, so that full attention too needs memory in proportion to the length; `--attention eager` has both
+sides compute scores plainly.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ def measure(system: str, length: int, args: argparse.Namespace, sender: Any) -> 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     backbone = backbone_of(system, length, args)
-    ids = torch.randint(1000, backbone.vocab_size, (args.rows, length))
+    ids = tokens_of(backbone, length, args)
     served = multitune.Plan([None] * args.rows)
     lora = multitune.LoRA()
     params = {k: t.requires_grad_() for k, t in lora.init(backbone, torch.Generator().manual_seed(0)).items()}
@@ -65,6 +68,27 @@ def backbone_of(system: str, length: int, args: argparse.Namespace) -> multitune
         )
     # One block for all and no global token is full attention, by the model's own attention function.
     return multitune.convert_to_lsg(loaded, max_length=longest, block=longest, sparsity=1, kind="none", num_global=0)
+
+
+def tokens_of(backbone: multitune.Backbone, length: int, args: argparse.Namespace) -> torch.Tensor:
+    """Rows of exactly `length` token ids: random ones, or a task's texts one after another between special tokens."""
+    if args.task is None:
+        return torch.randint(1000, backbone.vocab_size, (args.rows, length))
+    tokenizer: Any = backbone.tokenizer
+    data = multitune.load_task(args.task)
+    first, last = tokenizer("").input_ids
+    inside: list[int] = []
+    needed = args.rows * (length - 2)
+    for example in data.task.examples(data.train):
+        text = " ".join(" ".join(texts) for texts in example.texts)
+        inside += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if len(inside) >= needed:
+            break
+    else:
+        raise SystemExit(f"{args.task} has {len(inside):,} tokens to learn from, and {needed:,} are needed")
+    parts = torch.tensor(inside[:needed]).view(args.rows, length - 2)
+    ends = torch.tensor([[first, last]]).expand(args.rows, -1)
+    return torch.cat([ends[:, :1], parts, ends[:, 1:]], dim=1)
 
 
 def timed(run: Any, rounds: int) -> tuple[float, int]:
@@ -117,7 +141,8 @@ def _note(args: argparse.Namespace) -> str:
         f"{k} {v}" for k, v in where["versions"].items() if k in ("multitune", "torch", "transformers")
     )
     return (
-        f"Batches of {args.rows} row(s), minilm, attention function {args.attention}, block {args.block}, "
+        f"Batches of {args.rows} row(s) of {args.task or 'random tokens'}, minilm, attention function "
+        f"{args.attention}, block {args.block}, "
         f"{args.sparse} sparse keys a side, sparsity {args.sparsity}, one global token; median of {args.rounds} "
         f"passes; {where['machine']}, {args.threads} thread(s); Python {where['python']}, {versions}; {where['date']}."
     )
@@ -127,6 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], metavar="TOKENS")
     parser.add_argument("--kinds", nargs="+", default=["norm"], metavar="KIND")
+    parser.add_argument("--task", metavar="NAME", help="read texts of this task; by default random tokens")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--sparse", type=int, default=128)

@@ -1,14 +1,21 @@
 """Sparse updates of many tasks in one model: the sum is the sum of weights, in any order, read by class means."""
 
+import importlib
 import itertools
+import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import multitune as mt
 from multitune.continual import Prototypes, cosine_of_updates, features, sparse_updates, sum_of_updates
 from multitune.merging import merge_deltas
 from multitune.plan import DeltaSet, Plan
+from multitune.tasks import TaskData
 
 
 @pytest.fixture
@@ -90,3 +97,99 @@ def test_prototypes_are_class_means_and_the_nearest_by_cosine_wins():
         first.extended(Prototypes.of(rows[:1], ["b"]))
     with pytest.raises(mt.DataError, match="no rows"):
         Prototypes.of(rows[:0], [])
+
+
+def test_class_means_are_saved_and_loaded_and_damage_is_named(tmp_path):
+    saved = Prototypes(("käse", "b"), torch.randn(2, 3, generator=torch.Generator().manual_seed(0)))
+    folder = saved.save(tmp_path / "means")
+    again = Prototypes.load(folder)
+    assert again.labels == saved.labels and torch.equal(again.means, saved.means)
+    saved.extended(Prototypes(("c",), torch.ones(1, 3))).save(folder)  # what is there is replaced
+    assert Prototypes.load(folder).labels == ("käse", "b", "c")
+
+    names, means = folder / "prototypes.json", folder / "prototypes.safetensors"
+
+    def refused(problem, text=None, tensors=None):
+        saved.save(folder)
+        if text is not None:
+            names.write_text(text)
+        if tensors is not None:
+            save_file(tensors, means)
+        with pytest.raises(mt.DataError, match=problem):
+            Prototypes.load(folder)
+
+    refused("no list of classes of format 1", '{"format": 2, "labels": ["a", "b"]}')
+    refused("no list of classes of format 1", '{"format": 1, "labels": ["a", "b"], "more": 0}')
+    refused("not names that differ", '{"format": 1, "labels": ["a", "a"]}')
+    refused("3 names for 2 class means", '{"format": 1, "labels": ["a", "b", "c"]}')
+    refused("are damaged", "{")
+    refused("one float32 'means'", tensors={"means": saved.means.half()})
+    refused("one float32 'means'", tensors={"means": saved.means, "other": saved.means.clone()})
+    means.unlink()
+    with pytest.raises(mt.DataError, match="is missing"):
+        Prototypes.load(folder)
+    (folder / "notes.txt").touch()
+    with pytest.raises(mt.ConfigError, match=r"notes\.txt"):
+        saved.save(folder)
+
+
+def test_the_page_runs_as_it_stands(minilm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: minilm)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "continual.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code.count("epochs=1") == 1
+    exec(compile(code.replace("epochs=1", "max_steps=1, progress=False"), "continual.md", "exec"), {})
+    shown = capsys.readouterr().out.split()
+    assert shown[0] == "14" and 0 <= float(shown[1]) <= 1
+    assert len(Prototypes.load("adapters/means").labels) == 14
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    yield importlib.import_module("continual_intents")
+    for name in ("continual_intents", "_store"):
+        sys.modules.pop(name, None)
+
+
+def test_the_benchmark_goes_on_where_it_was_stopped(script, bert, tmp_path, monkeypatch, capsys):
+    """A stream in which the second domain had to be taken up again ends as one that was never stopped."""
+    tables = {
+        domain: [{"text": f"{word} film {i}", "y": "ab"[i % 2]} for i in range(8)]
+        for domain, word in (("home", "good"), ("work", "bad"))
+    }
+
+    def load_task(name):
+        rows = tables[name.removeprefix("intent/clinc_")]
+        task = mt.Task(name=name, kind="classification", template=("{text}",), label="y", labels=("a", "b"))
+        return TaskData(task=task, train=rows, validation=rows, test=rows)
+
+    monkeypatch.setattr(mt, "load_task", load_task)
+    monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: bert)
+
+    def run(folder, *options):
+        places = ["--store", str(tmp_path / folder), "--work", str(tmp_path / folder / "work"), "--epochs", "1"]
+        monkeypatch.setattr(sys, "argv", ["x.py", "--domains", "home", "work", *places, *options])
+        script.main()
+        return capsys.readouterr().out
+
+    def rows(folder):
+        lines = (tmp_path / folder / "continual_intents.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "environment"} for line in lines]
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- continual_intents:begin -->\n<!-- continual_intents:end -->\n")
+    shown = run("whole", "--write", str(page))
+    assert "| home | 2 |" in shown and "| work | 4 |" in page.read_text()
+    first = run("cut", "--tasks", "1")
+    assert "| home | 2 |" in first and "work" not in first
+    trained = []
+    train = mt.train
+    monkeypatch.setattr(mt, "train", lambda *args, **more: trained.append(args[1].task.name) or train(*args, **more))
+    run("cut")
+    assert trained == ["intent/clinc_work"] * 2
+    assert rows("cut") == rows("whole")
+    run("cut")
+    assert len(trained) == 2 and len(rows("cut")) == 2
+    assert "Not run yet" in run("none", "--table")

@@ -10,6 +10,8 @@ from multitune import (
     Adapter,
     Backbone,
     Bank,
+    BitFit,
+    Combined,
     ConfigError,
     DeltaSet,
     Plan,
@@ -17,6 +19,7 @@ from multitune import (
     PromptTuning,
     PTuningV1,
     PTuningV2,
+    Task,
     train,
 )
 from multitune.tasks import TaskData
@@ -57,6 +60,22 @@ def test_a_prompt_starts_from_labels_and_random_words(bert):
         assert len(ids) == (1 if label == "good" else 2)
         torch.testing.assert_close(vector, sum(bert.word_embeddings[i] for i in ids) / len(ids))
     assert torch.equal(vectors[3:], fresh(PromptTuning(length=5), bert)["vectors"][3:])
+
+
+def test_in_training_a_prompt_starts_from_the_labels_of_the_task(make_backbone):
+    backbone = make_backbone("bert")
+    task = Task(name="mood", kind="classification", template=("{text}",), label="y", labels=("good", "not bad"))
+    rows = [{"text": "film", "y": 0}, {"text": "the film", "y": 1}]
+    data = TaskData(task=task, train=rows, validation=rows, test=None)
+    asking, given = (PromptTuning(length=3, start="labels", labels=labels) for labels in (None, task.labels))
+    settings = dict(max_steps=1, batch_size=2, pooling="mean", progress=False)
+    found, expected = (train(backbone, data, method, **settings).adapter for method in (asking, given))
+    assert found.method == given and torch.equal(found.params["vectors"], expected.params["vectors"])
+    both = train(backbone, data, Combined(methods=(asking, BitFit())), **settings).adapter
+    assert both.method.methods[0] == given
+    assert PromptTuning().with_labels(task.labels) == PromptTuning()
+    with pytest.raises(ConfigError, match="has no labels to start from; give labels=..., or train a task that has"):
+        fresh(asking.with_labels(()), backbone)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,17 @@ Legend: R rows, D width, C classes.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multitune import heads
@@ -24,9 +28,13 @@ from multitune.backbone import Backbone
 from multitune.batching import encode, pad
 from multitune.deltas import SparseWeight
 from multitune.errors import AdapterError, DataError
+from multitune.files import replace_folder
 from multitune.plan import DeltaSet, Plan
 from multitune.pooling import Pooling
 from multitune.tasks import Task
+
+_FORMAT = 1
+_CONFIG_FILE, _TENSOR_FILE = "prototypes.json", "prototypes.safetensors"
 
 
 def sum_of_updates(backbone: Backbone, adapters: Sequence[Adapter], scale: float = 1.0) -> DeltaSet:
@@ -171,3 +179,49 @@ class Prototypes:
         """The class of every row of `features [R, D]`."""
         cosines = F.normalize(features, dim=1) @ F.normalize(self.means, dim=1).T
         return [self.labels[i] for i in cosines.argmax(1).tolist()]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder of `prototypes.json`, the names, and `prototypes.safetensors`, the means; atomically.
+
+        Raises:
+            ConfigError: `path` is a file, or a folder that holds anything else.
+        """
+        folder = Path(path).absolute()
+
+        def write(temporary: Path) -> None:
+            text = json.dumps({"format": _FORMAT, "labels": self.labels}, indent=2, ensure_ascii=False) + "\n"
+            (temporary / _CONFIG_FILE).write_text(text, "utf-8")
+            save_file({"means": self.means.detach().cpu().contiguous()}, temporary / _TENSOR_FILE)
+
+        replace_folder(folder, write, ours=(_CONFIG_FILE, _TENSOR_FILE))
+        return folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prototypes:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: a file is missing, damaged or of another format, or names and means do not fit each other.
+        """
+        folder = Path(path)
+        try:
+            config = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
+            tensors = load_file(folder / _TENSOR_FILE)
+        except FileNotFoundError as error:
+            raise DataError(f"{folder} holds no class means: {error.filename or error} is missing") from error
+        except (ValueError, OSError, SafetensorError) as error:
+            raise DataError(f"the class means in {folder} are damaged: {error}") from error
+        if not isinstance(config, dict) or set(config) != {"format", "labels"} or config["format"] != _FORMAT:
+            raise DataError(
+                f"{folder / _CONFIG_FILE} is no list of classes of format {_FORMAT}; save them again: Prototypes.save"
+            )
+        labels, means = config["labels"], tensors.get("means")
+        named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+        if not named or len(set(labels)) != len(labels):
+            raise DataError(f"{folder / _CONFIG_FILE}: its labels are not names that differ: {labels!r}")
+        if set(tensors) != {"means"} or means is None or means.dtype != torch.float32 or means.ndim != 2:
+            found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+            raise DataError(f"{folder / _TENSOR_FILE} holds {found} where one float32 'means' [C, D] is expected")
+        if len(means) != len(labels):
+            raise DataError(f"{folder} has {len(labels)} names for {len(means)} class means; it is damaged")
+        return cls(tuple(labels), means)

@@ -111,8 +111,8 @@ def _methods(names: list[str], settings: list[str]) -> list[Method]:
 def _table(costs: list[planner.Cost]) -> Table:
     """A row for each method."""
     scored, saving = planner.scores(), any(c.flops is not None for c in costs)
-    columns = ("method", "parameters", "file", "training", "serving", "batch", "merges", "mixes")
-    columns += (*(("could save",) if saving else ()), scored.task, "meets the limits")
+    columns = ["method", "parameters", "file", "training", "serving", "batch", "merges", "mixes"]
+    columns += [*(["could save"] if saving else []), scored.task, "meets the limits"]
     rows = []
     for c in costs:
         row = [c.method, count(c.parameters), size(c.file_bytes), size(c.training_bytes), size(c.serving_bytes)]

@@ -136,6 +136,10 @@ class Method(metaclass=_Checked):
         """This method with `layers`, counted from 0 and ending with the uppermost, where it asks for them."""
         return dataclasses.replace(self, layers=layers) if self.asks_for_layers else self  # type: ignore[call-arg]
 
+    def with_labels(self, labels: tuple[str, ...]) -> Method:
+        """This method with the names of the task's classes, none for a task without, where it asks for them."""
+        return self
+
     def trains(self, name: str) -> bool:
         """Whether the tensor `name` of `init` is trained; the others are saved with it but stay as they were."""
         return True

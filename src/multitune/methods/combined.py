@@ -114,6 +114,9 @@ class Combined(Method):
     def with_layers(self, layers: tuple[int, ...]) -> Combined:
         return Combined(methods=tuple(m.with_layers(layers) for m in self.methods))
 
+    def with_labels(self, labels: tuple[str, ...]) -> Combined:
+        return Combined(methods=tuple(m.with_labels(labels) for m in self.methods))
+
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
         fresh = {
             f"{part}.{name}": tensor

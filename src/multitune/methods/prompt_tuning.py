@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -67,7 +67,8 @@ class PromptTuning(Method):
     text: str | None = None
     """With start=text: a text whose tokens, repeated or cut to `length`, are the start."""
     labels: tuple[str, ...] | None = None
-    """With start=labels: a word or words for each class; each starts one vector, random words start the others."""
+    """With start=labels: a word or words for each class; each starts one vector, random words start the others. None
+    takes the task's own labels in training."""
     position: int = 0
     """The word the vectors stand in front of; 0 is before all, 1 behind the first token, -1 behind the last."""
 
@@ -76,13 +77,20 @@ class PromptTuning(Method):
         check(self.position >= -1, self, f"position={self.position} is not possible", "give -1, 0, 1, ...")
         for name, given in (("text", self.text), ("labels", self.labels)):
             if self.start == name:
-                check(bool(given), self, f"start={name} has no {name} to start from", f"give {name}=...")
+                asks_task = name == "labels" and given is None
+                check(asks_task or bool(given), self, f"start={name} has no {name} to start from", f"give {name}=...")
             else:
                 check(given is None, self, f"{name}={given!r} without start={name}", f"give start={name} as well")
         few = self.labels is None or len(self.labels) <= self.length
         check(few, self, f"{len(self.labels or ())} labels do not fit length={self.length}", "give a larger length")
 
+    def with_labels(self, labels: tuple[str, ...]) -> PromptTuning:
+        asks = self.start == "labels" and self.labels is None and labels
+        return replace(self, labels=labels) if asks else self
+
     def init(self, backbone: Backbone, generator: torch.Generator) -> dict[str, Tensor]:
+        named = self.start != "labels" or self.labels is not None
+        check(named, self, "start=labels has no labels to start from", "give labels=..., or train a task that has some")
         shape = self.shapes(backbone)["vectors"]
         if self.start == "uniform":
             return {"vectors": torch.rand(*shape, generator=generator) - 0.5}

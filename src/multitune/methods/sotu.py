@@ -35,7 +35,8 @@ class SoTU(SparseUpdate):
         `floor(density · Σ I·O)` per layer, the sum over its targets. RoBERTa-base: 10 % of all six linears 8,493,456,
         1 % of query and value 141,552. A stored entry takes 8 bytes.
     Use it when:
-        Tasks come one after another and one set of weights is to serve them all, without a choice of the adapter.
+        Tasks come one after another and one set of weights is to serve them all, without a choice of the adapter
+        (docs/continual.md).
     Pitfalls:
         - Tasks that share a `mask_seed` share all places, and without one it is the seed of the run, which may be the
           same for all tasks; updates then collide.

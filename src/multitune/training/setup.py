@@ -104,6 +104,7 @@ class Setup:
         check_judged_by_texts(data.task, config)
         config = _settle_losses(backbone, data.task, config)
         chosen, choice = _resolve_layers(backbone, data, chosen, config, report)
+        chosen = chosen.with_labels(data.task.labels)
         check_trains(backbone, chosen)
         return cls(
             backbone=backbone,
