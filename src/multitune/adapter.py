@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multitune import tables
+from multitune.adapter_config import check_config
 from multitune.deltas import TableRows, TokenBias, build_table, table_error
 from multitune.errors import AdapterError, BackboneError, ConfigError, MultituneError, suggest, suggest_file
 from multitune.files import replace_file, replace_folder, sha256
@@ -273,15 +274,14 @@ class Adapter:
                 names and shapes.
 
         Raises:
-            AdapterError: a file is missing, damaged, of another format, or its tensors are not as expected.
+            AdapterError: a file is missing, damaged, of another format, holds a field of another type, a head that
+                does not fit its task, or tensors that are not as expected; names the file and the field or tensor.
             BackboneError: the adapter belongs to another backbone.
         """
         folder = Path(path).absolute()
         config = _read_config(folder)
         try:
-            unknown = [key for key in ("name", "fingerprint") if key not in config["backbone"]]
-            if unknown:
-                raise AdapterError(f"'backbone' does not say {unknown}")
+            check_config(config)
             adapter = cls(
                 name=config["name"],
                 method=make_method(config["method"]["name"], config["method"]["settings"]),
@@ -299,6 +299,7 @@ class Adapter:
                 digest=config["tensors_sha256"],
                 table=config["table"],
             )
+            adapter.head.check_task(adapter.task)
         except (MultituneError, TypeError, KeyError) as error:
             raise AdapterError(
                 f"{folder / CONFIG_FILE} (written by multitune {config['multitune']}, this is {__version__}): {error}"

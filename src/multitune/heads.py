@@ -123,6 +123,16 @@ class Head:
                 f"use {others}"
             )
 
+    def check_task(self, task: Task) -> None:
+        """Raise `ConfigError` unless the head is of the task's kind and has as many outputs as its answers need."""
+        needed = Head.for_task(task)
+        if (self.kind, self.num_outputs) != (needed.kind, needed.num_outputs):
+            labels = f" with the labels {', '.join(task.labels)}" if task.labels else ""
+            raise ConfigError(
+                f"a head of kind {self.kind} with {self.num_outputs} outputs does not fit task '{task.name}' of kind "
+                f"{task.kind}{labels}, which needs one of kind {needed.kind} with {needed.num_outputs}"
+            )
+
     def settings(self) -> dict[str, Any]:
         """The head as JSON values."""
         return asdict(self)
