@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import multitune.bank
 from multitune import (
     IA3,
     Adapter,
@@ -236,6 +237,29 @@ def test_the_budget_evicts_the_one_used_longest_ago_and_reloads_it(bert, saved, 
         close(got, expected[name])
     assert bank.resident_bytes <= 2 * one
     assert bank.names == ("a", "b", "c")
+
+
+def test_what_an_eviction_costs_does_not_grow_with_the_bank(bert, saved, monkeypatch):
+    folder = saved("a", LoRA(r=1), 1)
+    looked_at = []
+
+    class Watched(multitune.bank._Entry):
+        def __getattribute__(self, name):
+            looked_at.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(multitune.bank, "_Entry", Watched)
+
+    def looks(number):
+        bank = Bank(bert, memory_budget=1)
+        for i in range(number):
+            bank.add(str(i), folder)
+        assert [name for name, e in bank._entries.items() if e.served is not None] == [str(number - 1)]
+        looked_at.clear()
+        bank.predict([("0", "good film")])  # reads it again, and drops the last one
+        return len(looked_at)
+
+    assert looks(2) == looks(12)
 
 
 @pytest.mark.parametrize("name", [n for n in method_names() if n != "head"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -100,7 +101,6 @@ class _Entry:
         self.adapter = adapter
         self.drop_layers = drop_layers
         self.served: _Served | None = None
-        self.last_used = 0
         self.loading = threading.Lock()
         """Held while this adapter is read or its backbone copied; taken before the bank's own lock, never under it."""
         self.alone: Bank | None = None
@@ -142,7 +142,8 @@ class Bank:
         self._lock = threading.RLock()
         self.workspace = Workspace()
         """Lends plans their packed tensors."""
-        self._clock = 0
+        self._droppable: OrderedDict[_Entry, None] = OrderedDict()
+        """The adapters in memory that can be read again, the one used longest ago first."""
         self._resident_bytes = 0
 
     # ---------------------------------------------------------------- contents
@@ -248,25 +249,29 @@ class Bank:
         return _Served(entry.name, entry.adapter, delta_set, head_params, first_touched(delta_set, self.backbone))
 
     def _touch(self, entry: _Entry) -> None:
-        self._clock += 1
-        entry.last_used = self._clock
+        if entry in self._droppable:
+            self._droppable.move_to_end(entry)
 
     def _keep(self, entry: _Entry, served: _Served) -> None:
-        """Count an adapter in, and drop others if the budget asks for it; under the lock."""
+        """Count an adapter in, and drop others if the budget asks for it; under the lock.
+
+        What it costs does not depend on how many adapters the bank has.
+        """
         entry.served = served
-        self._touch(entry)
+        if entry.adapter.path is not None:
+            self._droppable[entry] = None
         self._resident_bytes += served.nbytes()
         while self.memory_budget is not None and self._resident_bytes > self.memory_budget:
-            others = [e for e in self._entries.values() if e is not entry and e.served is not None]
-            droppable = [e for e in others if e.adapter.path is not None]
-            if not droppable:
+            oldest = next(iter(self._droppable), entry)
+            if oldest is entry:  # the newest of all, so that there is no other
                 return
-            self._drop(min(droppable, key=lambda e: e.last_used))
+            self._drop(oldest)
 
     def _drop(self, entry: _Entry) -> None:
         if entry.served is not None:
             self._resident_bytes -= entry.served.nbytes()
             entry.served = None
+            self._droppable.pop(entry, None)
 
     # ---------------------------------------------------------------- plans
 
