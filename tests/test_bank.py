@@ -457,6 +457,10 @@ def test_batch_size_and_training_mode(bert, make_backbone, random_adapter):
     bank = Bank(bert)
     with pytest.raises(ConfigError, match="batch_size=0 is not possible; give at least 1"):
         bank.predict([(None, "x")], batch_size=0)
+    for given in ({"batch_size": 0}, {"window": 0}, {"window": -1}):  # before the first answer is asked for
+        ((name, value),) = given.items()
+        with pytest.raises(ConfigError, match=f"{name}={value} is not possible; give at least 1"):
+            bank.predict_stream([(None, "x")], **given)
     backbone = make_backbone()
     bank = Bank(backbone)
     backbone.model.train()
