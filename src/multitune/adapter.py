@@ -96,7 +96,11 @@ class Adapter:
     # ---------------------------------------------------------------- use
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Raise `BackboneError` unless this adapter was trained on exactly these weights."""
+        """Raise `BackboneError` unless this adapter was trained on these weights, as far as fingerprints tell.
+
+        A fingerprint is of every tensor's name and shape and of a few hundred of its values (`Backbone.fingerprint`):
+        another training run shows, a change of single weights may not.
+        """
         mine, theirs = self.backbone, backbone.describe()
         if mine["fingerprint"] != theirs["fingerprint"]:
             differing = [k for k in theirs if k != "fingerprint" and mine.get(k) != theirs[k]]
@@ -148,7 +152,9 @@ class Adapter:
             drop_layers: layers in which the adapter is left out (AdapterDrop).
 
         Raises:
-            ConfigError: a layer in which there is nothing to leave out.
+            AdapterError: a table is asked for that is not on disk, or not the one that was fused.
+            BackboneError: the adapter belongs to another backbone.
+            ConfigError: a layer that does not exist, or in which there is nothing to leave out.
         """
         self.check_backbone(backbone)
         with torch.no_grad():
@@ -185,7 +191,11 @@ class Adapter:
     # ---------------------------------------------------------------- files
 
     def save(self, path: str | Path) -> Adapter:
-        """Write the adapter folder atomically and return the adapter with its path. A table is not carried over."""
+        """Write the adapter folder atomically and return the adapter with its path. A table is not carried over.
+
+        Raises:
+            ConfigError: the path is a file, or a folder that holds other files, which would be lost.
+        """
         folder = Path(path).absolute()
         digests: list[str] = []
         replace_folder(folder, lambda temporary: digests.append(self.write_into(temporary)), ours=FILES)

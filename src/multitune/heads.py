@@ -169,7 +169,17 @@ def logits(
     mask: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """One head for all sequences, tensors as `Head.shapes` names them: `[B, C]`, or `[B, T, C]` for tagging."""
+    """One head for all sequences.
+
+    Args:
+        tensors: as `Head.shapes` names them, of any float dtype; they are cast to that of `hidden`.
+        hidden: `[B, T, D]`.
+        mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+        training: whether the head's dropout acts.
+
+    Returns:
+        `[B, C]`, or `[B, T, C]` for tagging; in the dtype of `hidden`.
+    """
     features = hidden if head.kind == "tagging" else pool(backbone, hidden, mask, head.pooling)
     features = F.dropout(features, head.dropout, training=training)
     if head.dense != "none":
@@ -187,7 +197,14 @@ def mixed_logits(
 ) -> list[Tensor | None]:
     """Another head for every sequence, of any size, in one product per way of pooling.
 
-    Returns, per sequence, its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
+    Args:
+        heads: per sequence its head and that head's tensors, as `Head.shapes` names them, in the dtype of `hidden`;
+            `None` where it has none.
+        hidden: `[B, T, D]`.
+        mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+
+    Returns:
+        Per sequence its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
     """
     out: list[Tensor | None] = [None] * len(heads)
     for way, dense, eps in sorted({_way(h[0]) for h in heads if h is not None}):
