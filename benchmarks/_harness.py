@@ -61,8 +61,9 @@ class Result:
         return "ok" if self.ratio <= self.limit else "MISSED"
 
     def to_dict(self) -> dict[str, object]:
-        """The fields that are set, as JSON values."""
-        values = {k: v for k, v in asdict(self).items() if v not in (None, "")}
+        """The fields as JSON values: case, system, `ratio_to_backbone` and `median_ms` always, the others if set."""
+        always = ("ratio_to_backbone", "median_ms")
+        values = {k: v for k, v in asdict(self).items() if k in always or v not in (None, "")}
         return values | ({"verdict": self.verdict} if self.verdict else {})
 
 

@@ -209,6 +209,12 @@ def test_a_model_without_a_head_embeds(make_model, make_backbone, rows, tmp_path
     assert mixed[0].to_dict()["adapter"] == "a" and mixed[0].label is None
 
 
+def test_a_head_of_several_numbers_is_left_out(make_model, make_backbone, tmp_path):
+    model = mt.attach(classifier(make_model, num_labels=2, problem_type="regression"), mt.LoRA(r=2))
+    model.save_pretrained(tmp_path)
+    assert mt.Adapter.load(tmp_path, make_backbone("bert")).task.kind == "embedding"
+
+
 def test_a_method_that_needs_more_of_its_loop_is_refused(make_model):
     model = classifier(make_model)
     with pytest.raises(mt.ConfigError, match="calls its after_step"):

@@ -23,7 +23,10 @@ from multitune import (
     PromptTuning,
     PTuningV2,
 )
+from multitune import plan as plan_module
 from multitune.architectures import ARCHITECTURES, architecture_for, supported_model_types
+from multitune.inputs import Batch
+from multitune.joint import JointBatch
 from multitune.sites import find_sites
 
 SUPPORTED = (
@@ -523,3 +526,50 @@ def test_a_row_that_is_too_long_is_named(backbone, delta_set, random_rows):
     ):
         with pytest.raises(PlanError, match=f"^{words}"):
             run(sets, lengths)
+
+
+# ---- what stands beside the ids
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(attention_mask=torch.ones(2, 3)), r"attention_mask has shape \(2, 3\), but input_ids has shape \(2, 4\)"),
+        (dict(attention_mask=torch.ones(3, 4)), r"attention_mask has shape \(3, 4\)"),
+        (dict(attention_mask=torch.ones(2, 1, 1, 4)), r"attention_mask has shape \(2, 1, 1, 4\)"),
+        (dict(token_type_ids=torch.zeros(1, 4).long()), r"token_type_ids has shape \(1, 4\)"),
+        (
+            dict(token_type_ids=torch.tensor([[0, 1, 1, 1], [0, 1, 2, 0]])),
+            r"row 1: token type 2 at position 2 is outside 0\.\.1, which are those of backbone 'bert'",
+        ),
+        (dict(token_type_ids=torch.tensor([[0, -1, 1, 1], [0, 0, 0, 0]])), "row 0: token type -1 at position 1"),
+        (dict(slots=torch.zeros(3, 1).long()), r"slots has shape \(3, 1\), but there are 2 rows"),
+    ],
+)
+@pytest.mark.parametrize("way", ["run", "in pieces", "run_below", "run_above", "run_joint"])
+def test_what_does_not_go_with_the_ids_is_refused(bert, delta_set, monkeypatch, given, words, way):
+    ids = torch.full((2, 4), 7)
+    sets = [delta_set(bert, PromptTuning(length=2), 1) if way == "in pieces" else None, None]
+    if way == "in pieces":
+        monkeypatch.setattr(plan_module, "SPLIT_POSITIONS", 0)
+    plan, batch = Plan(sets), Batch(input_ids=ids, **given)
+    assert bool(plan.parts) == (way == "in pieces")
+    calls = {
+        "run_below": lambda: bert.run_below(plan, 1, batch),
+        "run_above": lambda: bert.run_above(plan, 1, torch.zeros(2, 4, bert.hidden_size), batch),
+        "run_joint": lambda: bert.run_joint([JointBatch(plan=plan, input_ids=ids, **given)]),
+    }
+    with pytest.raises(PlanError, match=words):
+        calls.get(way, lambda: bert.run(plan, ids, **given))()
+
+
+def test_a_mask_of_another_shape_is_refused_where_text_is_written(make_backbone):
+    ids = torch.full((2, 4), 7)
+    with pytest.raises(PlanError, match=r"attention_mask has shape \(2, 5\), but input_ids has shape \(2, 4\)"):
+        make_backbone("gpt2").generate(Plan([None, None]), ids, torch.ones(2, 5))
+
+
+def test_models_without_token_types_ignore_them(make_backbone):
+    backbone, ids = make_backbone("distilbert"), torch.full((1, 4), 7)
+    expected = backbone.run(Plan([None]), ids)
+    assert torch.equal(backbone.run(Plan([None]), ids, token_type_ids=torch.full_like(ids, 9)), expected)

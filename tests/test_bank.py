@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import multitune.bank
 from multitune import (
     IA3,
     Adapter,
@@ -238,6 +239,29 @@ def test_the_budget_evicts_the_one_used_longest_ago_and_reloads_it(bert, saved, 
     assert bank.names == ("a", "b", "c")
 
 
+def test_what_an_eviction_costs_does_not_grow_with_the_bank(bert, saved, monkeypatch):
+    folder = saved("a", LoRA(r=1), 1)
+    looked_at = []
+
+    class Watched(multitune.bank._Entry):
+        def __getattribute__(self, name):
+            looked_at.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(multitune.bank, "_Entry", Watched)
+
+    def looks(number):
+        bank = Bank(bert, memory_budget=1)
+        for i in range(number):
+            bank.add(str(i), folder)
+        assert [name for name, e in bank._entries.items() if e.served is not None] == [str(number - 1)]
+        looked_at.clear()
+        bank.predict([("0", "good film")])  # reads it again, and drops the last one
+        return len(looked_at)
+
+    assert looks(2) == looks(12)
+
+
 @pytest.mark.parametrize("name", [n for n in method_names() if n != "head"])
 def test_every_method_answers_the_same_after_eviction(bert, name, saved, close):
     bank = Bank(bert, memory_budget=0)
@@ -433,6 +457,10 @@ def test_batch_size_and_training_mode(bert, make_backbone, random_adapter):
     bank = Bank(bert)
     with pytest.raises(ConfigError, match="batch_size=0 is not possible; give at least 1"):
         bank.predict([(None, "x")], batch_size=0)
+    for given in ({"batch_size": 0}, {"window": 0}, {"window": -1}):  # before the first answer is asked for
+        ((name, value),) = given.items()
+        with pytest.raises(ConfigError, match=f"{name}={value} is not possible; give at least 1"):
+            bank.predict_stream([(None, "x")], **given)
     backbone = make_backbone()
     bank = Bank(backbone)
     backbone.model.train()

@@ -114,3 +114,16 @@ def test_the_page_uses_names_that_exist():
             exec(line, {})
         for name in re.findall(r"\bmt\.(\w+)", block):
             assert hasattr(multitune, name), name
+
+
+def test_a_timing_says_null_for_what_was_not_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    result = importlib.import_module("_harness").Result
+    sys.modules.pop("_harness")
+    added = result(case="f", system="bank", ratio_to_first=1.2, limit=1.5).to_dict()
+    assert added == {
+        "case": "f", "system": "bank", "median_ms": None, "ratio_to_backbone": None, "ratio_to_first": 1.2,
+        "limit": 1.5, "verdict": "ok",
+    }  # fmt: skip
+    timed = result(case="a", system="bank", median_ms=3.0, ratio_to_backbone=1.0).to_dict()
+    assert timed == {"case": "a", "system": "bank", "median_ms": 3.0, "ratio_to_backbone": 1.0}

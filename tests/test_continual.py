@@ -97,6 +97,12 @@ def test_prototypes_are_class_means_and_the_nearest_by_cosine_wins():
         first.extended(Prototypes.of(rows[:1], ["b"]))
     with pytest.raises(mt.DataError, match="no rows"):
         Prototypes.of(rows[:0], [])
+    with pytest.raises(mt.DataError, match=r"features of shape \(3, 2\) do not go with 2 labels; give one label a row"):
+        Prototypes.of(rows, ["a", "b"])
+    with pytest.raises(mt.DataError, match=r"features of shape \(1, 3\) do not go with class means of 2 numbers"):
+        both.predict(torch.ones(1, 3))
+    with pytest.raises(mt.DataError, match=r"the later task's means of shape \(1, 3\) do not go with"):
+        both.extended(Prototypes.of(torch.ones(1, 3), ["d"]))
 
 
 def test_class_means_are_saved_and_loaded_and_damage_is_named(tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multitune import tables
+from multitune.adapter_config import check_config
 from multitune.deltas import TableRows, TokenBias, build_table, table_error
 from multitune.errors import AdapterError, BackboneError, ConfigError, MultituneError, suggest, suggest_file
 from multitune.files import left_aside, replace_file, replace_folder, sha256
@@ -99,7 +100,11 @@ class Adapter:
     # ---------------------------------------------------------------- use
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Raise `BackboneError` unless this adapter was trained on exactly these weights."""
+        """Raise `BackboneError` unless this adapter was trained on these weights, as far as fingerprints tell.
+
+        A fingerprint is of every tensor's name and shape and of a few hundred of its values (`Backbone.fingerprint`):
+        another training run shows, a change of single weights may not.
+        """
         mine, theirs = self.backbone, backbone.describe()
         if mine["fingerprint"] != theirs["fingerprint"]:
             differing = [k for k in theirs if k != "fingerprint" and mine.get(k) != theirs[k]]
@@ -151,7 +156,9 @@ class Adapter:
             drop_layers: layers in which the adapter is left out (AdapterDrop).
 
         Raises:
-            ConfigError: a layer in which there is nothing to leave out.
+            AdapterError: a table is asked for that is not on disk, or not the one that was fused.
+            BackboneError: the adapter belongs to another backbone.
+            ConfigError: a layer that does not exist, or in which there is nothing to leave out.
         """
         self.check_backbone(backbone)
         with torch.no_grad():
@@ -192,6 +199,9 @@ class Adapter:
 
         Where the folder holds the same tensors already, such as when scores are added to a trained adapter, what the
         training run left beside them (`history.json`, `curve.png`) stays. A table is not carried over.
+
+        Raises:
+            ConfigError: the path is a file, or a folder that holds other files, which would be lost.
         """
         folder = Path(path).absolute()
         digests: list[str] = []
@@ -289,15 +299,14 @@ class Adapter:
                 names and shapes.
 
         Raises:
-            AdapterError: a file is missing, damaged, of another format, or its tensors are not as expected.
+            AdapterError: a file is missing, damaged, of another format, holds a field of another type, a head that
+                does not fit its task, or tensors that are not as expected; names the file and the field or tensor.
             BackboneError: the adapter belongs to another backbone.
         """
         folder = Path(path).absolute()
         config = _read_config(folder)
         try:
-            unknown = [key for key in ("name", "fingerprint") if key not in config["backbone"]]
-            if unknown:
-                raise AdapterError(f"'backbone' does not say {unknown}")
+            check_config(config)
             adapter = cls(
                 name=config["name"],
                 method=make_method(config["method"]["name"], config["method"]["settings"]),
@@ -315,6 +324,7 @@ class Adapter:
                 digest=config["tensors_sha256"],
                 table=config["table"],
             )
+            adapter.head.check_task(adapter.task)
         except (MultituneError, TypeError, KeyError) as error:
             raise AdapterError(
                 f"{folder / CONFIG_FILE} (written by multitune {config['multitune']}, this is {__version__}): {error}"

@@ -487,7 +487,12 @@ class Backbone:
         return bool(self.undo)
 
     def attach(self) -> None:
-        """Instrument the sites; harmless when they are."""
+        """Instrument the sites; harmless when they are.
+
+        Raises:
+            BackboneError: the model belongs to another `Backbone`, computes attention in a way that cannot carry the
+                rows' memories, or lacks the global tokens that its configuration speaks of; nothing is changed.
+        """
         if self.attached:
             return
         instrument.attach(self)
@@ -590,8 +595,8 @@ class Backbone:
             again.
 
         Raises:
-            PlanError: the plan does not fit the batch, an id is outside the vocabulary, a row is too long, or
-                the backbone is detached.
+            PlanError: the plan does not fit the batch, the mask or the token types are not shaped as the ids, an id
+                is outside the vocabulary or a token type unknown, a row is too long, or the backbone is detached.
         """
         batch = Batch(
             input_ids=input_ids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -100,7 +101,6 @@ class _Entry:
         self.adapter = adapter
         self.drop_layers = drop_layers
         self.served: _Served | None = None
-        self.last_used = 0
         self.loading = threading.Lock()
         """Held while this adapter is read or its backbone copied; taken before the bank's own lock, never under it."""
         self.alone: Bank | None = None
@@ -142,7 +142,8 @@ class Bank:
         self._lock = threading.RLock()
         self.workspace = Workspace()
         """Lends plans their packed tensors."""
-        self._clock = 0
+        self._droppable: OrderedDict[_Entry, None] = OrderedDict()
+        """The adapters in memory that can be read again, the one used longest ago first."""
         self._resident_bytes = 0
 
     # ---------------------------------------------------------------- contents
@@ -182,7 +183,11 @@ class Bank:
             raise AdapterError(f"the bank already has an adapter '{name}'; remove it first: bank.remove({name!r})")
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; batches that are running finish with it."""
+        """Take an adapter out; batches that are running finish with it.
+
+        Raises:
+            AdapterError: a name the bank does not have.
+        """
         with self._lock:
             entry = self._find(name)
             self._drop(entry)
@@ -201,7 +206,11 @@ class Bank:
         return name in self._entries
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter under a name (without its tensors if the budget has dropped them)."""
+        """The adapter under a name; without its tensors where the bank can read them again from its folder.
+
+        Raises:
+            AdapterError: a name the bank does not have.
+        """
         with self._lock:
             return self._find(name).adapter
 
@@ -257,25 +266,29 @@ class Bank:
         return _Served(entry.name, entry.adapter, delta_set, head_params, first_touched(delta_set, self.backbone))
 
     def _touch(self, entry: _Entry) -> None:
-        self._clock += 1
-        entry.last_used = self._clock
+        if entry in self._droppable:
+            self._droppable.move_to_end(entry)
 
     def _keep(self, entry: _Entry, served: _Served) -> None:
-        """Count an adapter in, and drop others if the budget asks for it; under the lock."""
+        """Count an adapter in, and drop others if the budget asks for it; under the lock.
+
+        What it costs does not depend on how many adapters the bank has.
+        """
         entry.served = served
-        self._touch(entry)
+        if entry.adapter.path is not None:
+            self._droppable[entry] = None
         self._resident_bytes += served.nbytes()
         while self.memory_budget is not None and self._resident_bytes > self.memory_budget:
-            others = [e for e in self._entries.values() if e is not entry and e.served is not None]
-            droppable = [e for e in others if e.adapter.path is not None]
-            if not droppable:
+            oldest = next(iter(self._droppable), entry)
+            if oldest is entry:  # the newest of all, so that there is no other
                 return
-            self._drop(min(droppable, key=lambda e: e.last_used))
+            self._drop(oldest)
 
     def _drop(self, entry: _Entry) -> None:
         if entry.served is not None:
             self._resident_bytes -= entry.served.nbytes()
             entry.served = None
+            self._droppable.pop(entry, None)
 
     # ---------------------------------------------------------------- plans
 
@@ -351,8 +364,20 @@ class Bank:
         """`generate`, piece by piece: pairs of a row's number and a piece of its text, as they come.
 
         A row's pieces together are its text. Beam searches give theirs in one piece, since the best may change.
+
+        Args:
+            rows, settings, batch_size: as `generate` takes them.
+
+        Returns:
+            An iterator, which decodes as it is read; rows are checked, and their adapters looked up, before.
+
+        Raises:
+            AdapterError, BackboneError, ConfigError, DataError, MixError, PlanError: as `generate`, naming the row.
         """
-        engine, requests = self._submit(rows, settings, batch_size)
+        return self._pieces(*self._submit(rows, settings, batch_size))
+
+    @staticmethod
+    def _pieces(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
         left = True
         while left:
             left = engine.step()
@@ -361,11 +386,20 @@ class Bank:
 
     def _submit(self, rows: Sequence[Row], settings: Any, batch_size: int) -> tuple[Engine, list[Request]]:
         from multitune.generation import Engine
+        from multitune.generation.prompts import settings_per_row
 
+        _check_at_least_one("batch_size", batch_size)
         rows = [self._pair(row, pair, "a prompt") for row, pair in enumerate(rows)]
+        per_row = settings_per_row(settings, len(rows))
+        for row, own in enumerate(per_row):
+            if own.num_beams > batch_size:
+                raise PlanError(
+                    f"row {row}: {own.num_beams} beams are more rows than batch_size={batch_size}; raise it, or lower "
+                    f"num_beams"
+                )
         alone = self._served_alone(rows, 0)
         engine = Engine(self if alone is None else alone, max_rows=batch_size)
-        return engine, engine.submit_all(rows, settings)
+        return engine, engine.submit_all(rows, per_row)
 
     @staticmethod
     def _pair(row: int, pair: Any, what: str) -> Row:
@@ -384,14 +418,14 @@ class Bank:
             batch_size: most sequences in one forward pass; sequences of similar length go together.
 
         Raises:
+            ConfigError: batch_size is not at least 1.
             AdapterError, MixError, DataError, PlanError: before any forward pass, naming the row.
         """
         return self._predict(list(rows), batch_size, first=0)
 
     def _predict(self, rows: Sequence[Row], batch_size: int, first: int) -> list[Prediction]:
         """`predict`; messages number the rows from `first`."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
+        _check_at_least_one("batch_size", batch_size)
         for row, pair in enumerate(rows, start=first):
             self._pair(row, pair, "a row")
         alone = self._served_alone(rows, first)
@@ -410,8 +444,25 @@ class Bank:
         return [_read(served, parts) for served, parts in zip(found, per_row, strict=True)]
 
     def predict_stream(self, rows: Iterable[Row], *, batch_size: int = 32, window: int = 512) -> Iterator[Prediction]:
-        """`predict` for rows without end: answers come in order, `window` rows are read ahead to pack by length."""
-        rows, first = iter(rows), 0
+        """`predict` for rows without end: answers come in order, `window` rows are read ahead to pack by length.
+
+        Args:
+            rows, batch_size: as `predict` takes them.
+            window: rows read ahead, at least 1; by length they are packed into batches of `batch_size`.
+
+        Returns:
+            An iterator of one answer per row. It reads `window` rows when the first of their answers is asked for.
+
+        Raises:
+            ConfigError: batch_size or window is not at least 1; at the call.
+            AdapterError, MixError, DataError, PlanError: as `predict`, when the first answer of a window is asked for.
+        """
+        _check_at_least_one("batch_size", batch_size)
+        _check_at_least_one("window", window)
+        return self._predict_windows(iter(rows), batch_size, window)
+
+    def _predict_windows(self, rows: Iterator[Row], batch_size: int, window: int) -> Iterator[Prediction]:
+        first = 0
         while chunk := list(islice(rows, window)):
             yield from self._predict(chunk, batch_size, first)
             first += len(chunk)
@@ -558,6 +609,11 @@ class _Sequence:
     def text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What goes into the model: token ids and types."""
         return tuple(self.encoded.input_ids), tuple(self.encoded.token_type_ids or ())
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}={value} is not possible; give at least 1")
 
 
 def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:

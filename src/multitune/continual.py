@@ -85,7 +85,12 @@ def _add(updates: Sequence[SparseWeight], scale: float) -> SparseWeight:
 
 
 def cosine_of_updates(backbone: Backbone, one: Adapter, other: Adapter) -> float:
-    """Cosine of two adapters' updates as vectors over all weights; 0 if one of them is zero."""
+    """Cosine of two adapters' updates as vectors over all weights; 0 if one of them is zero.
+
+    Raises:
+        AdapterError: one of them has deltas that are no sparse updates.
+        BackboneError: one of them belongs to another backbone.
+    """
     left, right = sparse_updates(backbone, one), sparse_updates(backbone, other)
     product = sum(_dot(left[site], right[site]) for site in left.keys() & right.keys())
     norms = [
@@ -155,10 +160,13 @@ class Prototypes:
         """The mean of `features [R, D]` for every class that `labels` (one a row) names.
 
         Raises:
-            DataError: no rows.
+            DataError: no rows, or not one label a row.
         """
         if not labels:
             raise DataError("there are no rows to take class means of; give at least one row per class")
+        if features.ndim != 2 or len(features) != len(labels):
+            shape = tuple(features.shape)
+            raise DataError(f"features of shape {shape} do not go with {len(labels)} labels; give one label a row")
         names = tuple(dict.fromkeys(labels))
         number = torch.tensor([names.index(label) for label in labels])
         sums = torch.zeros(len(names), features.shape[1]).index_add_(0, number, features)
@@ -168,15 +176,21 @@ class Prototypes:
         """These classes and those of a later task.
 
         Raises:
-            DataError: a class that both have.
+            DataError: a class that both have, or features of another width.
         """
+        self._check_width(other.means, "the later task's means")
         both = sorted(set(self.labels) & set(other.labels))
         if both:
             raise DataError(f"the classes {both} are there already; give the later task's classes other names")
         return Prototypes(self.labels + other.labels, torch.cat([self.means, other.means]))
 
     def predict(self, features: Tensor) -> list[str]:
-        """The class of every row of `features [R, D]`."""
+        """The class of every row of `features [R, D]`.
+
+        Raises:
+            DataError: features of another width than the class means have.
+        """
+        self._check_width(features, "features")
         cosines = F.normalize(features, dim=1) @ F.normalize(self.means, dim=1).T
         return [self.labels[i] for i in cosines.argmax(1).tolist()]
 
@@ -225,3 +239,11 @@ class Prototypes:
         if len(means) != len(labels):
             raise DataError(f"{folder} has {len(labels)} names for {len(means)} class means; it is damaged")
         return cls(tuple(labels), means)
+
+    def _check_width(self, t: Tensor, what: str) -> None:
+        width = self.means.shape[1]
+        if t.ndim != 2 or t.shape[1] != width:
+            raise DataError(
+                f"{what} of shape {tuple(t.shape)} do not go with class means of {width} numbers; give [rows, {width}] "
+                f"of the same backbone"
+            )

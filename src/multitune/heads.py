@@ -123,6 +123,16 @@ class Head:
                 f"use {others}"
             )
 
+    def check_task(self, task: Task) -> None:
+        """Raise `ConfigError` unless the head is of the task's kind and has as many outputs as its answers need."""
+        needed = Head.for_task(task)
+        if (self.kind, self.num_outputs) != (needed.kind, needed.num_outputs):
+            labels = f" with the labels {', '.join(task.labels)}" if task.labels else ""
+            raise ConfigError(
+                f"a head of kind {self.kind} with {self.num_outputs} outputs does not fit task '{task.name}' of kind "
+                f"{task.kind}{labels}, which needs one of kind {needed.kind} with {needed.num_outputs}"
+            )
+
     def settings(self) -> dict[str, Any]:
         """The head as JSON values."""
         return asdict(self)
@@ -159,7 +169,17 @@ def logits(
     mask: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """One head for all sequences, tensors as `Head.shapes` names them: `[B, C]`, or `[B, T, C]` for tagging."""
+    """One head for all sequences.
+
+    Args:
+        tensors: as `Head.shapes` names them, of any float dtype; they are cast to that of `hidden`.
+        hidden: `[B, T, D]`.
+        mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+        training: whether the head's dropout acts.
+
+    Returns:
+        `[B, C]`, or `[B, T, C]` for tagging; in the dtype of `hidden`.
+    """
     features = hidden if head.kind == "tagging" else pool(backbone, hidden, mask, head.pooling)
     features = F.dropout(features, head.dropout, training=training)
     if head.dense != "none":
@@ -177,7 +197,14 @@ def mixed_logits(
 ) -> list[Tensor | None]:
     """Another head for every sequence, of any size, in one product per way of pooling.
 
-    Returns, per sequence, its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
+    Args:
+        heads: per sequence its head and that head's tensors, as `Head.shapes` names them, in the dtype of `hidden`;
+            `None` where it has none.
+        hidden: `[B, T, D]`.
+        mask: `[B, T]`, 1 for real tokens; `None` for no padding.
+
+    Returns:
+        Per sequence its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
     """
     out: list[Tensor | None] = [None] * len(heads)
     for way, dense, eps in sorted({_way(h[0]) for h in heads if h is not None}):

@@ -267,6 +267,22 @@ def test_a_stream_gives_pieces_of_every_row_as_they_come(bank):
     assert order.index(2) < len(order) - 1 - order[::-1].index(0)  # interleaved
 
 
+def test_a_stream_refuses_what_is_wrong_when_it_is_asked_for(bank):
+    here = bank("gpt2")
+    with pytest.raises(AdapterError, match="row 1: the bank has no adapter 'lorra'"):
+        here.generate_stream([(None, "a"), ("lorra", "a")])
+
+
+def test_limits_go_by_the_name_that_the_caller_gave(bank):
+    here = bank("gpt2")
+    words = "row 1: 3 beams are more rows than batch_size=2; raise it, or lower num_beams"
+    for generate in (here.generate, here.generate_stream):
+        with pytest.raises(PlanError, match=words):
+            generate([(None, "a"), (None, "b")], [{}, {"num_beams": 3}], batch_size=2)
+        with pytest.raises(ConfigError, match="^batch_size=0 is not possible; give at least 1"):
+            generate([(None, "a")], batch_size=0)
+
+
 @pytest.mark.parametrize(
     ("rows", "chosen", "error", "message"),
     [

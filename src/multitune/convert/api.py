@@ -76,6 +76,7 @@ def import_adapter(
     Raises:
         AdapterError: the checkpoint is damaged, holds what our methods cannot express, or does not compute the same
             here; nothing is written.
+        ConfigError: a head whose outputs are not as many as the labels, or as the kind of task needs.
         TaskError: labels, template and kind that do not fit one another.
     """
     _check_format("import", source, check_with)
@@ -213,6 +214,7 @@ def _check_labels(adapter: Adapter) -> None:
             f"the head has {adapter.head.num_outputs} outputs, but {len(adapter.task.labels)} labels were given: "
             f"{', '.join(adapter.task.labels)}; give one for each, in the order of the outputs"
         )
+    adapter.head.check_task(adapter.task)
 
 
 def _check_shapes(adapter: Adapter, backbone: Backbone, path: Path) -> None:

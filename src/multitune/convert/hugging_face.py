@@ -56,10 +56,11 @@ def adapter_of(
 def _head(model: PreTrainedModel, backbone: Backbone, name: str) -> tuple[Head, dict[str, Tensor]]:
     ends = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN}
     task = next((t for end, t in ends.items() if type(model).__name__.endswith(end)), None)
-    if task is None or classifier_of(model.config, task) is None:
+    kind = _KINDS.get(str(getattr(model.config, "problem_type", None))) if task == SEQUENCE else None
+    several = kind == "regression" and model.config.num_labels != 1  # our regression is of one number
+    if task is None or several or classifier_of(model.config, task) is None:
         return Head(kind="embedding", num_outputs=0, pooling="mean"), {}
     inside = {id(p) for p in model.base_model.parameters()}
     own = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if id(p) not in inside}
     own = {n: t for n, t in own.items() if not n.startswith("multitune.")}
-    kind = _KINDS.get(str(getattr(model.config, "problem_type", None)))
-    return read_head(own, backbone, task, kind if task == SEQUENCE else None, f"adapter '{name}'")
+    return read_head(own, backbone, task, kind, f"adapter '{name}'")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multitune.backbone import Backbone
-from multitune.call import Call, StepCall, active, cache_inputs
+from multitune.call import Call, StepCall, active, cache_inputs, check_beside_ids
 from multitune.cross_cache import PairedCache
 from multitune.deltas import Memory, Prompt
 from multitune.errors import PlanError
@@ -468,6 +468,7 @@ def generate(
             f"the plan is for {plan.num_rows} rows, but input_ids has shape {tuple(input_ids.shape)}; "
             f"make a plan with one entry per row of the batch"
         )
+    check_beside_ids(backbone, Batch(input_ids=input_ids, attention_mask=attention_mask))
     sequences = []
     for row, (deltas, own) in enumerate(zip(plan.rows, settings, strict=True)):
         is_open = None if attention_mask is None else attention_mask[row] > 0

@@ -64,6 +64,15 @@ def best_adapter(
     max_length: int,
     facts: dict[str, Any],
 ) -> Adapter:
+    """The adapter of a run that has ended: its best tensors, in their smallest form; not on disk.
+
+    Args:
+        backbone: the backbone it was trained on, its weights as they were before.
+        model: what was trained.
+        trainer: after training; it kept the best tensors, float32 on the CPU.
+        max_length: tokens a text was cut to.
+        facts: what the recipe is to say beside the training settings and the numbers of steps.
+    """
     assert trainer.best is not None
     params: Mapping[str, Tensor] = {
         k.removeprefix("method."): t for k, t in trainer.best.items() if k.startswith("method.")

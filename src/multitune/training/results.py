@@ -66,6 +66,7 @@ def history_of(trainer: TuningTrainer) -> list[dict[str, float]]:
 
 
 def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: tensors on the device if it is a GPU, else all of this process since it began."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource  # no such module on Windows
