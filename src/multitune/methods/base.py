@@ -280,7 +280,7 @@ def check_probability(method: Method, name: str) -> None:
 
 
 @functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The types of a class's fields; a forward reference is looked up once."""
     return get_type_hints(cls)
 
