@@ -8,10 +8,22 @@ import numbers
 import operator
 from abc import ABCMeta
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
@@ -295,7 +307,7 @@ def _typed(cls: type[Any], settings: Mapping[str, Any], *, from_text: bool) -> d
         ConfigError: an unknown name, or a value the field cannot hold.
     """
     _check_names(cls, settings, {f.name for f in fields(cls)})
-    name, hints = getattr(cls, "name", cls.__name__), _hints(cls)
+    name, hints = getattr(cls, "name", cls.__name__), _hints(cast(Hashable, cls))
     return {key: _parse(name, key, value, hints[key], from_text) for key, value in settings.items()}
 
 
