@@ -16,6 +16,7 @@ import multitune.workspace
 from multitune import (
     IA3,
     AoTFC,
+    AoTKronecker,
     Bank,
     BitFit,
     DeltaSet,
@@ -33,6 +34,7 @@ from multitune import (
 )
 from multitune.call import _CURRENT, Call, active, current_call
 from multitune.deltas import Bias, LowRank
+from multitune.deltas.token_rows import FactorRows
 from multitune.inputs import Batch
 from multitune.workspace import Buffer, Workspace
 
@@ -166,6 +168,25 @@ def test_a_clone_is_made_while_others_are_served(make_backbone, random_adapter, 
 
 def leftover():
     return _CURRENT.get(None)
+
+
+@pytest.mark.parametrize("method", [AoTFC(r=2), AoTKronecker(r=2)], ids=lambda m: m.name)
+def test_a_mixed_batch_evaluates_the_distinct_tokens_of_each_slot(bert, delta_set, close, monkeypatch, method):
+    evaluated, rows_of = [], FactorRows.rows
+    monkeypatch.setattr(FactorRows, "rows", lambda s, ids, *rest: (evaluated.append(ids), rows_of(s, ids, *rest))[1])
+    one, two = (delta_set(bert, method, seed, fused=True) for seed in (1, 2))
+    sets = [one, two, None, one, two]
+    ids = torch.tensor([[7, 7, 9, 7, 0], [8, 6, 8, 0, 0], [5] * 5, [9, 9, 0, 0, 0], [6, 8, 11, 12, 6]])
+    mask = (ids > 0).long()
+    with torch.no_grad():
+        mixed = bert.run(Plan(sets), ids, mask)
+    (found,) = evaluated  # once for all layers; the rows have 20 tokens, of which one has 3 and two has 5
+    assert {frozenset(of_slot) for of_slot in found.tolist()} == {frozenset({0, 7, 9}), frozenset({0, 6, 8, 11, 12})}
+    assert found.shape == (2, 5)
+    for i, own in enumerate(sets):
+        length = int(mask[i].sum())
+        with torch.no_grad():
+            close(mixed[i, :length], bert.run(Plan([own]), ids[i : i + 1, :length])[0])
 
 
 def test_a_bad_token_id_then_a_right_answer(bank, bert, answers, close):

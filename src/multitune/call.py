@@ -666,9 +666,31 @@ def _rows_from_factors(group: Group, delta: TokenBias, ids: Tensor, training: bo
     if group.rows is None:
         unique, index = mine.unique(return_inverse=True)
         return TokenRowsOfBatch(None, delta.source.rows(unique, training), index, shape)
-    per_slot = mine.reshape(group.num_slots, -1)
-    values = delta.source.rows(per_slot, training)  # [G, K*T, L, D]
-    return TokenRowsOfBatch(group.rows, values.flatten(0, 1), None, shape)
+    per_slot = mine.reshape(group.num_slots, -1)  # [G, K*T]
+    if shape[1] == 1:  # a step of decoding, in which little repeats
+        return TokenRowsOfBatch(group.rows, delta.source.rows(per_slot, training).flatten(0, 1), None, shape)
+    distinct, index = _distinct(per_slot)
+    values = delta.source.rows(distinct, training)  # [G, N, L, D]
+    index += distinct.shape[1] * torch.arange(group.num_slots, device=ids.device)[:, None]
+    return TokenRowsOfBatch(group.rows, values.flatten(0, 1), index.view(shape), shape)
+
+
+def _distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ids of every slot, and where each id is among them.
+
+    Args:
+        ids: int64 `[G, M]`.
+
+    Returns:
+        int64 `[G, N]`, N being the most that a slot has, with id 0 where it has fewer; and int64 `[G, M]`, numbers
+        below N: `distinct[g, index[g, m]] == ids[g, m]`.
+    """
+    ordered, order = ids.sort(dim=1)
+    is_new = torch.zeros_like(ordered)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    number = is_new.cumsum(1)
+    distinct = ids.new_zeros(ids.shape[0], int(number[:, -1].max()) + 1).scatter_(1, number, ordered)
+    return distinct, torch.empty_like(ids).scatter_(1, order, number)
 
 
 def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
