@@ -456,6 +456,14 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --mixture: folder to write what was chosen and written to, as JSON lines and an HTML page.",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -477,13 +485,15 @@ def evaluate_command(
         raise ConfigError("--task and --data both say what to judge by; give one of them")
     if rows is not None and rows < 1:
         raise ConfigError(f"--rows {rows} is not possible; give 1 or more")
+    if out is not None and mixture is None:
+        raise ConfigError("--out is for --mixture; `multitune predict` writes what adapters predict for rows of a file")
     dropped = shared.layer_numbers(drop_layers)
     if mixture is not None:
         if task is not None or data is not None or dropped or split != "validation":
             raise ConfigError("--mixture brings its own rows; leave --task, --data, --split and --drop-layers out")
         named = {str(folder): Adapter.load(folder) for folder in adapters}
         on = shared.backbone_of(next(iter(named.values())), backbone, device, dtype)
-        judge_held_out(on, named, read_mixture(mixture), rows or _HELD_OUT_ROWS, batch_size, as_json)
+        judge_held_out(on, named, read_mixture(mixture), rows or _HELD_OUT_ROWS, batch_size, as_json, out)
         return
     loaded = [Adapter.load(folder) for folder in adapters]
     tables = [any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from multitune.adapter import Adapter
@@ -14,9 +15,10 @@ from multitune.backbone import Backbone
 from multitune.deltas import Memory
 from multitune.errors import BackboneError, ConfigError, DataError
 from multitune.plan import DeltaSet
+from multitune.prompting.judged import JudgedRow, save_judged
 from multitune.prompting.selection import Examples, Row
 from multitune.ranked import answer_ids, prompt_ids, text_ids
-from multitune.tasks import Task, judge
+from multitune.tasks import Example, Task, judge
 from multitune.tasks.pattern import Pattern
 from multitune.training.language import answer_losses, served
 
@@ -33,6 +35,12 @@ class Ranking:
     """The task's metric; empty where the rows have no answers."""
     num_shared: int
     """Rows whose instruction and examples were read once for several rows."""
+    rows: tuple[JudgedRow, ...]
+    """What was read and chosen."""
+
+    def save(self, folder: str | Path, title: str = "ranked answers") -> Path:
+        """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
+        return save_judged(folder, self.rows, title=title, scores=self.metrics)
 
 
 def rank(
@@ -81,9 +89,14 @@ def rank(
     asked = _ask(task, pattern, rows, examples)
     scores, shared = reader.scores(asked, normalised, batch_size)
     predictions = tuple(max(range(len(s)), key=lambda k: (s[k], -k)) for s in scores)
-    labelled = all(task.label in row for row in rows)
-    metrics = judge(task, predictions, task.examples(rows)) if labelled else {}
-    return Ranking(scores=tuple(scores), predictions=predictions, metrics=metrics, num_shared=shared)
+    judged = task.examples(rows) if all(task.label in row for row in rows) else None
+    return Ranking(
+        scores=tuple(scores),
+        predictions=predictions,
+        metrics={} if judged is None else judge(task, predictions, judged),
+        num_shared=shared,
+        rows=_judged(asked, scores, predictions, judged),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +108,31 @@ class _Asked:
     text: str
     """Its own prompt."""
     answers: tuple[str, ...]
+
+
+def _judged(
+    asked: Sequence[_Asked],
+    scores: Sequence[tuple[float, ...]],
+    predictions: Sequence[int],
+    judged: Sequence[Example] | None,
+) -> tuple[JudgedRow, ...]:
+    """What was read and chosen, beside what is right where that is known."""
+    found = []
+    for i, (row, place) in enumerate(zip(asked, predictions, strict=True)):
+        target = () if judged is None else judged[i].target
+        right = tuple(target) if isinstance(target, tuple) else (target,)
+        options = tuple(answer.strip() for answer in row.answers)
+        found.append(
+            JudgedRow(
+                prompt=row.prefix + row.text,
+                answer=options[place],
+                answers=tuple(options[k] for k in right),
+                right=None if judged is None else place in right,
+                options=options,
+                scores=scores[i],
+            )
+        )
+    return tuple(found)
 
 
 def _ask(task: Task, pattern: Pattern, rows: Sequence[Any], examples: Examples | None) -> list[_Asked]:
