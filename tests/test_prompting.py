@@ -238,12 +238,36 @@ def test_neighbours_are_near_in_meaning(minilm):
     assert examples.choose("A kitten is napping.")[-1]["text"] == "The cat sleeps."
 
 
+@pytest.mark.parametrize("said", [{"good": []}, {"good": ["a", 3]}, {"good": None}, ["good"]])
+def test_a_verbalizer_of_another_form_is_refused(said):
+    with pytest.raises(TaskError, match="maps label names to texts or lists of them"):
+        Pattern("{text}", said)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_label_of_several_texts_has_the_mean_of_their_scores(model, normalised):
+    pattern = Pattern("text {text} is :", {"good": ["very good", "good", "a b"], "bad": ("bad",)})
+    assert pattern.to_dict()["verbalizer"] == {"good": ["very good", "good", "a b"], "bad": ["bad"]}
+    assert Pattern.from_dict(json.loads(json.dumps(pattern.to_dict()))) == pattern
+    assert pattern.answers(MOOD, ROWS[0]) == (" bad", " very good")
+    found = rank(model, MOOD, pattern, ROWS, normalised=normalised, batch_size=3)
+    once = {
+        text: rank(model, MOOD, Pattern("text {text} is :", {"good": text}), ROWS, normalised=normalised).scores
+        for text in ("very good", "good", "a b")
+    }
+    for i, (bad, good) in enumerate(found.scores):
+        assert bad == pytest.approx(once["very good"][i][0], rel=1e-4)
+        assert good == pytest.approx(sum(scores[i][1] for scores in once.values()) / 3, rel=1e-4)
+    assert [row.options for row in found.rows] == [("bad", "very good")] * 4
+
+
 @pytest.mark.parametrize(
     ("pattern", "task", "words"),
     [
         (Pattern("{text}", {"god": "yes"}), MOOD, "the label 'god', which task 'mood' has not. Did you mean 'good'"),
-        (Pattern("{text}", {"good": "bad"}), MOOD, "says 'bad' for two labels"),
-        (Pattern("{text}", {"good": " bad"}), MOOD, "says 'bad' for two labels"),
+        (Pattern("{text}", {"good": "bad"}), MOOD, "says 'bad' twice"),
+        (Pattern("{text}", {"good": " bad"}), MOOD, "says 'bad' twice"),
+        (Pattern("{text}", {"good": ["fine", "fine"]}), MOOD, "says 'fine' twice"),
         (Pattern("It is {mask}"), MOOD, "reads no column"),
         (Pattern("{text} {y}"), MOOD, "reads the answer"),
         (Pattern("{text}"), Task(name="s", kind="regression", template=("text",), label="y"), "of kind regression"),

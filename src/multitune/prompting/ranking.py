@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from multitune.adapter import Adapter
@@ -57,7 +58,8 @@ def rank(
     """Choose among the answers of every row by their log-probability under the pattern.
 
     Semantics:  `argmax_y β(x, y)`, `β(x, y) = (1/T) Σ_t log p(y_t | x, y_<t)` (Liu et al. 2022, arXiv 2205.05638,
-    section 3.3); without `normalised` the plain sum, which favours short answers.
+    section 3.3); without `normalised` the plain sum, which favours short answers. A label that several texts say has
+    the mean over them.
 
     Rows with one instruction and the same examples read these once: their keys and values are computed for the first
     and are attended to by all (of the bare backbone without sliding windows; else they are read with every row).
@@ -107,7 +109,8 @@ class _Asked:
     """The instruction and the examples."""
     text: str
     """Its own prompt."""
-    answers: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+    """Of every label or choice the texts that say it."""
 
 
 def _judged(
@@ -121,7 +124,7 @@ def _judged(
     for i, (row, place) in enumerate(zip(asked, predictions, strict=True)):
         target = () if judged is None else judged[i].target
         right = tuple(target) if isinstance(target, tuple) else (target,)
-        options = tuple(answer.strip() for answer in row.answers)
+        options = tuple(texts[0].strip() for texts in row.answers)
         found.append(
             JudgedRow(
                 prompt=row.prefix + row.text,
@@ -138,12 +141,12 @@ def _judged(
 def _ask(task: Task, pattern: Pattern, rows: Sequence[Any], examples: Examples | None) -> list[_Asked]:
     """The rows in words; the examples of all are looked up together."""
     texts: list[str] = []
-    answers: list[tuple[str, ...]] = []
+    answers: list[tuple[tuple[str, ...], ...]] = []
     found: list[_Asked] = []
     for i, row in enumerate(rows):
         with _named(i):
             texts.append(pattern.text(row))
-            answers.append(pattern.answers(task, row))
+            answers.append(pattern.wordings(task, row))
     chosen: list[list[Row]] = [[] for _ in rows] if examples is None else examples.choose_all(texts)
     for i, (text, own, shown) in enumerate(zip(texts, answers, chosen, strict=True)):
         with _named(i):
@@ -199,12 +202,12 @@ class _Reader:
             rows = [replace(a, input_ids=a.input_ids[len(front) :]) for i in places for a in encoded[i]]
             losses = iter(answer_losses(self.backbone, deltas, rows, batch_size=batch_size))
             for i in places:
-                pairs = [next(losses) for _ in encoded[i]]
-                found[i] = tuple(-loss / (count if normalised else 1) for loss, count in pairs)
+                pairs = [[next(losses) for _ in texts] for texts in asked[i].answers]
+                found[i] = tuple(fmean(-loss / (count if normalised else 1) for loss, count in of) for of in pairs)
         return found, sum(times[prefix] for prefix in once)
 
     def _encode(self, number: int, row: _Asked, front: list[int]) -> list[Answered]:
-        """A row with each of its answers, behind token ids that stand in front of it; an encoder reads it as one text.
+        """A row with each text that says an answer, behind its prefix's token ids; an encoder reads it as one text.
 
         Raises:
             DataError: it does not fit the backbone's positions.
@@ -216,7 +219,7 @@ class _Reader:
         else:
             prompt = [*front, *text_ids(backbone, row.text, first=not row.prefix)]
         found = []
-        for answer in row.answers:
+        for answer in (text for texts in row.answers for text in texts):
             ids = answer_ids(backbone, answer)
             # A decoder has the answer to itself.
             needed = max(len(prompt), len(ids)) if backbone.decodes else len(prompt) + len(ids)
