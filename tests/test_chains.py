@@ -1,5 +1,6 @@
 """DCoT: its format, its rows beside the baseline's, answers from the last line alone, votes at equal cost."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -74,6 +75,19 @@ def test_answers_are_what_the_bank_writes(bank):
     assert found.num_tokens == sum(len(g.token_ids) for g in by_hand)
     assert found.num_unfinished == sum(g.finish_reason == "length" for g in by_hand)
     assert found.accuracy == sum(found.right) / 2
+
+
+def test_what_was_answered_is_kept_and_saved(bank, tmp_path):
+    settings = {"max_new_tokens": 6, "temperature": 1.5}
+    found = answer(bank, "chains", [TWO, ONE], samples=3, settings=settings)
+    first, second = found.rows
+    assert first.prompt == "1 + 1?" and second.prompt == "which?\n(A) red\n(B) blue"
+    assert (first.answers, second.answers) == (("2",), ("B",)) and (first.texts, second.texts) == found.texts
+    assert tuple(row.right for row in found.rows) == found.right
+    place = found.save(tmp_path / "answered")
+    assert json.loads((place / "scores.json").read_text()) == {"accuracy": found.accuracy}
+    assert len((place / "predictions.jsonl").read_text().splitlines()) == 2
+    assert "which?" in (place / "predictions.html").read_text()
 
 
 def test_samples_differ_and_are_the_same_again(bank):

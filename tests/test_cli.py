@@ -834,12 +834,13 @@ def tiny_llama(tmp_path: Path, make_model: Any, make_backbone: Any) -> Path:
 
 
 def test_a_pattern_trains_ranks_and_is_shown(tmp_path: Path, tiny_llama: Path) -> None:
-    pattern = ("--pattern", "{text} is {mask}", "--verbalizer", "positive=good", "--verbalizer", "negative=bad")
+    said = ("positive=good", "negative=bad", "positive=very good")
+    pattern = ("--pattern", "{text} is {mask}", *(part for text in said for part in ("--verbalizer", text)))
     short = ("--max-steps", "1", "--batch-size", "2", "--progress", "false", "--learning-rate", "1e-3")
     common = ("--task", "demo/sentiment", "--method", "ia3", "--backbone", tiny_llama, "--out", tmp_path / "a")
     good("train", *common, *pattern, *short, "--losses", "language+choice", "--distill-examples", "1")
     shown = good("inspect", tmp_path / "a", "--json").json
-    assert shown["task"]["pattern"]["verbalizer"] == {"positive": "good", "negative": "bad"}
+    assert shown["task"]["pattern"]["verbalizer"] == {"positive": ["good", "very good"], "negative": "bad"}
     assert shown["recipe"]["losses"] == "language+choice" and "{text} is {mask}" in good("inspect", tmp_path / "a").out
     answer = good("predict", "a good film", "--adapters", tmp_path / "a", "--json").json
     assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)

@@ -1,5 +1,6 @@
 """Mixtures of instructions: shares, wordings, whole tasks held out, and zero-shot scores by a slow twin."""
 
+import json
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multitune import Bank, ConfigError, DataError, Head, Plan, Task, TaskError, get_method, train
-from multitune.prompting import InstructedTask, Mixture, Pattern, by_pattern, instructed, score_tasks
+from multitune.prompting import InstructedTask, Mixture, Pattern, by_pattern, instructed, save_scores, score_tasks
 from multitune.prompting.exemplars import prompt_task
 from multitune.prompting.mixture import rows_of
 from multitune.tasks.p3 import Asked, P3Template, p3_templates
@@ -187,6 +188,28 @@ def test_free_answers_are_what_the_model_writes(gpt2):
     found = Bank(gpt2).generate([(None, f"{r.prompt}\n") for r in rows], {"max_new_tokens": 3})
     assert score.score == statistics.mean(g.text.strip() in r.answers for g, r in zip(found, rows, strict=True))
     assert (score.metric, score.chance) == ("exact_match", None)
+
+
+def test_rows_of_every_wording_are_kept_and_saved(gpt2, tmp_path):
+    ranked, written = score_tasks(
+        gpt2, [mood_task(7), made("echo", 5)], num_rows=4, num_wordings=2, settings={"max_new_tokens": 3}
+    )
+    assert [(row.task, row.wording) for row in ranked.rows] == [("mood", 0)] * 4 + [("mood", 1)] * 4
+    halves = (ranked.rows[:4], ranked.rows[4:])
+    assert ranked.by_wording == tuple(statistics.mean(row.right for row in half) for half in halves)
+    for row in ranked.rows:
+        assert row.answer == row.options[row.scores.index(max(row.scores))]
+        assert row.scores[0] == pytest.approx(by_hand(gpt2, row.prompt, row.options[0]), rel=1e-4)
+    assert all(row.texts == (row.answer,) and row.right is None for row in written.rows)
+    assert written.score == statistics.mean(row.answer in row.answers for row in written.rows)
+    place = save_scores(tmp_path / "held", [ranked, written])
+    lines = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["mood"] * 8 + ["echo"] * len(written.rows)
+    facts = json.loads((place / "scores.json").read_text())
+    assert [(f["task"], f["score"], "rows" in f) for f in facts] == [
+        ("mood", ranked.score, False), ("echo", written.score, False)
+    ]  # fmt: skip
+    assert "<th>task</th>" in (place / "predictions.html").read_text()
 
 
 def test_training_on_a_mixture_changes_the_score_of_its_own_tasks(make_backbone):

@@ -1,5 +1,7 @@
 """Rank classification: scores by a slow twin, a prefix read once, examples that are never the row."""
 
+import json
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -47,6 +49,26 @@ def test_scores_are_log_probabilities_of_the_answers(model, normalised):
     assert found.predictions == tuple(int(s[1] > s[0]) for s in found.scores)
     hits = [p == MOOD.labels.index(r["y"]) for p, r in zip(found.predictions, ROWS, strict=True)]
     assert found.metrics == {"accuracy": sum(hits) / 4} and found.num_shared == 0
+
+
+def test_what_was_ranked_is_kept_and_saved(model, tmp_path):
+    pattern = Pattern("text {text} is :", {"good": "a < b", "bad": "bad"}, instruction="film")
+    found = rank(model, MOOD, pattern, ROWS)
+    for row, of, scores, place in zip(ROWS, found.rows, found.scores, found.predictions, strict=True):
+        assert of.prompt == f"film\n\ntext {row['text']} is :" and of.options == ("bad", "a < b")
+        assert (of.scores, of.answer) == (scores, of.options[place])
+        right = "a < b" if row["y"] == "good" else "bad"
+        assert of.answers == (right,) and of.right is (of.answer == right)
+    place = found.save(tmp_path / "ranked", "films & more")
+    lines = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == [row.answer for row in found.rows]
+    assert json.loads((place / "scores.json").read_text()) == found.metrics
+    page = (place / "predictions.html").read_text()
+    assert "<h1>films &amp; more</h1>" in page and page.count("<tr>") == 1 + len(ROWS)
+    assert "a &lt; b" in page and "a < b" not in page
+    assert page.count("(wrong)") == sum(row.right is False for row in found.rows)
+    unlabelled = rank(model, MOOD, pattern, [{"text": "x"}]).rows[0]
+    assert (unlabelled.answers, unlabelled.right) == ((), None)
 
 
 def test_scores_are_those_of_the_loss_functions(model):
@@ -216,12 +238,36 @@ def test_neighbours_are_near_in_meaning(minilm):
     assert examples.choose("A kitten is napping.")[-1]["text"] == "The cat sleeps."
 
 
+@pytest.mark.parametrize("said", [{"good": []}, {"good": ["a", 3]}, {"good": None}, ["good"]])
+def test_a_verbalizer_of_another_form_is_refused(said):
+    with pytest.raises(TaskError, match="maps label names to texts or lists of them"):
+        Pattern("{text}", said)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_label_of_several_texts_has_the_mean_of_their_scores(model, normalised):
+    pattern = Pattern("text {text} is :", {"good": ["very good", "good", "a b"], "bad": ("bad",)})
+    assert pattern.to_dict()["verbalizer"] == {"good": ["very good", "good", "a b"], "bad": ["bad"]}
+    assert Pattern.from_dict(json.loads(json.dumps(pattern.to_dict()))) == pattern
+    assert pattern.answers(MOOD, ROWS[0]) == (" bad", " very good")
+    found = rank(model, MOOD, pattern, ROWS, normalised=normalised, batch_size=3)
+    once = {
+        text: rank(model, MOOD, Pattern("text {text} is :", {"good": text}), ROWS, normalised=normalised).scores
+        for text in ("very good", "good", "a b")
+    }
+    for i, (bad, good) in enumerate(found.scores):
+        assert bad == pytest.approx(once["very good"][i][0], rel=1e-4)
+        assert good == pytest.approx(sum(scores[i][1] for scores in once.values()) / 3, rel=1e-4)
+    assert [row.options for row in found.rows] == [("bad", "very good")] * 4
+
+
 @pytest.mark.parametrize(
     ("pattern", "task", "words"),
     [
         (Pattern("{text}", {"god": "yes"}), MOOD, "the label 'god', which task 'mood' has not. Did you mean 'good'"),
-        (Pattern("{text}", {"good": "bad"}), MOOD, "says 'bad' for two labels"),
-        (Pattern("{text}", {"good": " bad"}), MOOD, "says 'bad' for two labels"),
+        (Pattern("{text}", {"good": "bad"}), MOOD, "says 'bad' twice"),
+        (Pattern("{text}", {"good": " bad"}), MOOD, "says 'bad' twice"),
+        (Pattern("{text}", {"good": ["fine", "fine"]}), MOOD, "says 'fine' twice"),
         (Pattern("It is {mask}"), MOOD, "reads no column"),
         (Pattern("{text} {y}"), MOOD, "reads the answer"),
         (Pattern("{text}"), Task(name="s", kind="regression", template=("text",), label="y"), "of kind regression"),

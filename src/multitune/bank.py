@@ -653,7 +653,7 @@ def _scores(parts: Sequence[_Sequence]) -> Tensor:
         assert values is not None
         scores.append(values[: len(choice.tokens)].mean())
         left[choice.sequence] = values[len(choice.tokens) :]
-    return torch.stack(scores)
+    return ranked.means(scores)
 
 
 def _cannot_mix(row: int, entry: _Entry) -> str:

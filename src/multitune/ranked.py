@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ from multitune.tasks import Task
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
-#: Columns of `index_of`: the row, its choice, the sequence, the token whose logits are read, and the answer's token.
-ROW, CHOICE, SEQUENCE, PLACE, TOKEN = range(5)
+#: Columns of `index_of`: the row, its text, the sequence, the token whose logits are read, the text's token, and the
+#: label or choice that the text says.
+ROW, TEXT, SEQUENCE, PLACE, TOKEN, CHOICE = range(6)
 
 _SHOWN = 5
 _NO_PROMPT = "the prompt has no tokens, so that nothing stands in front of the answer; fill it in"
@@ -53,21 +54,30 @@ class RankedRow:
     sequences: tuple[Encoded, ...]
     """What the model reads; seldom as many as there are choices."""
     choices: tuple[Choice, ...]
-    """In the order of labels or choices."""
+    """In the order of labels or choices; the texts that say one label side by side."""
+    texts: tuple[int, ...] = ()
+    """How many of them say each label; empty where each is said by one."""
+
+    def means(self, scores: Sequence[Tensor]) -> Tensor:
+        """`[labels]`: of every label the mean over its texts, whose scores are scalars in the order of `choices`."""
+        stacked = torch.stack(list(scores))
+        return torch.stack([s.mean() for s in stacked.split(self.texts)]) if self.texts else stacked
 
 
 def index_of(rows: Sequence[RankedRow]) -> Tensor:
     """Where the tokens of all choices stand when the sequences of all rows are stacked, row after row.
 
     Returns:
-        int64 `[N, 5]`, in the order of rows, choices and tokens: row, choice within the row, sequence `< S`, position
-        whose logits are read, token.
+        int64 `[N, 6]`, in the order of rows, texts and tokens: row, text within the row, sequence `< S`, position whose
+        logits are read, token, label or choice that the text says.
     """
     found, before = [], 0
     for row, ranked in enumerate(rows):
-        for number, choice in enumerate(ranked.choices):
+        counts = ranked.texts or (1,) * len(ranked.choices)
+        labels = [label for label, count in enumerate(counts) for _ in range(count)]
+        for number, (choice, label) in enumerate(zip(ranked.choices, labels, strict=True)):
             pairs = zip(choice.places, choice.tokens, strict=True)
-            found += [(row, number, before + choice.sequence, place, token) for place, token in pairs]
+            found += [(row, number, before + choice.sequence, place, token, label) for place, token in pairs]
         before += len(ranked.sequences)
     return torch.tensor(found)
 
@@ -79,7 +89,7 @@ def choice_log_probs(head: AnyLanguageHead, hidden: Tensor, index: Tensor) -> Te
 
     Args:
         hidden: last hidden states `[S, T, D]`.
-        index: int64 `[N, 5]` as `index_of` makes it.
+        index: int64 `[N, 6]` as `index_of` makes it.
 
     Returns:
         float32 `[N]`; differentiable.
@@ -145,11 +155,12 @@ class PatternReader:
             DataError: pattern and answers alone are too long, a column is missing, or an answer has no tokens.
         """
         values = self.task.as_mapping(row)
-        answers = [self._ids_of(text) for text in self.pattern.answers(self.task, values)]
-        build = partial(self._build, answers)
+        said = self.pattern.wordings(self.task, values)
+        counts = tuple(map(len, said)) if any(len(texts) > 1 for texts in said) else ()
+        build = partial(self._build, [self._ids_of(text) for texts in said for text in texts])
         found, needed = build(values)
         if needed <= room:
-            return found, needed
+            return replace(found, texts=counts), needed
         low, high = 1, max((len(str(values[column])) for column in self.pattern.columns), default=1)
         best: RankedRow | None = None
         while low < high:  # the most characters of a column with which the row fits
@@ -164,7 +175,7 @@ class PatternReader:
                 f"pattern and answers alone take more than the {room} tokens there are (the whole row takes {needed}); "
                 f"raise max_length, or shorten the instruction, the pattern or the answers"
             )
-        return best, needed
+        return replace(best, texts=counts), needed
 
     def _ids_of(self, answer: str) -> list[int]:
         ids = self._answer_ids.get(answer)

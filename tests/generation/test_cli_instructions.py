@@ -68,8 +68,15 @@ def test_a_mixture_is_trained_on_and_its_held_out_tasks_judged(place):
         "rows": 3,
         "chance": 0.5,
     }
-    table = run("evaluate", place / "mixed", "--mixture", place / "mixture.yaml", "--rows", "3").stdout
+    out = ("--rows", "3", "--out", place / "judged")
+    table = run("evaluate", place / "mixed", "--mixture", place / "mixture.yaml", *out).stdout
     assert "moods/two" in table and "bare backbone" in table
+    for folder in ("0-bare", "1-mixed"):
+        lines = (place / "judged" / folder / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["task"] for line in lines] == ["moods/two"] * 3
+        assert (place / "judged" / folder / "predictions.html").exists()
+    bad = run("evaluate", place / "mixed", "--out", place / "judged", code=1)
+    assert "--out is for --mixture" in bad.stderr
 
 
 def test_a_recipe_holds_its_mixture(place):

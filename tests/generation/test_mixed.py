@@ -53,6 +53,33 @@ def test_every_method_in_one_batch_equals_every_row_alone_and_without_a_cache(lm
     assert differ > len(rows) // 2  # or equality would say nothing about the adapters
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_architectures_like_these_keep_rows_apart_too(lm, adapted, make_prompts, padded, name):
+    """A method of every kind, in prompts shorter and longer than the windows."""
+    backbone = lm(name)
+    methods = ["lora", "ia3", "prefix", "ptuning_v2", "prompt", "aot_fc", "houlsby", None]
+    deltas = [method and adapted(name, method, i) for i, method in enumerate(methods)]
+    rows = make_prompts([2 + (5 * i) % 11 for i in range(len(methods))])
+    with torch.no_grad():
+        plan = Plan(deltas)
+    ours = backbone.generate(plan, *padded(rows), settings={"max_new_tokens": NEW, "stop_at_eos": False})
+    for method, one, row, generation in zip(methods, deltas, rows, ours, strict=True):
+        assert list(generation.token_ids) == without_cache(backbone, one, row, NEW), method
+
+
+def test_beams_of_every_method_in_one_batch_equal_every_rows_own(lm, adapted, make_prompts, padded):
+    backbone, names = lm("gpt2"), [*MIXABLE, None]
+    deltas = [method and adapted("gpt2", method, i) for i, method in enumerate(names)]
+    rows = make_prompts([2 + (5 * i) % 11 for i in range(len(names))])
+    with torch.no_grad():
+        plan = Plan(deltas)
+    mixed = backbone.generate(plan, *padded(rows), settings={"max_new_tokens": NEW, "num_beams": 2})
+    for method, one, row, generation in zip(names, deltas, rows, mixed, strict=True):
+        single = alone(backbone, one, row, num_beams=2)
+        assert generation.token_ids == single.token_ids, method
+        assert generation.score == pytest.approx(single.score, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("shift", [False, True])
 def test_memories_of_other_lengths_and_layers_keep_their_places_under_windows(

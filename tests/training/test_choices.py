@@ -1,5 +1,6 @@
 """T-Few's losses against the equations, token by token in plain Python."""
 
+import dataclasses
 import math
 
 import pytest
@@ -171,3 +172,31 @@ def test_batches_that_do_not_fit_are_refused():
         for loss in (language_loss, unlikelihood_loss, choice_loss):
             with pytest.raises(mt.ConfigError, match=r"do not fit rows of \[2\] choices"):
                 loss(c, torch.tensor(answers))
+
+
+def test_a_choice_of_several_texts_has_the_mean_of_their_scores():
+    """The second of two choices is said by a text of two tokens and one of one: all of them wrong, or all right."""
+    p, mask = [[0.4, 0.1], [0.5, 0.25], [0.2, 0.9]], [[1, 0], [1, 1], [1, 0]]
+    c = from_logits(logits_of(p), torch.ones(3, 2, dtype=torch.long), torch.tensor(mask), (3,), shift=False)
+    c = dataclasses.replace(c, counts=(2,), texts=(1, 2))
+    beta = (math.log(0.4), ((math.log(0.5) + math.log(0.25)) / 2 + math.log(0.2)) / 2)
+    assert c.scores().tolist() == pytest.approx(beta, rel=1e-6)
+    first, second = torch.tensor([0]), torch.tensor([1])
+    assert float(language_loss(c, second)) == pytest.approx(-beta[1], rel=1e-6)
+    expected = -(math.log(0.5) + math.log(0.75) + math.log(0.8)) / 3
+    assert float(unlikelihood_loss(c, first, eps=0)) == pytest.approx(expected, rel=1e-6)
+    assert float(unlikelihood_loss(c, second, eps=0)) == pytest.approx(-math.log(0.6), rel=1e-6)
+    expected = -math.log(math.exp(beta[1]) / sum(map(math.exp, beta)))
+    assert float(choice_loss(c, second)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(mt.ConfigError, match=r"texts \(1, 1\) do not fit"):
+        dataclasses.replace(c, texts=(1, 1))
+
+
+def test_several_texts_of_a_row_do_not_reach_into_the_next():
+    p, mask = [[0.4], [0.5], [0.2], [0.9], [0.7]], torch.ones(5, 1)
+    c = from_logits(logits_of(p), torch.ones(5, 1, dtype=torch.long), mask, (5,), shift=False)
+    c = dataclasses.replace(c, counts=(2, 2), texts=(2, 1, 1, 1))
+    expected = (-math.log(1 - 0.2) - math.log(1 - 0.9)) / 2
+    assert float(unlikelihood_loss(c, torch.tensor([0, 1]), eps=0)) == pytest.approx(expected, rel=1e-6)
+    expected = (-(math.log(0.6) + math.log(0.5)) / 2 - math.log(1 - 0.7)) / 2
+    assert float(unlikelihood_loss(c, torch.tensor([1, 0]), eps=0)) == pytest.approx(expected, rel=1e-5)

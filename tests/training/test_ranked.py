@@ -1,6 +1,7 @@
 """Rows with several candidate answers, trained and judged as language: T-Few, patterns with masks, distillation."""
 
 import dataclasses
+import json
 import math
 
 import hypothesis
@@ -200,6 +201,63 @@ def test_several_right_choices_of_a_list(gpt2):
     for name in LOSS_NAMES:
         found = tuning(gpt2, task, (name,))(**batch_of(gpt2, task, rows))["loss"].item()
         assert found == pytest.approx(expected[name], rel=2e-5)
+
+
+SYNONYMS = {"good": ["very good", "good"], "bad": "bad", "mixed": ["a b", "a", "film"]}
+
+
+@pytest.mark.parametrize("where", ["gpt2", "masked"])
+def test_a_label_that_several_texts_say_has_the_mean_of_their_scores(where, request):
+    """The slow twin reads every text by a pattern that says it alone; so do the bank and what is saved."""
+    backbone, base = request.getfixturevalue(where), CLOZE if where == "masked" else MOOD
+
+    def saying(said):
+        return dataclasses.replace(base, pattern=Pattern(base.pattern.prompt, said))
+
+    task = saying(SYNONYMS)
+    model = tuning(backbone, task, ("choice",))
+    expected = []
+    for row in ROWS:
+        of_label = []
+        for label, name in enumerate(task.labels):
+            texts = [SYNONYMS[name]] if isinstance(SYNONYMS[name], str) else SYNONYMS[name]
+            own = [chances(backbone, row, saying({name: text}), model.delta_set())[label] for text in texts]
+            of_label.append(sum(sum(c) / len(c) for c in own) / len(own))
+        expected.append(of_label)
+    found = model(**batch_of(backbone, task, ROWS))
+    torch.testing.assert_close(found["logits"].double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
+    targets = torch.tensor([task.labels.index(row["y"]) for row in ROWS])
+    loss = torch.nn.functional.cross_entropy(torch.tensor(expected), targets)
+    assert found["loss"].item() == pytest.approx(float(loss), rel=1e-4)
+    params = {name: p.detach() for name, p in model.own().items()}
+    adapter = Adapter(
+        name="a", method=model.method, params=params, head=Head.for_task(task), head_params={}, task=task,
+        backbone=backbone.describe(), max_length=32,
+    )  # fmt: skip
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    bank = Bank(backbone)
+    bank.add("a", adapter)
+    for answer, scores in zip(bank.predict([("a", row) for row in ROWS]), expected, strict=True):
+        assert answer.logits.tolist() == pytest.approx(scores, rel=1e-3)
+
+
+def test_words_of_one_label_average_their_logits(make_masked):
+    """methods.md 4.2: of several verbalizers per label the mean of their logits, then a softmax over the labels."""
+    model, tokenizer = make_masked("bert", seed=3)
+    said = {"no": ["bad", "not"], "yes": ["good", "very", "film"]}
+    task = Task(
+        name="pet", kind="classification", template=("text",), label="y", labels=("no", "yes"),
+        pattern=Pattern("{text} is {mask}", said),
+    )  # fmt: skip
+    made = tokenizer("the film is [MASK]", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=made).logits[0, (made[0] == tokenizer.mask_token_id).nonzero().item()]
+    means = torch.stack([logits[torch.tensor(tokenizer.convert_tokens_to_ids(said[n]))].mean() for n in task.labels])
+    backbone = Backbone(model, tokenizer)
+    tuned = TuningModel(backbone, LoRA(r=2), LoRA(r=2).init(backbone, torch.Generator()), Head.for_task(task), {})
+    found = tuned.eval()(**batch_of(backbone, task, [{"text": "the film", "y": "yes"}]))
+    torch.testing.assert_close(found["logits"][0].softmax(0), means.softmax(0))
+    torch.testing.assert_close(found["loss"], -means.log_softmax(0)[1])
 
 
 def test_several_losses_are_their_plain_sum(gpt2):

@@ -30,7 +30,7 @@ from multitune.cli.shared import (
 )
 from multitune.errors import ConfigError, DataError, MultituneError, suggest
 from multitune.generation import Engine, GenerationSettings, Request, evaluate_texts
-from multitune.generation.evaluation import PAGE_FILE
+from multitune.generation.pages import PAGE_FILE
 from multitune.generation.settings import setting_names
 from multitune.prompting import with_examples
 from multitune.tasks import Task, any_split, load_task

@@ -10,6 +10,7 @@ from multitune.adapter import Adapter
 from multitune.cli import shared
 from multitune.cli.shared import note, print_json, score, show
 from multitune.errors import ConfigError
+from multitune.generation.pages import PAGE_FILE
 from multitune.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -35,17 +36,32 @@ def read_mixture(given: Any) -> Mixture:
 
 
 def judge_held_out(
-    backbone: Backbone, adapters: Mapping[str, Adapter], mixture: Mixture, rows: int, batch_size: int, as_json: bool
+    backbone: Backbone,
+    adapters: Mapping[str, Adapter],
+    mixture: Mixture,
+    rows: int,
+    batch_size: int,
+    as_json: bool,
+    out: Path | None = None,
 ) -> None:
-    """Print the zero-shot scores of the held-out tasks, of the bare backbone and of every adapter."""
-    from multitune.prompting import score_tasks
+    """Print the zero-shot scores of the held-out tasks, of the bare backbone and of every adapter.
+
+    Args:
+        out: a folder for what each chose or wrote, in a folder of its own named in order, such as `0-bare` and
+            `1-instructed`.
+    """
+    from multitune.prompting import save_scores, score_tasks
 
     if not mixture.held:
         raise ConfigError("the mixture holds no task out; name some in 'held_out'")
     found: dict[str, list[TaskScore]] = {}
-    for name, adapter in {"bare backbone": None, **adapters}.items():
+    for number, (name, adapter) in enumerate({"bare backbone": None, **adapters}.items()):
         note(f"judging {name} on {len(mixture.held)} held-out tasks")
         found[name] = score_tasks(backbone, mixture.held, adapter, num_rows=rows, batch_size=batch_size)
+        if out is not None:
+            short = "bare" if adapter is None else Path(name).resolve().name
+            place = save_scores(out / f"{number}-{short}", found[name], f"{name}, zero-shot")
+            note(f"answers stand in {place / PAGE_FILE}")
     if as_json:
         print_json(
             [

@@ -113,7 +113,7 @@ OPTIONS: dict[str, Any] = {
     ),
     "verbalizer": _option(
         _PATTERN,
-        "How a label is said, such as entailment=True; may be repeated. By default by its name.",
+        "How a label is said, such as entailment=True; may be repeated, for one label too. By default by its name.",
         list[str],
         metavar="LABEL=TEXT",
     ),
@@ -219,7 +219,7 @@ def _chosen(recipe: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
     if "set" in flags:
         flags["set"] = parse_settings(flags["set"])
     if "verbalizer" in flags:
-        flags["verbalizer"] = parse_settings(flags["verbalizer"], "verbalizer", "LABEL=TEXT", "entailment=True")
+        flags["verbalizer"] = _verbalizer(flags["verbalizer"])
     for key in _LISTS:
         if key in flags:
             flags[key] = [name for each in flags[key] for name in _names(key, each)]
@@ -400,6 +400,15 @@ def _names(key: str, given: Any) -> list[str]:
     return list(map(str, given))
 
 
+def _verbalizer(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["good=great"]` as a mapping; a label that is there several times has a list of texts."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        ((label, text),) = parse_settings([pair], "verbalizer", "LABEL=TEXT", "entailment=True").items()
+        found.setdefault(label, []).append(text)
+    return {label: texts if len(texts) > 1 else texts[0] for label, texts in found.items()}
+
+
 def _in_pattern(data: TaskData, chosen: Mapping[str, Any]) -> TaskData:
     """The data in the pattern that was chosen, if one was.
 
@@ -416,7 +425,9 @@ def _in_pattern(data: TaskData, chosen: Mapping[str, Any]) -> TaskData:
     if not isinstance(said, Mapping):
         raise ConfigError(f"'verbalizer' in the recipe maps labels to texts, such as {{yes: 'True'}}, not {said!r}")
     for label, text in said.items():
-        if isinstance(label, bool) or not isinstance(text, str):  # what YAML makes of yes, no, true and false
+        texts = text if isinstance(text, list) else [text]
+        # YAML makes bools of yes, no, true and false.
+        if isinstance(label, bool) or not all(isinstance(t, str) for t in texts):
             raise ConfigError(f"'verbalizer' in the recipe: {label!r}: {text!r} is no text; put quotes around it")
     words = {str(label): text for label, text in said.items()}
     instruction = str(chosen.get("instruction", ""))
@@ -456,6 +467,14 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --mixture: folder to write what was chosen and written to, as JSON lines and an HTML page.",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -477,13 +496,15 @@ def evaluate_command(
         raise ConfigError("--task and --data both say what to judge by; give one of them")
     if rows is not None and rows < 1:
         raise ConfigError(f"--rows {rows} is not possible; give 1 or more")
+    if out is not None and mixture is None:
+        raise ConfigError("--out is for --mixture; `multitune predict` writes what adapters predict for rows of a file")
     dropped = shared.layer_numbers(drop_layers)
     if mixture is not None:
         if task is not None or data is not None or dropped or split != "validation":
             raise ConfigError("--mixture brings its own rows; leave --task, --data, --split and --drop-layers out")
         named = {str(folder): Adapter.load(folder) for folder in adapters}
         on = shared.backbone_of(next(iter(named.values())), backbone, device, dtype)
-        judge_held_out(on, named, read_mixture(mixture), rows or _HELD_OUT_ROWS, batch_size, as_json)
+        judge_held_out(on, named, read_mixture(mixture), rows or _HELD_OUT_ROWS, batch_size, as_json, out)
         return
     loaded = [Adapter.load(folder) for folder in adapters]
     tables = [any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitune.answers import settle_format
 from multitune.errors import ConfigError, DataError
-from multitune.files import replace_file
+from multitune.generation.pages import cell, listed, save_answers, table_page
 from multitune.generation.prompts import encode_rows, settings_per_row
 from multitune.tasks import Example, Task, compute
 from multitune.tasks.text_metrics import Interval, bleu_interval
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from multitune.bank import Bank
     from multitune.generation.prompts import AnySettings
 
-PREDICTIONS_FILE = "predictions.jsonl"
-PAGE_FILE = "predictions.html"
-SCORES_FILE = "scores.json"
 BARE = "bare"
 """What the backbone without an adapter is called."""
 
@@ -62,19 +57,10 @@ class TextEvaluation:
 
     def save(self, folder: str | Path) -> Path:
         """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
         facts = {"adapter": self.adapter, "task": self.task.name, "rows": len(self.rows), "scores": self.scores}
         facts |= {"interval": None if self.interval is None else asdict(self.interval)}
         facts |= {"seconds": round(self.seconds, 2), "tokens": self.num_tokens}
-        for name, text in (
-            (PREDICTIONS_FILE, lines),
-            (SCORES_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n"),
-            (PAGE_FILE, page(self)),
-        ):
-            replace_file(place / name, lambda temporary, text=text: temporary.write_text(text, "utf-8"))  # type: ignore[misc]
-        return place
+        return save_answers(folder, map(asdict, self.rows), facts, page(self))
 
 
 def evaluate_texts(
@@ -177,40 +163,14 @@ def page(evaluation: TextEvaluation) -> str:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in e.scores.items())
     if e.interval is not None:
         shown += f" (95 % interval of bleu: {e.interval.low:.1f} to {e.interval.high:.1f})"
-    rows = "\n".join(map(_row, range(1, len(e.rows) + 1), e.rows))
-    return _PAGE.format(
-        title=html.escape(f"{e.adapter} on {e.task.name}"),
-        facts=html.escape(f"{len(e.rows)} rows, {shown}; {e.num_tokens} tokens in {e.seconds:.1f} s"),
-        rows=rows,
+    return table_page(
+        f"{e.adapter} on {e.task.name}",
+        f"{len(e.rows)} rows, {shown}; {e.num_tokens} tokens in {e.seconds:.1f} s",
+        ("prompt", "written", "references"),
+        ([cell(row.prompt), cell(row.text, _cut(row)), listed(row.references)] for row in e.rows),
     )
 
 
-def _row(number: int, row: Written) -> str:
-    references = "".join(f"<li>{html.escape(r)}</li>" for r in row.references)
-    cut = "" if row.finish_reason in ("eos", "stop") else f" <i>({html.escape(row.finish_reason)})</i>"
-    cells: Sequence[str] = (str(number), html.escape(row.prompt), html.escape(row.text) + cut, f"<ul>{references}</ul>")
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #ddd; }}
-td {{ white-space: pre-wrap; }} ul {{ margin: 0; padding-left: 1rem; }} i {{ color: #a33; }}
-input {{ font: inherit; padding: .3rem; width: 24rem; max-width: 100%; }}
-</style></head><body>
-<h1>{title}</h1><p>{facts}</p>
-<p><input id="find" placeholder="show rows that contain" aria-label="show rows that contain"></p>
-<table><thead><tr><th>row</th><th>prompt</th><th>written</th><th>references</th></tr></thead><tbody>
-{rows}
-</tbody></table>
-<script>
-const rows = [...document.querySelectorAll("tbody tr")];
-document.getElementById("find").addEventListener("input", event => {{
-  const wanted = event.target.value.toLowerCase();
-  for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
-}});
-</script></body></html>
-"""
+def _cut(row: Written) -> str:
+    """Why the text ended, where that is worth a note."""
+    return "" if row.finish_reason in ("eos", "stop") else row.finish_reason

@@ -19,10 +19,11 @@ from multitune.prompting.chains import (
 )
 from multitune.prompting.exemplars import ExemplarPrompts, as_generation, with_examples
 from multitune.prompting.instructions import InstructedTask, by_pattern, instructed
+from multitune.prompting.judged import JudgedRow
 from multitune.prompting.mixture import Mixture
 from multitune.prompting.ranking import Ranking, rank
 from multitune.prompting.selection import BM25Examples, Examples, NeighbourExamples, RandomExamples
-from multitune.prompting.transfer import TaskScore, score_tasks
+from multitune.prompting.transfer import TaskScore, save_scores, score_tasks
 from multitune.tasks.pattern import Pattern
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Examples",
     "ExemplarPrompts",
     "InstructedTask",
+    "JudgedRow",
     "Mixture",
     "NeighbourExamples",
     "Pattern",
@@ -46,6 +48,7 @@ __all__ = [
     "instructed",
     "rank",
     "sample_chains",
+    "save_scores",
     "score_tasks",
     "vote",
     "with_examples",

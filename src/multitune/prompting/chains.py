@@ -13,11 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitune.answers import PromptFormat, settle_format
 from multitune.errors import ConfigError, DataError
 from multitune.generation.prompts import AnySettings, settings_per_row
+from multitune.prompting.judged import JudgedRow, save_judged
 from multitune.tasks import Task, TaskData, Template
 from multitune.tasks.final_answers import marked_from, read_answer, same_answer
 from multitune.tasks.reasoning import Question, written
@@ -122,6 +124,7 @@ def chain_data(
 class Answers:
     """What was answered to some questions."""
 
+    questions: tuple[Question, ...]
     texts: tuple[tuple[str, ...], ...]
     """Per question what was written: one text, or one per sample."""
     answers: tuple[float | str | None, ...]
@@ -137,6 +140,25 @@ class Answers:
     def accuracy(self) -> float:
         """Share of questions that were answered rightly."""
         return sum(self.right) / len(self.right)
+
+    @property
+    def rows(self) -> tuple[JudgedRow, ...]:
+        """Every question with what was written, and the answer in it ("" for none)."""
+        found = zip(self.questions, self.texts, self.answers, self.right, strict=True)
+        return tuple(
+            JudgedRow(
+                prompt=written(question),
+                answer="" if chosen is None else f"{chosen:g}" if isinstance(chosen, float) else chosen,
+                answers=(question.answer,),
+                right=right,
+                texts=texts,
+            )
+            for question, texts, chosen, right in found
+        )
+
+    def save(self, folder: str | Path, title: str = "answers") -> Path:
+        """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
+        return save_judged(folder, self.rows, title=title, scores={"accuracy": self.accuracy})
 
 
 def answer(
@@ -175,6 +197,7 @@ def answer(
     texts = [tuple(g.text.strip() for g in found[i : i + samples]) for i in range(0, len(found), samples)]
     chosen = tuple(vote([read_answer(t, q.answer) for t in of]) for of, q in zip(texts, questions, strict=True))
     return Answers(
+        questions=tuple(questions),
         texts=tuple(texts),
         answers=chosen,
         right=tuple(a == read_answer(q.answer, q.answer) for a, q in zip(chosen, questions, strict=True)),

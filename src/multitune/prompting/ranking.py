@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from multitune.adapter import Adapter
@@ -14,9 +16,10 @@ from multitune.backbone import Backbone
 from multitune.deltas import Memory
 from multitune.errors import BackboneError, ConfigError, DataError
 from multitune.plan import DeltaSet
+from multitune.prompting.judged import JudgedRow, save_judged
 from multitune.prompting.selection import Examples, Row
 from multitune.ranked import answer_ids, prompt_ids, text_ids
-from multitune.tasks import Task, judge
+from multitune.tasks import Example, Task, judge
 from multitune.tasks.pattern import Pattern
 from multitune.training.language import answer_losses, served
 
@@ -33,6 +36,12 @@ class Ranking:
     """The task's metric; empty where the rows have no answers."""
     num_shared: int
     """Rows whose instruction and examples were read once for several rows."""
+    rows: tuple[JudgedRow, ...]
+    """What was read and chosen."""
+
+    def save(self, folder: str | Path, title: str = "ranked answers") -> Path:
+        """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
+        return save_judged(folder, self.rows, title=title, scores=self.metrics)
 
 
 def rank(
@@ -49,7 +58,8 @@ def rank(
     """Choose among the answers of every row by their log-probability under the pattern.
 
     Semantics:  `argmax_y β(x, y)`, `β(x, y) = (1/T) Σ_t log p(y_t | x, y_<t)` (Liu et al. 2022, arXiv 2205.05638,
-    section 3.3); without `normalised` the plain sum, which favours short answers.
+    section 3.3); without `normalised` the plain sum, which favours short answers. A label that several texts say has
+    the mean over them.
 
     Rows with one instruction and the same examples read these once: their keys and values are computed for the first
     and are attended to by all (of the bare backbone without sliding windows; else they are read with every row).
@@ -81,9 +91,14 @@ def rank(
     asked = _ask(task, pattern, rows, examples)
     scores, shared = reader.scores(asked, normalised, batch_size)
     predictions = tuple(max(range(len(s)), key=lambda k: (s[k], -k)) for s in scores)
-    labelled = all(task.label in row for row in rows)
-    metrics = judge(task, predictions, task.examples(rows)) if labelled else {}
-    return Ranking(scores=tuple(scores), predictions=predictions, metrics=metrics, num_shared=shared)
+    judged = task.examples(rows) if all(task.label in row for row in rows) else None
+    return Ranking(
+        scores=tuple(scores),
+        predictions=predictions,
+        metrics={} if judged is None else judge(task, predictions, judged),
+        num_shared=shared,
+        rows=_judged(asked, scores, predictions, judged),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +109,44 @@ class _Asked:
     """The instruction and the examples."""
     text: str
     """Its own prompt."""
-    answers: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+    """Of every label or choice the texts that say it."""
+
+
+def _judged(
+    asked: Sequence[_Asked],
+    scores: Sequence[tuple[float, ...]],
+    predictions: Sequence[int],
+    judged: Sequence[Example] | None,
+) -> tuple[JudgedRow, ...]:
+    """What was read and chosen, beside what is right where that is known."""
+    found = []
+    for i, (row, place) in enumerate(zip(asked, predictions, strict=True)):
+        target = () if judged is None else judged[i].target
+        right = tuple(target) if isinstance(target, tuple) else (target,)
+        options = tuple(texts[0].strip() for texts in row.answers)
+        found.append(
+            JudgedRow(
+                prompt=row.prefix + row.text,
+                answer=options[place],
+                answers=tuple(options[k] for k in right),
+                right=None if judged is None else place in right,
+                options=options,
+                scores=scores[i],
+            )
+        )
+    return tuple(found)
 
 
 def _ask(task: Task, pattern: Pattern, rows: Sequence[Any], examples: Examples | None) -> list[_Asked]:
     """The rows in words; the examples of all are looked up together."""
     texts: list[str] = []
-    answers: list[tuple[str, ...]] = []
+    answers: list[tuple[tuple[str, ...], ...]] = []
     found: list[_Asked] = []
     for i, row in enumerate(rows):
         with _named(i):
             texts.append(pattern.text(row))
-            answers.append(pattern.answers(task, row))
+            answers.append(pattern.wordings(task, row))
     chosen: list[list[Row]] = [[] for _ in rows] if examples is None else examples.choose_all(texts)
     for i, (text, own, shown) in enumerate(zip(texts, answers, chosen, strict=True)):
         with _named(i):
@@ -161,12 +202,12 @@ class _Reader:
             rows = [replace(a, input_ids=a.input_ids[len(front) :]) for i in places for a in encoded[i]]
             losses = iter(answer_losses(self.backbone, deltas, rows, batch_size=batch_size))
             for i in places:
-                pairs = [next(losses) for _ in encoded[i]]
-                found[i] = tuple(-loss / (count if normalised else 1) for loss, count in pairs)
+                pairs = [[next(losses) for _ in texts] for texts in asked[i].answers]
+                found[i] = tuple(fmean(-loss / (count if normalised else 1) for loss, count in of) for of in pairs)
         return found, sum(times[prefix] for prefix in once)
 
     def _encode(self, number: int, row: _Asked, front: list[int]) -> list[Answered]:
-        """A row with each of its answers, behind token ids that stand in front of it; an encoder reads it as one text.
+        """A row with each text that says an answer, behind its prefix's token ids; an encoder reads it as one text.
 
         Raises:
             DataError: it does not fit the backbone's positions.
@@ -178,7 +219,7 @@ class _Reader:
         else:
             prompt = [*front, *text_ids(backbone, row.text, first=not row.prefix)]
         found = []
-        for answer in row.answers:
+        for answer in (text for texts in row.answers for text in texts):
             ids = answer_ids(backbone, answer)
             # A decoder has the answer to itself.
             needed = max(len(prompt), len(ids)) if backbone.decodes else len(prompt) + len(ids)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from multitune.adapter import Adapter
 from multitune.answers import encode_answered, settle_format
@@ -16,6 +17,7 @@ from multitune.generation.evaluation import evaluate_texts
 from multitune.generation.prompts import AnySettings
 from multitune.prompting.exemplars import prompt_task
 from multitune.prompting.instructions import InstructedTask
+from multitune.prompting.judged import JudgedRow, save_judged
 from multitune.prompting.mixture import rows_of
 from multitune.tasks import Example
 from multitune.tasks.p3 import Asked
@@ -35,6 +37,23 @@ class TaskScore:
     num_rows: int
     chance: float | None
     """Accuracy of a blind choice among the options; `None` where there are none."""
+    rows: tuple[JudgedRow, ...]
+    """What was chosen or written, of every wording."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as JSON values, without the rows."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+
+
+def save_scores(folder: str | Path, scores: Sequence[TaskScore], title: str = "zero-shot") -> Path:
+    """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
+    return save_judged(
+        folder,
+        [row for score in scores for row in score.rows],
+        title=title,
+        scores={score.task: score.score for score in scores},
+        facts=[score.to_dict() for score in scores],
+    )
 
 
 def score_tasks(
@@ -77,9 +96,9 @@ def score_tasks(
     found = []
     for task in tasks:
         numbers = range(min(num_wordings, len(task.wordings)))
-        scores = [judge.score(task, rows_of(task, num_rows, wording, seed)) for wording in numbers]
-        values = tuple(s.score for s in scores)
-        found.append(replace(scores[0], score=statistics.median(values), by_wording=values))
+        scores = [judge.score(task, rows_of(task, num_rows, wording, seed), wording) for wording in numbers]
+        values, rows = tuple(s.score for s in scores), tuple(row for s in scores for row in s.rows)
+        found.append(replace(scores[0], score=statistics.median(values), by_wording=values, rows=rows))
         if report is not None:
             report(found[-1])
     return found
@@ -103,31 +122,50 @@ class _Judge:
         format = "auto" if adapter is None else adapter.task.format
         self.task = settle_format(backbone, prompt_task("zero-shot", metric="rouge_l", format=format))
 
-    def score(self, task: InstructedTask, rows: Sequence[Asked]) -> TaskScore:
+    def score(self, task: InstructedTask, rows: Sequence[Asked], wording: int) -> TaskScore:
         if all(row.options for row in rows):
-            right = self._ranked(rows)
+            judged = self._ranked(rows)
             chance = statistics.mean(len(set(r.answers) & set(r.options)) / len(r.options) for r in rows)
-            name, value = "accuracy", sum(right) / len(right)
+            name, value = "accuracy", statistics.fmean(bool(row.right) for row in judged)
         else:
             chance = None
-            name, value = task.metric, self._written(task, rows)
+            name = task.metric
+            value, judged = self._written(task, rows)
         return TaskScore(
-            task=task.name, metric=name, score=value, by_wording=(value,), num_rows=len(rows), chance=chance
+            task=task.name,
+            metric=name,
+            score=value,
+            by_wording=(value,),
+            num_rows=len(rows),
+            chance=chance,
+            rows=tuple(replace(row, task=task.name, wording=wording) for row in judged),
         )
 
-    def _ranked(self, rows: Sequence[Asked]) -> list[bool]:
-        """Per row whether the likeliest option is right."""
+    def _ranked(self, rows: Sequence[Asked]) -> list[JudgedRow]:
+        """Per row the likeliest option."""
         examples = [Example(texts=((row.prompt,),), target=row.options) for row in rows]
         encoded = encode_answered(self.on, self.task, examples, max_length=self.max_length, split="given")
         losses = iter(answer_losses(self.on, self.deltas, encoded, batch_size=self.batch_size))
-        right = []
+        found = []
         for row in rows:
-            means = [loss / count for loss, count in (next(losses) for _ in row.options)]
-            right.append(row.options[means.index(min(means))] in row.answers)
-        return right
+            scores = tuple(-loss / count for loss, count in (next(losses) for _ in row.options))
+            chosen = row.options[scores.index(max(scores))]
+            found.append(
+                JudgedRow(
+                    prompt=row.prompt,
+                    answer=chosen,
+                    answers=row.answers,
+                    right=chosen in row.answers,
+                    options=row.options,
+                    scores=scores,
+                )
+            )
+        return found
 
-    def _written(self, task: InstructedTask, rows: Sequence[Asked]) -> float:
+    def _written(self, task: InstructedTask, rows: Sequence[Asked]) -> tuple[float, list[JudgedRow]]:
+        """The task's metric of what is written for the rows, those with one prompt together, and the texts."""
         table = [{"prompt": row.prompt, "answers": list(row.answers)} for row in rows]
         judged = replace(self.task, metric=task.metric)
         done = evaluate_texts(self.bank, self.name, table, self.settings, task=judged, batch_size=self.batch_size)
-        return next(iter(done.scores.values()))
+        texts = [JudgedRow(prompt=w.prompt, answer=w.text, answers=w.references, texts=(w.text,)) for w in done.rows]
+        return next(iter(done.scores.values())), texts

@@ -29,8 +29,9 @@ class Pattern:
     prompt: str
     """A template over columns. `{mask}` says where the answer stands: anywhere for a masked language model, at the end
     for a causal one or an encoder-decoder; without it that is the end."""
-    verbalizer: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Label name to the text that says it; by default the name itself. A multiple choice has its choices instead."""
+    verbalizer: Mapping[str, str | Sequence[str]] = field(default_factory=dict, hash=False)
+    """Label name to the text that says it, or to several, over which its score is the mean; by default the name itself.
+    A multiple choice has its choices instead."""
     instruction: str = ""
     """What stands in front of everything, examples included."""
     separator: str = "\n\n"
@@ -41,9 +42,13 @@ class Pattern:
             if not isinstance(getattr(self, name), str):
                 raise TaskError(f"{name} of a pattern is a text, not {getattr(self, name)!r}")
         said = self.verbalizer
-        if not isinstance(said, Mapping) or not all(isinstance(t, str) for pair in said.items() for t in pair):
-            raise TaskError(f"a verbalizer maps label names to texts, such as {{'good': 'great'}}, not {said!r}")
-        object.__setattr__(self, "verbalizer", dict(said))
+        if not isinstance(said, Mapping) or not all(isinstance(n, str) and _are_texts(t) for n, t in said.items()):
+            raise TaskError(
+                f"a verbalizer maps label names to texts or lists of them, such as {{'good': ['great', 'fine']}}, not "
+                f"{said!r}"
+            )
+        own = {name: text if isinstance(text, str) else tuple(text) for name, text in said.items()}
+        object.__setattr__(self, "verbalizer", own)
         if len(_PLACE.findall(self.prompt)) > 1:
             raise TaskError(f"pattern {self.prompt!r} has {{mask}} more than once; a row has one answer")
         if "{" not in self.prompt:  # a template would take it for a column's name, and what writes rows out for a text
@@ -99,10 +104,12 @@ class Pattern:
                 f"the verbalizer has the label {unknown[0]!r}, which task '{task.name}' has not."
                 f"{suggest(unknown[0], task.labels)} It has: {', '.join(task.labels) or 'its choices, no labels'}"
             )
-        said = [self._said(name).strip() for name in task.labels]  # as `answers` gives them
+        said = [text.strip() for name in task.labels for text in self._said(name)]  # as `wordings` gives them
         twice = [text for text in said if said.count(text) > 1]
         if twice or not all(said):
-            raise TaskError(f"the verbalizer says {(twice or [''])[0]!r} for two labels, or nothing; give each its own")
+            raise TaskError(
+                f"the verbalizer says {(twice or [''])[0]!r} twice, or nothing; give each label texts of its own"
+            )
 
     def check_end(self) -> None:
         """Raise `TaskError` unless the answer stands at the end, where a language model that writes can give it."""
@@ -130,12 +137,19 @@ class Pattern:
         return before, after
 
     def answers(self, task: Task, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The texts among which the model chooses, in the order of labels or choices, each as it follows the prompt."""
+        """The texts among which the model chooses, in the order of labels or choices, each as it follows the prompt.
+
+        Of a label that several texts say, the first.
+        """
+        return tuple(texts[0] for texts in self.wordings(task, row))
+
+    def wordings(self, task: Task, row: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+        """All texts that say each label or choice, in the order of `answers`."""
         if task.kind == "multiple_choice":
-            texts = task.choice_texts(row)
+            said: tuple[tuple[str, ...], ...] = tuple((text,) for text in task.choice_texts(row))
         else:
-            texts = tuple(self._said(name) for name in task.labels)
-        return tuple(" " * self.spaced + text.strip() for text in texts)
+            said = tuple(self._said(name) for name in task.labels)
+        return tuple(tuple(" " * self.spaced + text.strip() for text in texts) for texts in said)
 
     def example(self, task: Task, row: Mapping[str, Any]) -> str:
         """A row with its right answer."""
@@ -162,7 +176,8 @@ class Pattern:
 
     def to_dict(self) -> dict[str, Any]:
         """The pattern as JSON values; `from_dict` gives back an equal one."""
-        return asdict(self)
+        words = {name: text if isinstance(text, str) else list(text) for name, text in self.verbalizer.items()}
+        return {**asdict(self), "verbalizer": words}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Pattern:
@@ -175,8 +190,16 @@ class Pattern:
             raise TaskError(f"a pattern needs its prompt; got {', '.join(values) or 'nothing'}")
         return cls(**values)
 
-    def _said(self, name: str) -> str:
-        return self.verbalizer.get(name, name)
+    def _said(self, name: str) -> tuple[str, ...]:
+        said = self.verbalizer.get(name, name)
+        return (said,) if isinstance(said, str) else tuple(said)
+
+
+def _are_texts(said: Any) -> bool:
+    """Whether this is a text, or a list of at least one."""
+    return isinstance(said, str) or (
+        isinstance(said, (list, tuple)) and bool(said) and all(isinstance(text, str) for text in said)
+    )
 
 
 def _render(part: str, row: Mapping[str, Any]) -> str:

@@ -1,15 +1,17 @@
 """Answers as candidate texts: the three losses of T-Few (Liu et al. 2022, arXiv 2205.05638), and distillation.
 
-Every choice of every row is one sequence, the choices of a row side by side. Nothing here runs a model: the functions
-take the log-probabilities of the candidates' tokens, so any language model can be put in front.
+Every choice of every row is one sequence, or several where several texts say it, the choices of a row side by side.
+Nothing here runs a model: the functions take the log-probabilities of the candidates' tokens, so any language model can
+be put in front.
 
-Legend: R rows, S sequences (all choices of all rows), T tokens, V vocabulary.
+Legend: R rows, C choices of all rows, S sequences (all texts of these; mostly C), T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from multitune.errors import ConfigError
 from multitune.heads import IGNORED
-from multitune.ranked import CHOICE, ROW
+from multitune.ranked import CHOICE, ROW, TEXT
 
 #: What the released code adds inside the logarithm of the unlikelihood loss.
 UNLIKELIHOOD_EPS = 0.01
@@ -32,13 +34,18 @@ class Candidates:
     mask: Tensor
     """bool `[S, T]`: which tokens are the candidate's own; not those of the text before it, and no padding."""
     counts: tuple[int, ...]
-    """How many choices each of the R rows has; their sum is S."""
+    """How many choices each of the R rows has; their sum is C."""
+    texts: tuple[int, ...] = ()
+    """How many sequences say each of the C choices; their sum is S. Empty where each has one."""
 
     def __post_init__(self) -> None:
-        if self.log_probs.shape != self.mask.shape or sum(self.counts) != len(self.mask) or min(self.counts) < 1:
+        said = self.texts or (1,) * sum(self.counts)
+        fits = len(said) == sum(self.counts) and sum(said) == len(self.mask) and min(*said, *self.counts) >= 1
+        if self.log_probs.shape != self.mask.shape or not fits:
             raise ConfigError(
-                f"log_probs {tuple(self.log_probs.shape)}, mask {tuple(self.mask.shape)} and counts {self.counts} do "
-                f"not fit: give one sequence for every choice, and every row at least one"
+                f"log_probs {tuple(self.log_probs.shape)}, mask {tuple(self.mask.shape)}, counts {self.counts} and "
+                f"texts {self.texts} do not fit: give one sequence for every choice, or as many as texts says, and "
+                f"every row at least one"
             )
         empty = (~self.mask.bool()).all(1).nonzero().flatten().tolist()
         if empty:
@@ -50,14 +57,22 @@ class Candidates:
 
         Args:
             log_probs: float32 `[N]`: log p of every token of every choice.
-            index: int64 `[N, 5]`, as `multitune.ranked.index_of` makes it: which row and choice each token is of.
+            index: int64 `[N, 6]`, as `multitune.ranked.index_of` makes it: which row, text and choice each token is of.
         """
-        pairs, lengths = index[:, [ROW, CHOICE]].unique_consecutive(dim=0, return_counts=True)
-        counts = pairs[:, 0].unique_consecutive(return_counts=True)[1]
+        said, lengths = index[:, [ROW, CHOICE, TEXT]].unique_consecutive(dim=0, return_counts=True)
+        choices, texts = said[:, :2].unique_consecutive(dim=0, return_counts=True)
+        counts = choices[:, 0].unique_consecutive(return_counts=True)[1]
         padded = pad_sequence(list(log_probs.split(lengths.tolist())), batch_first=True)
         places = torch.arange(padded.shape[1], device=padded.device)
         mask = places < lengths.to(padded.device).unsqueeze(1)
-        return cls(log_probs=padded, mask=mask, counts=tuple(counts.tolist()))
+        several = tuple(texts.tolist()) if len(said) > len(choices) else ()
+        return cls(log_probs=padded, mask=mask, counts=tuple(counts.tolist()), texts=several)
+
+    @property
+    def per_row(self) -> tuple[int, ...]:
+        """How many sequences each row has."""
+        said = iter(self.texts)
+        return tuple(sum(islice(said, count)) for count in self.counts) if self.texts else self.counts
 
     @property
     def lengths(self) -> Tensor:
@@ -65,15 +80,20 @@ class Candidates:
         return self.mask.sum(1).float()
 
     def scores(self) -> Tensor:
-        """`[S]`: β = (1/T) Σ_t log p(y_t | x, y_<t)."""
-        return self.log_probs.masked_fill(~self.mask, 0.0).sum(1) / self.lengths
+        """`[C]`: β = (1/T) Σ_t log p(y_t | x, y_<t); of a choice that several texts say, their mean."""
+        each = self.log_probs.masked_fill(~self.mask, 0.0).sum(1) / self.lengths
+        return torch.stack([of.mean() for of in each.split(self.texts)]) if self.texts else each
+
+    def of_texts(self, values: Tensor) -> Tensor:
+        """`values [C]` as `[S]`: every sequence's is its choice's."""
+        return values.repeat_interleave(torch.tensor(self.texts, device=values.device)) if self.texts else values
 
     def by_row(self, values: Tensor) -> Tensor:
-        """`values [S]` as `[R, most choices]`, -inf where a row has no such choice."""
+        """`values [C]` as `[R, most choices]`, -inf where a row has no such choice."""
         return pad_sequence(list(values.split(self.counts)), batch_first=True, padding_value=-torch.inf)
 
     def right(self, answers: Tensor) -> Tensor:
-        """bool `[S]`: which sequences are their rows' right choices.
+        """bool `[C]`: which are their rows' right choices.
 
         Args:
             answers: int64 `[R]`, the number of each row's right choice; or `[R, most choices]`, 1 for every right one,
@@ -96,7 +116,8 @@ class Candidates:
         if answers.ndim == 2:
             return answers[answers != IGNORED] == 1
         first = counts.cumsum(0) - counts
-        return torch.zeros(len(self.mask), dtype=torch.bool, device=answers.device).index_fill(0, first + answers, True)
+        none = torch.zeros(sum(self.counts), dtype=torch.bool, device=answers.device)
+        return none.index_fill(0, first + answers, True)
 
 
 def language_loss(candidates: Candidates, answers: Tensor) -> Tensor:
@@ -119,12 +140,12 @@ def unlikelihood_loss(candidates: Candidates, answers: Tensor, *, eps: float = U
     """
     if eps < 0:
         raise ConfigError(f"eps={eps} of the unlikelihood loss is not possible; give 0 or more")
-    wrong = ~candidates.right(answers)
+    wrong = candidates.of_texts(~candidates.right(answers))
     # A certain token's p can round to just above one.
     surprise = -torch.log((1 - candidates.log_probs.exp()).clamp(min=0) + eps)
     each = surprise.masked_fill(~(candidates.mask & wrong.unsqueeze(1)), 0.0).sum(1)
     lengths = candidates.lengths * wrong
-    total, tokens = (torch.stack([part.sum() for part in t.split(candidates.counts)]) for t in (each, lengths))
+    total, tokens = (torch.stack([part.sum() for part in t.split(candidates.per_row)]) for t in (each, lengths))
     return (total / tokens.clamp(min=1)).mean()  # a row whose only choice is the right one has no wrong ones
 
 

@@ -91,7 +91,7 @@ class TuningModel(nn.Module):
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
             slots, decoder_input_ids: int64 `[B, S]` and `[B, U]`, as `Backbone.run` takes them; with the latter targets
                 and `index` are of the decoder's tokens.
-            index: ranking: int64 `[N, 5]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
+            index: ranking: int64 `[N, 6]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
             teacher: ranking: float32 `[R, choices]`, the scores to distil.
 
         Returns:
