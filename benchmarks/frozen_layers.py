@@ -5,7 +5,8 @@
 epochs: processor time of an epoch (its evaluation included) with and without `cache_frozen`, on the first rows of a
     task. The first epoch with it includes the one pass that fills the cache.
 shared: one text asked of sixteen tasks in `Bank.predict`, with lower layers shared and not, in turn.
-choice: freezing where hidden states turn (`first=semantic`) beside freezing by halves: score and processor time.
+choice: freezing where hidden states turn (`first=semantic`) beside freezing by halves: score and processor time. Its
+    runs are kept in a store (--store), by which `multitune claims --results` judges a claim.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from _harness import interleave
-from _store import check_markers, environment, write_between
+from _store import append, check_markers, environment, write_between
 
 import multitune as mt
 from multitune import sharing
@@ -132,8 +133,8 @@ def shared(task: str, rows: int) -> Iterator[str]:
         yield f"| {name} | {apart:.1f} | {together:.1f} | {apart / together:.1f} |"
 
 
-def choice(task: str) -> Iterator[str]:
-    """Rows of the table of where to cut."""
+def choice(task: str, store: Path) -> Iterator[str]:
+    """Rows of the table of where to cut; every run is also kept in the store, by which claims are judged."""
     data = mt.load_task(task)
     kinds = {
         "every layer": mt.Freeze(first=0),
@@ -156,6 +157,9 @@ def choice(task: str) -> Iterator[str]:
             found = mt.train(backbone, data, method, epochs=5, seed=seed, cache_frozen="auto", progress=False)
             scores.append(found.best_metric)
             seconds.append(time.process_time() - start)
+            cell = {"backbone": "minilm", "task": task, "trained": name, "seed": seed}
+            run = {"score": scores[-1], "metric": metric, "seconds": seconds[-1]}
+            append(store / f"{DOCUMENT_PART}.jsonl", {"cell": cell, **run, "environment": environment(1)})
         used = found.adapter.method
         layers = tuple(used.trained_layers(backbone)) if name in list(kinds)[:4] else used.layers or tuple(range(6))
         spread = f"{100 * statistics.mean(scores):.1f} ± {100 * statistics.stdev(scores):.1f}"
@@ -172,6 +176,7 @@ def main() -> None:
     parser.add_argument("--task", default="glue/rte", help="task of the times")
     parser.add_argument("--rows", type=int, default=64, help="training rows of the times")
     parser.add_argument("--choice-task", default="demo/topic", help="task of the scores")
+    parser.add_argument("--store", type=Path, default=Path(__file__).parent / "results", help="folder of the scores")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between this document's markers")
     args = parser.parse_args()
     check_markers(args.write, DOCUMENT_PART)
@@ -179,7 +184,7 @@ def main() -> None:
     tables = {
         "epochs": (epochs, args.task, args.rows),
         "shared": (shared, args.task, args.rows),
-        "choice": (choice, args.choice_task),
+        "choice": (choice, args.choice_task, args.store),
     }
     lines = []
     for case in args.cases:

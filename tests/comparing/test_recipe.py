@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from multitune import ConfigError
-from multitune.comparing.recipe import Budget, Recipe
+from multitune.comparing.recipe import Recipe
+from multitune.comparing.recipe_entries import Budget
 from multitune.comparing.sources import METHODS, recipe_of
 
 GIVEN = """

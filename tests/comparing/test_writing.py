@@ -1,11 +1,13 @@
 """Tasks of writing: compared on decoders and encoder-decoders, judged by texts as long as the recipe says."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from multitune import Backbone, Bank, ConfigError, compare, make_method, train
 from multitune.comparing.budgets import counted
+from multitune.comparing.execute import Place
 from multitune.comparing.run import load
 from multitune.comparing.sources import recipe_for_table
 from multitune.generation import evaluate_texts
@@ -55,6 +57,11 @@ def scores_alone(recipe, trial, **decoding):
     bank = Bank(backbone)
     bank.add("it", train(backbone, data, method, progress=False, **trial.training).adapter)
     return evaluate_texts(bank, "it", data.validation, decoding).scores
+
+
+def test_a_process_elsewhere_finds_a_folder_whatever_stands_behind_its_name(folders):
+    there = Path(folders("t5/writes"))
+    assert Place(there.name, "cpu", None, str(there.parent))._backbone.decodes
 
 
 @pytest.mark.parametrize("name", ["t5/writes", "bart/writes"])

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from invented import record
 from scipy import stats
 from typer.testing import CliRunner
 
+from multitune import method_names
 from multitune.cli import app
 from multitune.comparing.claims import judge
-from multitune.comparing.papers import CLAIMS, COLLECTIONS, Claim, Part
+from multitune.comparing.evidence import read_results
+from multitune.comparing.overhead import FORMS, OverheadRow
+from multitune.comparing.papers import CLAIMS, Claim
+from multitune.comparing.parts import COLLECTIONS, Part, Side, Size, Stored, Timed, Untested
 from multitune.comparing.sources import recipe_of
 from multitune.comparing.store import FILE, Store
+
+ROOT = Path(__file__).parents[2]
 
 
 def runs(scores, task="glue/rte", **more):
@@ -59,13 +67,139 @@ def test_the_figure_is_the_paired_difference_with_scipys_interval():
     assert "71.7 against 66.0" in text and "1 task, 3 seeds, minilm" in text
 
 
-def test_too_many_parameters_break_a_claim_about_few():
-    part = Part(method="bitfit", other="full", relation="most of", most_parameters=0.001)
-    claim = Claim(number=0, statement="", source="", figure="", parts=(part,), suites=("glue",))
-    for size, expected in ((999, "holds here"), (1000, "does not hold here")):
-        records = runs({"bitfit": MIDDLE}, parameters=size) + runs({"full": MIDDLE}, parameters=1_000_000)
-        (finding,) = judge(records, claim)
-        assert finding.verdict == expected and f"{size / 10_000:.3f}%" in finding.ours
+def of(part, suites=("glue",)):
+    """A claim of one part."""
+    return Claim(number=0, statement="", source="", figure="", parts=(part,), suites=suites)
+
+
+@pytest.mark.parametrize(
+    ("mine", "paper_size", "expected"),
+    [
+        (999, 1_000_000, "holds here"),
+        (1000, 1_000_000, "does not hold here"),
+        (1000, 1_000_001, "cannot be tested here"),  # a narrow backbone says nothing against a share on a wide one
+    ],
+)
+def test_a_share_of_parameters_is_judged_on_a_backbone_as_large_as_the_papers(mine, paper_size, expected):
+    records = runs({"bitfit": MIDDLE}, parameters=mine) + runs({"full": MIDDLE}, parameters=1_000_000)
+    (finding,) = judge(records, of(Size(method="bitfit", most=0.001, paper_size=paper_size)))
+    assert finding.verdict == expected and f"{mine / 10_000:.3f}%" in finding.ours
+
+
+def test_methods_at_one_budget_are_compared_at_that_budget_alone():
+    part = Part(method="sift", other="lora", relation="beats", budget="0.25%")
+    records = runs({"sift": MIDDLE, "lora": LOW}, budget="0.25%") + runs({"lora": HIGH}, budget="1%")
+    (finding,) = judge(records, of(part))
+    assert finding.verdict == "holds here"
+
+
+# ------------------------------------------------------------------- times of serving
+
+
+def times(method, ratios, form="alone", **more):
+    """A row for every ratio, each of another length."""
+    return [
+        OverheadRow(method=method, form=form, rows=1, length=16 * i, ratio=r, milliseconds=1.0, rounds=9, **more)
+        for i, r in enumerate(ratios, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([1.00, 1.01, 1.02], "holds here"),
+        ([1.09, 1.11, 1.10], "does not hold here"),
+        ([0.95, 1.05, 1.20], "cannot be told here"),
+        ([1.0], "cannot be told here"),
+        ([], "not run yet"),
+    ],
+)
+def test_times_beyond_the_bare_backbones_are_negligible_up_to_five_percent(ratios, expected):
+    (finding,) = judge([], of(Timed(method="lora", form="merged")), overhead=times("lora", ratios, "merged"))
+    assert finding.verdict == expected and "benchmarks/overhead.py" in finding.command
+
+
+def test_times_of_two_methods_are_compared_on_the_shapes_that_both_have():
+    part = Timed(method="aot_fc", form="fused", other=("lora", "alone"))
+    rows = times("aot_fc", [1.1, 2.2, 3.3, 9.9], "fused") + times("lora", [1.3, 2.5, 3.9])
+    (finding,) = judge([], of(part), overhead=rows)
+    assert finding.verdict == "holds here"
+    logs = [np.log(1.1 / 1.3), np.log(2.2 / 2.5), np.log(3.3 / 3.9)]
+    low, high = np.exp(stats.t.interval(0.95, 2, np.mean(logs), stats.sem(logs)))
+    assert (
+        f"2.00 × the bare backbone's time against 2.33 × ({low:.2f} to {high:.2f} times it), 3 shapes" in finding.ours
+    )
+    (turned,) = judge([], of(Timed(method="lora", form="alone", other=("aot_fc", "fused"))), overhead=rows)
+    assert turned.verdict == "does not hold here"
+
+
+# ------------------------------------------------------------------- rows of benchmarks
+
+CHAINS = Stored(
+    store="chains",
+    one=Side(title="many", cell={"rows": "many"}, score="scores.*.3.right", per="scores.*.3.asked"),
+    other=Side(title="single", cell={"rows": "single"}, score="scores.*.1.right", per="scores.*.1.asked"),
+    alike=("backbone", "questions"),
+    seed="training.seed",
+    command="python benchmarks/chains.py",
+)
+
+
+def chains(rows, seed, right, k, questions=10):
+    cell = {"rows": rows, "backbone": "b", "questions": questions, "training": {"seed": seed, "rate": len(rows)}}
+    return {"cell": cell, "scores": {name: {str(k): {"right": n, "asked": 10}} for name, n in right.items()}}
+
+
+def test_rows_of_a_benchmark_are_paired_by_seed_where_they_are_alike(tmp_path):
+    rows = [chains("many", s, {"x": 8 + s, "y": 7}, 3) for s in (0, 1, 2)]
+    rows += [chains("single", s, {"x": 4, "y": 5}, 1) for s in (2, 0, 1)]
+    stale = chains("many", 0, {"x": 0, "y": 0}, 3)
+    other = [chains(rows, 0, {"x": 1, "y": 1}, k, questions=2) for rows, k in (("many", 3), ("single", 1))]
+    lines = [json.dumps(row) for row in (stale, *rows)]
+    (tmp_path / "chains-1of2.jsonl").write_text("\n".join(lines) + '\n{"cell": {"ro', "utf-8")
+    (tmp_path / "chains-2of2.jsonl").write_text(json.dumps(other[0]) + "\n" + json.dumps(other[1]), "utf-8")
+    (tmp_path / "notes.json").write_text("[1, 2]", "utf-8")
+    full, quick = judge([], of(CHAINS), results=read_results(tmp_path))
+    assert full.verdict == "holds here" and quick.verdict == "cannot be told here"
+    assert full.ours.startswith("80.0 against 45.0; difference 35.0 (22.6 to 47.4), 3 seeds, backbone b, questions 10")
+    assert quick.ours.endswith("1 seed, backbone b, questions 2")
+
+
+def test_rows_without_a_seed_are_compared_with_those_of_every_seed(tmp_path):
+    rows = [chains("many", s, {"x": 8 + s}, 3) for s in (0, 1)] + [chains("single", None, {"x": 4}, 1)]
+    del rows[-1]["cell"]["training"]
+    (finding,) = judge([], of(CHAINS), results={"chains": rows})
+    assert "85.0 against 40.0" in finding.ours and "2 seeds" in finding.ours
+
+
+def test_the_last_result_of_a_file_is_a_row(tmp_path):
+    results = [{"after": "a", "accuracy": {"x": 0.1, "y": 0.2}}, {"after": "b", "accuracy": {"x": 0.6, "y": 0.4}}]
+    whole = {"environment": {}, "settings": {"backbone": "minilm"}, "results": results}
+    (tmp_path / "stream.json").write_text(json.dumps(whole), "utf-8")
+    part = Stored(
+        store="stream", one=Side(title="x", score="accuracy.x"), other=Side(title="y", score="accuracy.y"), command="",
+        alike=("backbone", "after"),
+    )  # fmt: skip
+    (finding,) = judge([], of(part), results=read_results(tmp_path))
+    assert finding.ours.startswith("60.0 against 40.0") and finding.verdict == "cannot be told here"
+
+
+def test_every_claim_says_what_decides_it():
+    for claim in CLAIMS:
+        for finding in judge([], claim):
+            assert finding.verdict == ("cannot be tested here" if isinstance(finding.part, Untested) else "not run yet")
+            assert finding.ours and (finding.command or isinstance(finding.part, Untested))
+            if finding.command.startswith("python "):
+                assert (ROOT / finding.command.split()[1]).is_file()
+    parts = [part for claim in CLAIMS for part in claim.parts]
+    assert {p.form for p in parts if isinstance(p, Timed)} <= set(FORMS)
+    for part in parts:
+        if isinstance(part, (Part, Size)):
+            assert {part.method, getattr(part, "other", "full")} <= set(method_names())
+        elif isinstance(part, Stored):  # the cells of its benchmark have these fields
+            text = (ROOT / "benchmarks" / f"{part.store}.py").read_text("utf-8")
+            fields = {*part.alike, *part.one.cell, *part.other.cell} - {"after"}
+            assert all(f'"{field}"' in text or f"--{field}" in text for field in fields), part.store
 
 
 def test_a_task_that_one_method_lacks_leaves_the_claim_open():
@@ -78,7 +212,7 @@ def test_a_task_that_one_method_lacks_leaves_the_claim_open():
 def test_suites_are_judged_apart():
     records = runs({"ptuning_v2": HIGH, "prompt": LOW}) + runs({"ptuning_v2": LOW, "prompt": HIGH}, "super_glue/cb")
     (claim,) = (c for c in CLAIMS if c.number == 4)
-    found = {(f.suite, f.part.other): f.verdict for f in judge(records, claim)}
+    found = {(f.runs, f.part.other): f.verdict for f in judge(records, claim)}
     assert found["glue", "prompt"] == "holds here" and found["superglue", "prompt"] == "does not hold here"
     assert found["glue", "full"] == found["superglue", "full"] == "not run yet"
 
@@ -86,7 +220,7 @@ def test_suites_are_judged_apart():
 def test_the_runs_of_a_suite_are_those_that_its_claims_are_judged_by():
     for suite, collection in COLLECTIONS.items():
         assert {entry.task.partition("/")[0] for entry in recipe_of(suite).tasks} == {collection}
-    assert {suite for claim in CLAIMS for suite in claim.suites} <= set(COLLECTIONS)
+    assert {suite for claim in CLAIMS for suite in claim.suites} == set(COLLECTIONS)
 
 
 def test_methods_on_different_backbones_are_not_compared():
@@ -111,10 +245,33 @@ def test_the_command_writes_the_document_and_prints_every_claim(tmp_path):
     assert result.exit_code == 0, result.stderr
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("-->\nAfter.\n") and "stale" not in text
-    assert text.count("\n### ") == 8 and text.count("**holds here**") == 1 and text.count("Not run yet") == 5
+    assert text.count("\n### ") == 8 and text.count("**holds here**") == 1
+    assert text.count("**cannot be tested here**") == 3
     assert {line.split()[0] for line in result.stdout.splitlines()[2:]} == set("12345678")
     found = json.loads(CliRunner().invoke(app, ["claims", str(tmp_path / "done"), "--json"]).stdout)
     assert [c["number"] for c in found] == list(range(1, 9))
+
+
+def test_the_command_reads_times_and_benchmarks_and_wants_something_to_judge_by(tmp_path):
+    (tmp_path / "overhead.jsonl").write_text(
+        "".join(json.dumps(row.to_dict()) + "\n" for row in times("lora", [1.0, 1.01, 1.02], "merged")), "utf-8"
+    )
+    row = {"cell": {"backbone": "b", "task": "t", "num_train": 9, "num_judged": 9}, "scores": {"accuracy": 0.75}}
+    rows = [
+        {**row, "cell": {**row["cell"], "system": s, "seed": seed}, "scores": {"accuracy": 0.5 + 0.25 * (s == "tfew")}}
+        for s in ("tfew", "few")
+        for seed in (0, 1)
+    ]
+    (tmp_path / "few_shot_language.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    told = CliRunner().invoke(
+        app, ["claims", "--overhead", str(tmp_path / "overhead.jsonl"), "--results", str(tmp_path), "--json"]
+    )
+    verdicts = {
+        (c["number"], f["runs"]): f["verdict"] for c in json.loads(told.stdout) for f in reversed(c["findings"])
+    }
+    assert verdicts[5, "overhead"] == verdicts[6, "few_shot_language"] == "holds here"
+    nothing = CliRunner().invoke(app, ["claims"])
+    assert nothing.exit_code == 1 and "--results FOLDER" in nothing.stderr
 
 
 def test_a_document_without_markers_is_refused_before_the_work(tmp_path):

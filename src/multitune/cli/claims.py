@@ -12,8 +12,10 @@ from multitune.cli import shared
 from multitune.cli.report import read_stores
 from multitune.cli.shared import AsJson, app, note, print_json, show
 from multitune.comparing.claims import as_markdown, judge
+from multitune.comparing.evidence import read_results
+from multitune.comparing.overhead import read_overhead
 from multitune.comparing.papers import CLAIMS
-from multitune.errors import DataError, suggest_file
+from multitune.errors import ConfigError, DataError, suggest_file
 from multitune.files import replace_file
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -22,11 +24,25 @@ BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 @app.command("claims")
 def claims_command(
     stores: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="FOLDER...", help="Folders of comparisons, or stores, to judge by together.", show_default=False
         ),
-    ],
+    ] = None,
+    overhead: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured times of serving, as benchmarks/overhead.py writes them; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Rows of benchmarks, as benchmarks/results holds them.", show_default=False
+        ),
+    ] = None,
     write: Annotated[
         Path | None,
         typer.Option(
@@ -37,22 +53,24 @@ def claims_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the papers' claims by the runs of comparisons: the paper's figure, ours with its interval, a verdict."""
+    """Judge the papers' claims by comparisons and benchmarks: the paper's figure, ours with its interval, a verdict."""
     document = None if write is None else _document(write)
-    records = read_stores(stores)
-    findings = {claim.number: judge(records, claim) for claim in CLAIMS}
+    if not stores and not overhead and results is None:
+        raise ConfigError("claims are judged by runs: give folders of comparisons, --overhead FILE or --results FOLDER")
+    records = read_stores(stores) if stores else []
+    times = [row for file in overhead or [] for row in read_overhead(file)]
+    rows = {} if results is None else read_results(results)
+    findings = {claim.number: judge(records, claim, overhead=times, results=rows) for claim in CLAIMS}
     if write is not None and document is not None:
         before, rest = document.split(BEGIN)
-        text = f"{before}{BEGIN}\n\n{as_markdown(records)}\n\n{END}{rest.split(END)[1]}"
+        text = f"{before}{BEGIN}\n\n{as_markdown(records, overhead=times, results=rows)}\n\n{END}{rest.split(END)[1]}"
         replace_file(write, lambda file: file.write_text(text, "utf-8"))
         note(f"wrote {write}")
     if as_json:
         print_json([asdict(c) | {"findings": [asdict(f) for f in findings[c.number]]} for c in CLAIMS])
         return
-    rows = [
-        (claim.number, f.suite, f.part.words, f.ours, f.verdict) for claim in CLAIMS for f in findings[claim.number]
-    ] + [(claim.number, "", claim.statement, claim.missing, "not run yet") for claim in CLAIMS if not claim.parts]
-    show(shared.table(sorted(rows, key=lambda r: r[0]), ("claim", "suite", "read as", "ours", "verdict")))
+    lines = [(number, f.runs, f.part.words, f.ours, f.verdict) for number, of in findings.items() for f in of]
+    show(shared.table(lines, ("claim", "runs", "read as", "ours", "verdict")))
 
 
 def _document(file: Path) -> str:

@@ -1,77 +1,129 @@
-"""Claims of papers, judged by the runs of a store: our figure with its interval, and a verdict.
+"""Claims of papers, judged by runs: our figure with its interval, and a verdict.
 
-A claim is read as differences of mean scores between two methods on one suite. The interval is Student's over seeds of
-the paired difference of official scores, averaged over tasks. Both methods are on the same backbone: each that was run
-is judged by itself.
+A claim is read as parts, each decided by one kind of result (`parts`). Scores of suites are compared as the paired
+difference of official scores with Student's interval over seeds, averaged over tasks; both methods are on the same
+backbone, and each backbone that was run is judged by itself. Rows of benchmarks are compared in the same way. Times of
+serving are compared as ratios, with Student's interval over the shapes of the batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from multitune.comparing.evidence import Row, pairs_of
 from multitune.comparing.gathering import summarise
-from multitune.comparing.papers import CLAIMS, COLLECTIONS, MARGIN, MOST, Claim, Part
+from multitune.comparing.overhead import OverheadRow
+from multitune.comparing.papers import CLAIMS, Claim
+from multitune.comparing.parts import (
+    COLLECTIONS,
+    MARGIN,
+    MOST,
+    NEGLIGIBLE,
+    AnyPart,
+    Part,
+    Size,
+    Stored,
+    Timed,
+    Untested,
+)
 from multitune.comparing.records import Record
 from multitune.comparing.statistics import Estimate, estimate, mean_over_tasks
 from multitune.comparing.summary import Candidate, Summary
-from multitune.comparing.wording import interval, listed, points
+from multitune.comparing.wording import count, interval, listed, points, ratio
 
-Verdict = Literal["holds here", "does not hold here", "cannot be told here", "not run yet"]
+Verdict = Literal["holds here", "does not hold here", "cannot be told here", "cannot be tested here", "not run yet"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What the runs say about one part on one suite."""
+    """What the runs say about one part."""
 
-    part: Part
-    suite: str
+    part: AnyPart
+    runs: str
+    """The suite or benchmark that decides."""
     verdict: Verdict
     ours: str
     """Our figure, or what is missing."""
-    command: str
+    command: str = ""
+    """What makes the runs and judges them; none where no run can."""
 
 
-def judge(records: Sequence[Record], claim: Claim) -> list[Finding]:
-    """What these runs say about a claim, for every suite, part and backbone."""
-    return [finding for suite in claim.suites for part in claim.parts for finding in _judge(records, part, suite)]
+def judge(
+    records: Sequence[Record],
+    claim: Claim,
+    *,
+    overhead: Sequence[OverheadRow] = (),
+    results: Mapping[str, Sequence[Row]] | None = None,
+) -> list[Finding]:
+    """What runs say about a claim, for every suite, part and backbone.
+
+    Args:
+        records: of comparisons.
+        overhead: measured times of serving.
+        results: rows of benchmarks, see `read_results`.
+    """
+    found: list[Finding] = []
+    for suite in dict.fromkeys(s for part in claim.parts for s in _suites(part, claim)):
+        for part in claim.parts:
+            if isinstance(part, (Part, Size)) and suite in _suites(part, claim):
+                found += _on_suite(records, part, suite)
+    for part in claim.parts:
+        if isinstance(part, Timed):
+            found += _timed(overhead, part)
+        elif isinstance(part, Stored):
+            found += _stored((results or {}).get(part.store, ()), part)
+        elif isinstance(part, Untested):
+            found.append(Finding(part=part, runs="", verdict="cannot be tested here", ours=part.reason))
+    return found
 
 
-def _judge(records: Sequence[Record], part: Part, suite: str) -> list[Finding]:
+def _suites(part: AnyPart, claim: Claim) -> tuple[str, ...]:
+    return part.suites or claim.suites if isinstance(part, (Part, Size)) else ()
+
+
+# ------------------------------------------------------------------------ comparisons
+
+
+def _on_suite(records: Sequence[Record], part: Part | Size, suite: str) -> Iterator[Finding]:
     """A finding for each backbone that has runs of the two methods, or one that says that there is none."""
     by_backbone: dict[str, list[Record]] = {}
     for r in records:
         of_suite = r.trial.task.startswith(f"{COLLECTIONS[suite]}/") and r.purpose == "final"
-        if of_suite and r.trial.method in (part.method, part.other):
+        if of_suite and r.trial.method in (part.method, _other(part)) and _in_budget(r, part):
             by_backbone.setdefault(r.trial.backbone, []).append(r)
-    if not by_backbone:
-        return [_on_backbone("", [], part, suite)]
-    return [_on_backbone(backbone, of, part, suite) for backbone, of in sorted(by_backbone.items())]
+    command = f"multitune compare {suite}{part.options} --out compare-{suite} && multitune claims compare-{suite}"
+    for backbone, of in sorted(by_backbone.items()) or [("", [])]:
+        verdict, ours = _on_backbone(backbone, of, part, suite)
+        yield Finding(part=part, runs=suite, verdict=verdict, ours=ours, command=command)
 
 
-def _on_backbone(backbone: str, records: Sequence[Record], part: Part, suite: str) -> Finding:
-    command = f"multitune compare {suite} --out compare-{suite} && multitune claims compare-{suite}"
+def _other(part: Part | Size) -> str:
+    return part.other if isinstance(part, Part) else "full"
+
+
+def _in_budget(record: Record, part: Part | Size) -> bool:
+    return not isinstance(part, Part) or part.budget is None or record.budget == part.budget
+
+
+def _on_backbone(backbone: str, records: Sequence[Record], part: Part | Size, suite: str) -> tuple[Verdict, str]:
     summary = summarise(records)
-
-    def found(verdict: Verdict, ours: str) -> Finding:
-        return Finding(part=part, suite=suite, verdict=verdict, ours=ours, command=command)
-
-    one, other = (_best(summary, name) for name in (part.method, part.other))
-    lacking = [name for name, c in ((part.method, one), (part.other, other)) if c is None]
+    one, other = (_best(summary, name) for name in (part.method, _other(part)))
+    lacking = [name for name, c in ((part.method, one), (_other(part), other)) if c is None]
     if one is None or other is None:
         where = f"every task of {suite} that was run on {backbone}" if summary.tasks else f"any task of {suite}"
-        return found("not run yet", f"no score of {listed(lacking, most=2)} on {where}")
+        return "not run yet", f"no score of {listed(lacking, most=2)} on {where}"
+    if isinstance(part, Size):
+        return _size(one, other, part, backbone)
     difference = _difference(summary, one, other, MOST if part.relation == "most of" else 1.0)
     if difference is None:
-        return found("cannot be told here", "the two have no two seeds in common on some task, so no interval")
-    assert one.overall is not None and other.overall is not None and difference.interval is not None
-    ours = (
-        f"{points(one.overall.mean)} against {points(other.overall.mean)}"
-        f"{_share(one, other)}; {_named(part)} {points(difference.mean)} ({interval(difference.interval)}), "
-        f"{len(summary.tasks)} task{'s' if len(summary.tasks) > 1 else ''}, {difference.n} seeds, {backbone}"
-    )
-    return found(_verdict(part, difference, one, other), ours)
+        return "cannot be told here", "the two have no two seeds in common on some task, so no interval"
+    assert one.overall is not None and other.overall is not None
+    tasks = f"{len(summary.tasks)} task{'s' if len(summary.tasks) > 1 else ''}"
+    ours = _in_points(part, one.overall.mean, other.overall.mean, difference)
+    return _verdict(part, difference), f"{ours}, {tasks}, {difference.n} seeds, {backbone}"
 
 
 def _best(summary: Summary, method: str) -> Candidate | None:
@@ -90,25 +142,92 @@ def _difference(summary: Summary, one: Candidate, other: Candidate, factor: floa
     return mean_over_tasks([estimate(values) for values in of_tasks])
 
 
-def _named(part: Part) -> str:
-    return f"above {MOST:.0%} of it by" if part.relation == "most of" else "difference"
+def _size(one: Candidate, full: Candidate, part: Size, backbone: str) -> tuple[Verdict, str]:
+    mine, whole = one.mean("parameters"), full.mean("parameters")
+    if mine is None or not whole:
+        return "cannot be told here", f"no number of parameters on {backbone}"
+    ours = f"{count(mine)} of {count(whole)}, {mine / whole:.3%}, {backbone}"
+    if mine / whole < part.most:
+        return "holds here", ours
+    if whole < part.paper_size:
+        return "cannot be tested here", f"{ours}, which is smaller than the paper's: the share shrinks with the width"
+    return "does not hold here", ours
 
 
-def _share(one: Candidate, other: Candidate) -> str:
-    """Trained parameters of a method as a share of full tuning's."""
-    mine, full = one.mean("parameters"), other.mean("parameters")
-    return f" with {mine / full:.3%} of its parameters" if other.method == "full" and mine is not None and full else ""
+# ------------------------------------------------------------------------ benchmarks
 
 
-def _verdict(part: Part, difference: Estimate, one: Candidate, other: Candidate) -> Verdict:
-    assert difference.interval is not None
+def _stored(rows: Sequence[Row], part: Stored) -> Iterator[Finding]:
+    """A finding for every group of rows that are alike."""
+    command = f"{part.command} && multitune claims --results benchmarks/results"
+    groups = pairs_of(rows, part)
+    if not groups:
+        ours = f"no rows of {part.one.title} and {part.other.title}"
+        yield Finding(part=part, runs=part.store, verdict="not run yet", ours=ours, command=command)
+    factor = MOST if part.relation == "most of" else 1.0
+    for alike, by_task in groups.items():
+        difference = mean_over_tasks([estimate([a - factor * b for a, b in of]) for of in by_task.values()])
+        one, other = (math.fsum(math.fsum(p[i] for p in of) / len(of) for of in by_task.values()) for i in (0, 1))
+        ours = _in_points(part, one / len(by_task), other / len(by_task), difference)
+        ours += f", {difference.n} seed{'s' if difference.n > 1 else ''}, {alike}"
+        yield Finding(part=part, runs=part.store, verdict=_verdict(part, difference), ours=ours, command=command)
+
+
+def _timed(rows: Sequence[OverheadRow], part: Timed) -> Iterator[Finding]:
+    """A finding for every backbone that was timed."""
+    command = "python benchmarks/overhead.py && multitune claims --overhead benchmarks/results/overhead.jsonl"
+    for backbone in sorted({row.backbone for row in rows}) or [""]:
+        here = [row for row in rows if row.backbone == backbone]
+        mine, bound = _ratios(here, part.method, part.form), None
+        if part.other is not None:
+            bound = _ratios(here, *part.other)
+        shapes = sorted(mine) if bound is None else sorted(set(mine) & set(bound))
+        verdict, ours = _by_time([mine[s] for s in shapes], None if bound is None else [bound[s] for s in shapes])
+        yield Finding(
+            part=part, runs="overhead", verdict=verdict, ours=f"{ours}{backbone and ', '}{backbone}", command=command
+        )
+
+
+def _ratios(rows: Sequence[OverheadRow], method: str, form: str) -> dict[tuple[int, int], float]:
+    """Ratios of a method by rows and length; of several settings those that were timed most."""
+    by_settings: dict[str, dict[tuple[int, int], float]] = {}
+    for row in rows:
+        if (row.method, row.form) == (method, form):
+            by_settings.setdefault(repr(sorted(row.settings.items())), {})[row.rows, row.length] = row.ratio
+    return max(by_settings.values(), key=len, default={})
+
+
+def _by_time(mine: Sequence[float], others: Sequence[float] | None) -> tuple[Verdict, str]:
+    if not mine:
+        return "not run yet", "no times of it"
+    bounds = others if others is not None else [1.0] * len(mine)
+    over = estimate([math.log(a / b) for a, b in zip(mine, bounds, strict=True)])
+    said = f"{ratio(_geometric(mine))} the bare backbone's time"
+    said += "" if others is None else f" against {ratio(_geometric(others))}"
+    if over.interval is None:
+        return "cannot be told here", f"{said}, one shape of batch"
+    low, high = (math.exp(end) for end in over.interval)
+    limit = 1.0 if others is not None else 1.0 + NEGLIGIBLE
+    said += f" ({low:.2f} to {high:.2f} times it), {len(mine)} shapes of batches"
+    return ("holds here" if high < limit else "does not hold here" if low > limit else "cannot be told here"), said
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+# ------------------------------------------------------------------------ verdicts
+
+
+def _in_points(part: Part | Stored, one: float, other: float, difference: Estimate) -> str:
+    named = f"above {MOST:.0%} of it by" if part.relation == "most of" else "difference"
+    return f"{points(one)} against {points(other)}; {named} {points(difference.mean)} ({interval(difference.interval)})"
+
+
+def _verdict(part: Part | Stored, difference: Estimate) -> Verdict:
+    if difference.interval is None:
+        return "cannot be told here"
     low, high = difference.interval
-    if part.most_parameters is not None:
-        mine, whole = one.mean("parameters"), other.mean("parameters")
-        if mine is None or not whole:
-            return "cannot be told here"
-        if mine / whole >= part.most_parameters:
-            return "does not hold here"
     least = -MARGIN if part.relation == "on par" else 0.0
     if low > least:
         return "holds here"
@@ -118,17 +237,20 @@ def _verdict(part: Part, difference: Estimate, one: Candidate, other: Candidate)
 # ------------------------------------------------------------------------ as a document
 
 
-def as_markdown(records: Sequence[Record]) -> str:
+def as_markdown(
+    records: Sequence[Record],
+    *,
+    overhead: Sequence[OverheadRow] = (),
+    results: Mapping[str, Sequence[Row]] | None = None,
+) -> str:
     """All claims with what these runs say, for between the markers of a document."""
     parts = []
     for claim in CLAIMS:
         parts.append(f"### {claim.number}. {claim.statement}")
         parts.append(f"{claim.source}. The paper's figure: {claim.figure}.")
-        if not claim.parts:
-            parts.append(f"**Not run yet**: {claim.missing}.")
-            continue
-        findings = judge(records, claim)
-        lines = ["| suite | read as | ours: points, 95 % interval | verdict |", "|---|---|---|---|"]
-        lines += [f"| {f.suite} | {f.part.words} | {f.ours} | **{f.verdict}** |" for f in findings]
-        parts += ["\n".join(lines), "\n".join(f"- `{c}`" for c in dict.fromkeys(f.command for f in findings))]
+        findings = judge(records, claim, overhead=overhead, results=results)
+        lines = ["| runs | read as | ours: points or times, 95 % interval | verdict |", "|---|---|---|---|"]
+        lines += [f"| {f.runs} | {f.part.words} | {f.ours} | **{f.verdict}** |" for f in findings]
+        commands = dict.fromkeys(f.command for f in findings if f.command)
+        parts += ["\n".join(lines), "\n".join(f"- `{c}`" for c in commands)]
     return "\n\n".join(parts)

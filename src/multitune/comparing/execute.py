@@ -26,6 +26,7 @@ from multitune.training.judging import predict_rows
 
 Done = Callable[[Job, Outcome], None]
 Say = Callable[[str], None]
+_Scores = tuple[dict[str, float], tuple[float, ...] | None]
 
 #: What is the fault of one trial, and no reason to give up the others: too little memory is a RuntimeError of torch.
 _OF_A_TRIAL = (RuntimeError, MemoryError)
@@ -109,8 +110,11 @@ def _together(
     except _OF_A_TRIAL as error:
         if any(error is own for own in of_the_caller):
             raise
-        _tidy(backbone)
-        say(f"a shared pass failed ({_message(error)}); what is left runs one by one")
+        said = _message(error)
+    else:
+        return
+    _tidy(backbone)
+    say(f"a shared pass failed ({said}); what is left runs one by one")
 
 
 def _alone(backbone: Backbone, job: Job, facts: Mapping[str, Any], done: Done, say: Say) -> None:
@@ -135,19 +139,20 @@ def _trained(backbone: Backbone, job: Job, say: Say) -> TrainResult | FailedJob:
             **own.settings,
         )
     except (MultituneError, *_OF_A_TRIAL) as error:
-        _tidy(backbone)
-        return FailedJob(name=name, error=_as_ours(error), step=0, history=[])
+        failed = FailedJob(name=name, error=_as_ours(error), step=0, history=[])
+    _tidy(backbone)
+    return failed
 
 
 def _tidy(backbone: Backbone) -> None:
-    """Leave nothing of a trial that failed to the next one."""
+    """Leave nothing of a trial that failed to the next one; when its error is gone, whose frames hold its tensors."""
     backbone.model.eval()
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _as_ours(error: Exception) -> MultituneError:
-    return error if isinstance(error, MultituneError) else MultituneError(_message(error))
+    return error.with_traceback(None) if isinstance(error, MultituneError) else MultituneError(_message(error))
 
 
 def _message(error: Exception) -> str:
@@ -186,11 +191,10 @@ def outcome_of(
         error = str(result.error).removeprefix(f"job '{result.name}': ")
         return Outcome(status="failed", error=error, seconds=seconds, **shared)
     seconds = result.seconds if seconds is None else seconds
-    try:
-        scores, rows = _scores(backbone, result.adapter, job)
-    except (MultituneError, *_OF_A_TRIAL) as error:
-        _tidy(backbone)
-        return Outcome(status="failed", error=f"judging failed: {_as_ours(error)}", seconds=seconds, **shared)
+    judged = _judged(backbone, result.adapter, job)
+    if isinstance(judged, str):
+        return Outcome(status="failed", error=judged, seconds=seconds, **shared)
+    scores, rows = judged
     return Outcome(
         status="finished",
         score=_upwards(metric, scores[metric]),
@@ -218,7 +222,17 @@ def _upwards(metric: str, value: float) -> float:
     return value if higher_is_better(metric) else -value
 
 
-def _scores(backbone: Backbone, adapter: Adapter, job: Job) -> tuple[dict[str, float], tuple[float, ...] | None]:
+def _judged(backbone: Backbone, adapter: Adapter, job: Job) -> _Scores | str:
+    """What `_scores` gives, or why it could not."""
+    try:
+        return _scores(backbone, adapter, job)
+    except (MultituneError, *_OF_A_TRIAL) as error:
+        said = f"judging failed: {_as_ours(error)}"
+    _tidy(backbone)
+    return said
+
+
+def _scores(backbone: Backbone, adapter: Adapter, job: Job) -> _Scores:
     """All scores of the best tensors on the validation rows, and those of each row."""
     scores = {name: float(value) for name, value in adapter.metrics.items()}
     task, rows, batch_size = adapter.task, job.data.validation, job.trial.training["eval_batch_size"]
@@ -264,8 +278,8 @@ class Place:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        name = backbone if folder is None or not (Path(folder) / backbone).exists() else str(Path(folder) / backbone)
-        self._backbone = load_quietly(name, device)
+        beside = folder is not None and (Path(folder) / path_in(backbone)).exists()
+        self._backbone = load_quietly(f"{folder}/{backbone}" if beside else backbone, device)
         self._data: dict[str, TaskData] = {}
 
     def keep(self, key: str, data: TaskData) -> None:
@@ -285,6 +299,11 @@ class Place:
             say=lambda _: None,
         )
         return found[0]
+
+
+def path_in(backbone: str) -> str:
+    """A backbone's name without what stands behind it, such as +decoder: what may be a path."""
+    return backbone.partition("+")[0]
 
 
 def load_quietly(name: str, device: str) -> Backbone:

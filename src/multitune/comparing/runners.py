@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from multitune.backbone import Backbone
-from multitune.comparing.execute import Done, Place, Say, run_jobs
+from multitune.comparing.execute import Done, Place, Say, path_in, run_jobs
 from multitune.comparing.extras import require
 from multitune.comparing.records import Outcome
 from multitune.comparing.trials import Job
@@ -233,7 +233,7 @@ class OnRay:
         gpu = device.startswith("cuda")
         self._count = workers or max(1, int(resources.get("GPU" if gpu else "CPU", 1)))
         self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "scheduling_strategy": "SPREAD"}
-        folder = str(Path.cwd()) if Path(backbone).exists() else None
+        folder = str(Path.cwd()) if Path(path_in(backbone)).exists() else None
         self._place = (backbone, "cuda" if gpu else device, 1, folder)
         self._actors: list[Any] = []
         self._data: dict[str, Any] = {}

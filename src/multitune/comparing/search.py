@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from multitune.comparing.extras import require
-from multitune.comparing.recipe import Point
+from multitune.comparing.recipe_entries import Point
 
 if TYPE_CHECKING:
     import optuna

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from multitune.comparing.recipe import MethodEntry, Recipe, TaskEntry
+from multitune.comparing.recipe import Recipe
+from multitune.comparing.recipe_entries import MethodEntry, TaskEntry
 from multitune.errors import ConfigError, suggest, suggest_file
 from multitune.heads import Head
 from multitune.tasks import Task

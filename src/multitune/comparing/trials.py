@@ -11,7 +11,8 @@ from typing import Any, Literal
 from multitune.backbone import Backbone
 from multitune.comparing.budgets import fit
 from multitune.comparing.extras import require
-from multitune.comparing.recipe import Budget, MethodEntry, Point, Recipe, TaskEntry
+from multitune.comparing.recipe import Recipe
+from multitune.comparing.recipe_entries import Budget, MethodEntry, Point, TaskEntry
 from multitune.comparing.records import Trial, digest
 from multitune.comparing.rows import draw, rows_fingerprint
 from multitune.errors import ConfigError, DataError, MultituneError
