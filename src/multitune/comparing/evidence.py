@@ -18,7 +18,7 @@ def read_results(folder: Path) -> dict[str, list[Row]]:
     """Rows of the benchmarks' files in a folder, by the benchmark's name; of equal cells the last counts.
 
     A file of JSON lines has a row a line, with all that it depends on under `cell`; its name ends with "-1of2" where a
-    run was shared out. A JSON file with `settings` and `results` is one row: the last of its results.
+    run was shared out.
 
     Raises:
         DataError: there is no such folder.
@@ -26,19 +26,13 @@ def read_results(folder: Path) -> dict[str, list[Row]]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; give the one that the benchmarks write to, benchmarks/results")
     found: dict[str, dict[str, Row]] = defaultdict(dict)
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")]):
+    for file in sorted(folder.glob("*.jsonl")):
         for row in _rows(file):
             found[file.stem.partition("-")[0]][json.dumps(row["cell"], sort_keys=True)] = row
     return {name: list(rows.values()) for name, rows in found.items()}
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    if file.suffix == ".json":
-        whole = json.loads(file.read_text("utf-8"))
-        if isinstance(whole, dict) and isinstance(whole.get("settings"), dict) and whole.get("results"):
-            last = whole["results"][-1]
-            yield {**last, "cell": {**last, **whole["settings"]}}
-        return
     for line in file.read_text("utf-8").splitlines():
         try:
             row = json.loads(line)

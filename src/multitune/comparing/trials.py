@@ -220,9 +220,9 @@ class Plan:
         head = Head.for_task(task, pooling=config.pooling)
         head.check(backbone)
         of_any_layer = method.with_layers((backbone.num_layers - 1,))
-        Setup.check(backbone, rows.data, of_any_layer, None, config=config, name=None, overwrite=False)
+        asked = Setup.check(backbone, rows.data, of_any_layer, None, config=config, name=None, overwrite=False)
         if not method.changes_weights:
-            check_trains_something(task, of_any_layer, backbone.shapes_of(of_any_layer), head.shapes(backbone))
+            check_trains_something(task, asked.method, backbone.shapes_of(asked.method), head.shapes(backbone))
 
 
 def _check_judging(task: Task, max_new_tokens: int | None, backbone: Backbone) -> None:
