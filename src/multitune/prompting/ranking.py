@@ -123,7 +123,7 @@ def _judged(
     found = []
     for i, (row, place) in enumerate(zip(asked, predictions, strict=True)):
         target = () if judged is None else judged[i].target
-        right = tuple(target) if isinstance(target, tuple) else (target,)
+        right = [k for k in (target if isinstance(target, tuple) else (target,)) if isinstance(k, int)]
         options = tuple(texts[0].strip() for texts in row.answers)
         found.append(
             JudgedRow(
