@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -84,6 +85,8 @@ def test_what_was_answered_is_kept_and_saved(bank, tmp_path):
     assert first.prompt == "1 + 1?" and second.prompt == "which?\n(A) red\n(B) blue"
     assert (first.answers, second.answers) == (("2",), ("B",)) and (first.texts, second.texts) == found.texts
     assert tuple(row.right for row in found.rows) == found.right
+    large = replace(found, answers=(1234567.0, 0.1))
+    assert [row.answer for row in large.rows] == ["1234567", "0.1"]
     place = found.save(tmp_path / "answered")
     assert json.loads((place / "scores.json").read_text()) == {"accuracy": found.accuracy}
     assert len((place / "predictions.jsonl").read_text().splitlines()) == 2

@@ -387,16 +387,11 @@ class Bank:
     def _submit(self, rows: Sequence[Row], settings: Any, batch_size: int) -> tuple[Engine, list[Request]]:
         from multitune.generation import Engine
         from multitune.generation.prompts import settings_per_row
+        from multitune.generation.settings import check_beams
 
-        _check_at_least_one("batch_size", batch_size)
         rows = [self._pair(row, pair, "a prompt") for row, pair in enumerate(rows)]
         per_row = settings_per_row(settings, len(rows))
-        for row, own in enumerate(per_row):
-            if own.num_beams > batch_size:
-                raise PlanError(
-                    f"row {row}: {own.num_beams} beams are more rows than batch_size={batch_size}; raise it, or lower "
-                    f"num_beams"
-                )
+        check_beams([(f"row {row}", own) for row, own in enumerate(per_row)], batch_size)
         alone = self._served_alone(rows, 0)
         engine = Engine(self if alone is None else alone, max_rows=batch_size)
         return engine, engine.submit_all(rows, per_row)

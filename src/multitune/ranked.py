@@ -89,7 +89,7 @@ def choice_log_probs(head: AnyLanguageHead, hidden: Tensor, index: Tensor) -> Te
 
     Args:
         hidden: last hidden states `[S, T, D]`.
-        index: int64 `[N, 6]` as `index_of` makes it.
+        index: int64 `[N, 6]` as `index_of` makes it; its first five columns are enough.
 
     Returns:
         float32 `[N]`; differentiable.

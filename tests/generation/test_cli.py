@@ -117,6 +117,13 @@ def test_what_a_line_says_is_honoured_or_refused(made, row, words):
     assert f"line 2: {words}" in run("generate", "--adapters", made / "adapters/lora", input=rows, code=1).stderr
 
 
+def test_beams_that_do_not_fit_are_named_by_line_and_option(made):
+    given = ("generate", "--adapters", made / "adapters/lora", "--beams", "3", "--batch-size", "2")
+    words = "beams are more rows than batch_size=2; raise it"
+    assert f"line 1: 3 {words}" in run(*given, input=lines({"text": "film a"}), code=1).stderr
+    assert f"3 {words}" in run(*given, "film a", code=1).stderr
+
+
 def test_the_line_that_cannot_be_written_is_named_before_any_is_written(made, tmp_path, monkeypatch):
     """In the file's own numbers, whichever backbone its adapter has, and the output keeps what it held."""
     good, alone = {"adapter": "lora", "text": "film a"}, {"adapter": "full", "text": "film a"}

@@ -62,19 +62,6 @@ def test_an_impossible_value_is_refused_by_name(name, value):
         TrainConfig.from_dict({name: value})
 
 
-@pytest.mark.parametrize(
-    ("setting", "needed"),
-    [
-        ({"cache_bytes": 10**6}, "cache_frozen"),
-        ({"eval_new_tokens": 5}, "eval_texts"),
-        ({"distill_weight": 0.5}, "distill_examples"),
-    ],
-)
-def test_a_part_of_what_was_not_asked_for_is_refused(setting, needed):
-    with pytest.raises(ConfigError, match=f"give {needed} too, or leave it out"):
-        TrainConfig(**setting)
-
-
 def test_a_text_is_not_a_number_in_the_constructor():
     with pytest.raises(ConfigError, match="batch_size='4'"):
         TrainConfig(batch_size="4")

@@ -31,7 +31,7 @@ from multitune.cli.shared import (
 from multitune.errors import ConfigError, DataError, MultituneError, suggest
 from multitune.generation import Engine, GenerationSettings, Request, evaluate_texts
 from multitune.generation.pages import PAGE_FILE
-from multitune.generation.settings import setting_names
+from multitune.generation.settings import check_beams, setting_names
 from multitune.prompting import with_examples
 from multitune.tasks import Task, any_split, load_task
 from multitune.tasks.reasoning import READERS, question_rows
@@ -151,7 +151,7 @@ def generate(
     if judged.asked:
         _judge(bank, judged, settings, batch_size, as_json)
     elif text is not None:
-        (written,) = bank.generate([(_sole(bank, "a text on the command line"), text)], settings)
+        (written,) = bank.generate([(_sole(bank, "a text on the command line"), text)], settings, batch_size=batch_size)
         print_json(written.to_dict()) if as_json else print(written.text)
     else:
         _write_lines(bank, input_, output, settings, batch_size)
@@ -353,6 +353,7 @@ def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int) -> tuple[list[E
     """
     engines: dict[Bank, Engine] = {}
     requests: list[Request] = []
+    check_beams([(f"line {line.number}", line.settings) for line in lines], batch_size)
     for line in lines:
         serving = bank.serving(line.adapter)
         if serving not in engines:

@@ -44,7 +44,7 @@ _SHOWN_VALUES = 4
 """Of an embedding, where a human reads it."""
 _NumberedRow = tuple[int, tuple[str | None, Any]]
 """The number of a line, and the adapter and the row that it names."""
-_OF_A_ROW = (AdapterError, DataError, MixError, PlanError)
+_OF_A_ROW = (AdapterError, BackboneError, DataError, MixError, PlanError)
 """What the bank raises about one row of a batch."""
 
 

@@ -41,8 +41,8 @@ from multitune.yaml_file import read_yaml
 SETTINGS = fields_of(TrainConfig)
 
 OWN_DATA = (
-    *("train", "validation", "text", "text_pair", "label", "kind", "labels", "choices", "metric", "format", "name"),
-)
+    "train", "validation", "text", "text_pair", "label", "kind", "labels", "choices", "metric", "format", "name",
+)  # fmt: skip
 _LISTS = ("labels", "choices")
 """Of these, what holds several names."""
 OWN_PATTERN = ("verbalizer", "instruction")

@@ -22,6 +22,7 @@ from multitune.tasks import Task, TaskData, compute
 from multitune.tasks.metrics import judge_of_training
 from multitune.training.config import COSMETIC, TrainConfig
 from multitune.training.data import warn_of_empty
+from multitune.training.idle import without_idle
 from multitune.training.setup import Setup, check_trains_something
 
 
@@ -198,6 +199,7 @@ class Plan:
     def _made(self, entry: MethodEntry, point: Point, rows: Rows, seed: int) -> tuple[Method, TrainConfig]:
         method = entry.method(point)
         config = TrainConfig.from_dict({**rows.training, **entry.training(point), "seed": seed}).resolve(method)
+        config = without_idle(self.backbone, rows.data.task, config)  # tasks of several kinds share settings
         return method, replace(config, pooling=config.pooling or self.backbone.default_pooling)
 
     def _check(self) -> None:

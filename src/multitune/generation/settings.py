@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from multitune.errors import ConfigError
+from multitune.errors import ConfigError, PlanError
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "not_finite"]
 
@@ -98,6 +98,27 @@ _POSSIBLE: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "stop_at_eos": ((bool,), lambda v: True, "True or False"),
     "logprobs": ((bool,), lambda v: True, "True or False"),
 }
+
+
+def check_beams(named: Iterable[tuple[str, GenerationSettings]], batch_size: int) -> None:
+    """Refuse beams that are more rows than are decoded together.
+
+    Args:
+        named: what messages call each row, and its settings.
+        batch_size: most rows decoded together.
+
+    Raises:
+        ConfigError: `batch_size` below 1.
+        PlanError: a row's beams do not fit; says which.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
+    for name, own in named:
+        if own.num_beams > batch_size:
+            raise PlanError(
+                f"{name}: {own.num_beams} beams are more rows than batch_size={batch_size}; raise it, or lower "
+                f"num_beams"
+            )
 
 
 def setting_names() -> tuple[str, ...]:

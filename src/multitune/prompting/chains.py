@@ -148,7 +148,7 @@ class Answers:
         return tuple(
             JudgedRow(
                 prompt=written(question),
-                answer="" if chosen is None else f"{chosen:g}" if isinstance(chosen, float) else chosen,
+                answer="" if chosen is None else f"{chosen:.15g}" if isinstance(chosen, float) else chosen,
                 answers=(question.answer,),
                 right=right,
                 texts=texts,

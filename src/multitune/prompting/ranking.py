@@ -195,8 +195,10 @@ class _Reader:
         times = Counter(row.prefix for row in asked)
         once = {prefix for prefix, front in fronts.items() if front and times[prefix] > 1 and self._shares}
         found: list[tuple[float, ...]] = [()] * len(asked)
-        for prefix in (None, *(p for p in fronts if p in once)):
-            places = [i for i, row in enumerate(asked) if (row.prefix if row.prefix in once else None) == prefix]
+        together: dict[str | None, list[int]] = {}
+        for i, row in enumerate(asked):
+            together.setdefault(row.prefix if row.prefix in once else None, []).append(i)
+        for prefix, places in together.items():
             front = [] if prefix is None else fronts[prefix]
             deltas = self.deltas if prefix is None else self._memory(front)
             rows = [replace(a, input_ids=a.input_ids[len(front) :]) for i in places for a in encoded[i]]

@@ -36,13 +36,6 @@ _AT_LEAST = {
 _BELOW_ONE = ("warmup_ratio", "head_dropout", "label_smoothing")
 _POSITIVE = ("learning_rate", "epochs", "distill_weight")
 
-#: Settings that say how another one is carried out: that other one, and what they would do.
-_PARTS_OF = {
-    "cache_bytes": ("cache_frozen", "is the room of a cache, and none was asked for"),
-    "eval_new_tokens": ("eval_texts", "is the length of texts that evaluations write, and none was asked for"),
-    "distill_weight": ("distill_examples", "is the share of a distillation, and none was asked for"),
-}
-
 #: Parts of `TrainConfig.losses`; training/choices.py says what each is.
 LOSS_NAMES = ("language", "unlikelihood", "choice")
 
@@ -99,10 +92,12 @@ class TrainConfig:
     losses: str | None = None
     """Tasks with a pattern: what is minimised, the plain sum of these, joined by +: language (of the right answer's
     tokens), unlikelihood (of the wrong answers'), choice (cross-entropy over the choices' scores per token). By default
-    T-Few's language+unlikelihood+choice on a causal backbone, and on a masked one choice, pattern-based fine-tuning."""
+    T-Few's language+unlikelihood+choice on a causal backbone or an encoder-decoder, and on a masked one choice,
+    pattern-based fine-tuning."""
     distill_examples: int | None = None
-    """Tasks with a pattern, on a causal backbone: context distillation. The frozen backbone reads so many other
-    training rows, drawn by seed, in front of each, and the adapter learns to choose as it does without reading them."""
+    """Tasks with a pattern, on a causal backbone or an encoder-decoder: context distillation. The frozen backbone reads
+    so many other training rows, drawn by seed, in front of each, and the adapter learns to choose as it does without
+    reading them."""
     distill_weight: float = 1.0
     """Share of the distillation, a Kullback-Leibler divergence, in the loss; the rest is that of `losses`."""
     gradient_checkpointing: bool = False
@@ -124,7 +119,6 @@ class TrainConfig:
     """Show a progress bar when standard error is a terminal."""
 
     def __post_init__(self) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
         for field in fields(self):
             object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), strict=True))
         for name, least in _AT_LEAST.items():
@@ -138,10 +132,6 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "give a number above 0")
         _require(self.distill_weight <= 1, "distill_weight", self.distill_weight, "give a share, 1 at most")
-        for name, (asks, what) in _PARTS_OF.items():
-            value = getattr(self, name)
-            if value != defaults[name] and not getattr(self, asks):
-                raise ConfigError(f"training setting {name}={value!r} {what}; give {asks} too, or leave it out")
         if self.losses is not None:
             parse_losses(self.losses)
 

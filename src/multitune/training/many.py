@@ -18,9 +18,10 @@ from multitune.tasks import Task, TaskData
 from multitune.training.api import train_setup
 from multitune.training.config import TrainConfig
 from multitune.training.data import TaskRows
+from multitune.training.idle import refuse_idle, without_idle
 from multitune.training.progress import Progress
 from multitune.training.results import TrainResult, history_of
-from multitune.training.setup import Opened, Setup, check_head_settings, read_rows
+from multitune.training.setup import Opened, Setup, read_rows
 from multitune.training.stepped import SteppedRun
 from multitune.training.together import pack, run_pass
 from multitune.training.trainer import TuningTrainer, globals_kept
@@ -316,6 +317,9 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
         folder = Path(output_dir) / name
     try:
         config = TrainConfig.from_dict({**shared.to_dict(), **job.settings})
+        if isinstance(job.data, TaskData):
+            refuse_idle(backbone, job.data.task, config, given=job.settings)
+            config = without_idle(backbone, job.data.task, config)
         setup = Setup.check(
             backbone,
             job.data,
@@ -326,8 +330,6 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
             overwrite=job.overwrite,
             job=True,
         )
-        if {"pooling", "head_dropout"} & set(job.settings):
-            check_head_settings(backbone, job.data.task, config)
         assert setup.config.pooling is not None
         Head.for_task(job.data.task, pooling=setup.config.pooling).check(backbone)
         if not setup.method.changes_weights:

@@ -28,6 +28,7 @@ from multitune.training.checkpoints import Checkpoints, differences
 from multitune.training.config import COSMETIC, LOSS_NAMES, TrainConfig, parse_losses
 from multitune.training.data import Item, TaskRows
 from multitune.training.distill import teacher_scores
+from multitune.training.idle import refuse_idle
 from multitune.training.model import TuningModel
 from multitune.training.publish import HISTORY_FILE, JOB_FILE, best_adapter, check_folder, publish
 from multitune.training.results import TrainResult, history_of, peak_memory
@@ -92,8 +93,8 @@ class Setup:
         _check_data(data)
         chosen = make_method(method) if isinstance(method, str) else method
         config = config.resolve(chosen)
-        if not job:  # jobs of several kinds of task may share settings
-            check_head_settings(backbone, data.task, config)
+        if not job:  # jobs share settings, so that some may have no use for one
+            refuse_idle(backbone, data.task, config)
         config = replace(config, pooling=config.pooling or backbone.default_pooling)
         output = None if output_dir is None else Path(output_dir)
         if output is not None:
@@ -302,19 +303,6 @@ def check_trains_something(task: Task, method: Method, names: Iterable[str], hea
         )
 
 
-def check_head_settings(backbone: Backbone, task: Task, config: TrainConfig) -> None:
-    """Raise `ConfigError` for settings of a head that the task's head does not read."""
-    head = Head.for_task(task)
-    problem = ""
-    if config.pooling not in (None, backbone.default_pooling) and not head.pools:
-        reads = "a head that reads every word by itself" if head.kind == "tagging" else "no head that reads one vector"
-        problem = f"pooling='{config.pooling}': task '{task.name}' has {reads}"
-    elif config.head_dropout != TrainConfig.head_dropout and not head.drops:
-        problem = f"head_dropout={config.head_dropout}: task '{task.name}' trains no head"
-    if problem:
-        raise ConfigError(f"{problem}; leave it out")
-
-
 def _check_smoothing(task: Task, config: TrainConfig) -> None:
     if config.label_smoothing and task.kind != "generation":
         raise ConfigError(
@@ -342,8 +330,8 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
     if config.distill_examples is not None and not backbone.writes:
         raise ConfigError(
             f"distill_examples={config.distill_examples}: backbone '{backbone.name}' is a masked language model, and "
-            f"context distillation needs a causal one or an encoder-decoder, which read "
-            f"examples as they read texts; leave it out, or take smollm2"
+            f"context distillation needs a causal one or an encoder-decoder, which read examples as they read texts; "
+            f"leave it out, or take smollm2"
         )
     return replace(config, losses=config.losses or "+".join(LOSS_NAMES if backbone.writes else ("choice",)))
 

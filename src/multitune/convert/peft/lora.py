@@ -61,7 +61,8 @@ class LoRAFamily(Family):
         stabilised = bool(source.config.get("use_rslora"))
         common: dict[str, Any] = {
             "r": rank,
-            "dropout": float(source.config.get("lora_dropout") or 0.0),
+            # PEFT drops nothing in front of a word embedding's update.
+            "dropout": float(source.config.get("lora_dropout") or 0.0) if first else 0.0,
             "targets": (*(("embedding",) if words else ()), *roles),
             "layers": layers,
         }
