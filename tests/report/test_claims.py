@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,56 @@ def test_rows_without_a_seed_are_compared_with_those_of_every_seed(tmp_path):
     assert "85.0 against 40.0" in finding.ours and "2 seeds" in finding.ours
 
 
+def test_rows_of_another_list_are_not_pooled_and_told_apart():
+    part = replace(CHAINS, same=("learnt",))
+    rows = [chains("many", s, {"x": 8}, 3) for s in (0, 1)] + [chains("single", s, {"x": 4}, 1) for s in (0, 1)]
+    old = [{**row, "cell": {**row["cell"], "learnt": ["a", "b"]}} for row in rows]
+    new = [{**row, "cell": {**row["cell"], "learnt": ["a", "c"]}} for row in rows[1:]]
+    (alone,) = judge([], of(part), results={"chains": new})
+    assert alone.ours.endswith("1 seed, backbone b, questions 10")
+    one, other = judge([], of(part), results={"chains": [*old, *new]})
+    assert one.ours.endswith("2 seeds, backbone b, questions 10 (1 of 2, which differ in learnt)")
+    assert other.ours.endswith("1 seed, backbone b, questions 10 (2 of 2, which differ in learnt)")
+
+
+def test_rows_that_lack_a_field_are_not_alike():
+    stale = [chains(rows, s, {"x": 4}, k) for rows, k in (("many", 3), ("single", 1)) for s in (0, 1)]
+    for row in stale:
+        del row["cell"]["questions"]
+    (finding,) = judge([], of(CHAINS), results={"chains": stale})
+    assert finding.verdict == "not run yet"
+
+
+def stored(store):
+    """What the claims read from a benchmark."""
+    (part,) = (p for claim in CLAIMS for p in claim.parts if isinstance(p, Stored) and p.store == store)
+    return part
+
+
+def test_the_continual_claim_is_judged_by_the_last_stage_of_each_stream():
+    part = stored("continual_intents")
+    domains = part.one.cell["domains"]
+    settings = {"backbone": "b", "density": 0.1, "targets": ["query"], "rate": 1e-3, "full_rate": 1e-4, "epochs": 3.0}
+    rows = []
+    for seed, rows_used in ((0, None), (1, None), (0, 60)):
+        for n in range(1, 11):
+            cell = {**settings, "rows": rows_used, "seed": seed, "domains": domains[:n]}
+            rows.append({"cell": cell, "accuracy": {"sotu": 1.0 - 0.05 * n, "sequential": 0.3 + 0.01 * seed}})
+    full, few = judge([], of(part), results={"continual_intents": rows})
+    assert full.ours.startswith("50.0 against 30.5") and ", 2 seeds, backbone b, density 0.1, epochs 3.0" in full.ours
+    assert full.verdict == "holds here"
+    assert few.ours.endswith("1 seed, backbone b, density 0.1, epochs 3.0, rows 60")
+
+
+def test_a_quick_run_of_chains_leaves_the_claim_open():
+    cell = {"backbone": "b", "questions": 4, "test_questions": 2, "k": [1, 2], "training": {"seed": 0}}
+    cell |= {"settings": {}, "learnt": ["a"], "tested": ["a"]}
+    scores = {"a": {k: {"right": 1, "questions": 2} for k in ("1", "2")}}
+    rows = [{"cell": {**cell, "training_rows": name}, "scores": scores} for name in ("dcot", "cot")]
+    (finding,) = judge([], of(stored("dcot")), results={"dcot": rows})
+    assert finding.verdict == "not run yet"
+
+
 def test_every_claim_says_what_decides_it():
     for claim in CLAIMS:
         for finding in judge([], claim):
@@ -186,11 +237,15 @@ def test_every_claim_says_what_decides_it():
             assert {part.method, getattr(part, "other", "full")} <= set(method_names())
         elif isinstance(part, Stored):  # the cells of its benchmark have these fields
             text = (ROOT / "benchmarks" / f"{part.store}.py").read_text("utf-8")
-            fields = {*part.alike, *part.one.cell, *part.other.cell}
+            fields = {*part.alike, *part.same, *part.one.cell, *part.other.cell}
             assert all(f'"{field}"' in text for field in fields), part.store
             values = [v for side in (part.one, part.other) for v in side.cell.values()]
             names = [n for v in values for n in (v if isinstance(v, list) else [v])]
-            assert all(f'"{name}"' in text for name in names), part.store
+            assert all(json.dumps(name) in text for name in names), part.store
+            cells = (ROOT / "benchmarks" / "_cells.py").read_text("utf-8")
+            options = text + (cells if "from _cells import" in text else "")
+            flags = [word for word in part.command.split() if word.startswith("--")]
+            assert all(f'"{flag}"' in options for flag in flags), part.command
 
 
 def test_a_task_that_one_method_lacks_leaves_the_claim_open():

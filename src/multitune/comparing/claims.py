@@ -165,7 +165,7 @@ def _stored(rows: Sequence[Row], part: Stored) -> Iterator[Finding]:
         ours = f"no rows of {part.one.title} and {part.other.title}"
         yield Finding(part=part, runs=part.store, verdict="not run yet", ours=ours, command=command)
     factor = MOST if part.relation == "most of" else 1.0
-    for alike, by_task in groups.items():
+    for alike, by_task in groups:
         difference = mean_over_tasks([estimate([a - factor * b for a, b in of]) for of in by_task.values()])
         one, other = (math.fsum(math.fsum(p[i] for p in of) / len(of) for of in by_task.values()) for i in (0, 1))
         ours = _in_points(part, one / len(by_task), other / len(by_task), difference)

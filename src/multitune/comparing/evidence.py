@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from multitune.comparing.parts import Side, Stored
 from multitune.errors import DataError
 
 Row = dict[str, Any]
+Pairs = dict[str, list[tuple[float, float]]]
+"""By task the scores of the two sides, for every seed."""
 
 
 def read_results(folder: Path) -> dict[str, list[Row]]:
@@ -42,23 +44,43 @@ def _rows(file: Path) -> Iterator[Row]:
             yield row
 
 
-def pairs_of(rows: Sequence[Row], part: Stored) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Scores of both sides on equal conditions: by what rows have in common, and by task, a pair for every seed."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for one in (r for r in rows if _fits(r, part.one)):
-        for other in (r for r in rows if _fits(r, part.other)):
+def pairs_of(rows: Sequence[Row], part: Stored) -> list[tuple[str, Pairs]]:
+    """Scores of both sides on equal conditions: for each group of rows that are alike its conditions, and the pairs."""
+    found: dict[str, tuple[Row, Pairs]] = {}
+    for one in (r for r in rows if _fits(r, part, part.one)):
+        for other in (r for r in rows if _fits(r, part, part.other)):
             seeds = {_seed(r, part) for r in (one, other)} - {None}
-            if len(seeds) > 1 or any(one["cell"].get(k) != other["cell"].get(k) for k in part.alike):
+            if len(seeds) > 1 or _conditions(one, part) != _conditions(other, part):
                 continue
-            common = ", ".join(f"{k} {one['cell'].get(k)}" for k in part.alike if k != "task")
-            task = str(one["cell"].get("task", "")) if "task" in part.alike else ""
-            by_task = found.setdefault(common, {})
+            group = json.dumps({k: v for k, v in _conditions(one, part).items() if k != "task"}, sort_keys=True)
+            task = str(one["cell"]["task"]) if "task" in part.alike else ""
+            by_task = found.setdefault(group, (one, {}))[1]
             by_task.setdefault(task, []).append((_score(one, part.one), _score(other, part.other)))
-    return found
+    titles = _titles([row for row, _ in found.values()], part)
+    return [(title, pairs) for title, (_, pairs) in zip(titles, found.values(), strict=True)]
 
 
-def _fits(row: Row, side: Side) -> bool:
-    return all(row["cell"].get(k) == v for k, v in side.cell.items())
+def _fits(row: Row, part: Stored, side: Side) -> bool:
+    # two cells that both lack a field agree in it, so that rows of an older form would all be alike
+    known = all(k in row["cell"] for k in (*part.alike, *part.same))
+    return known and all(row["cell"].get(k) == v for k, v in side.cell.items())
+
+
+def _conditions(row: Row, part: Stored) -> Row:
+    return {k: row["cell"][k] for k in (*part.alike, *part.same)}
+
+
+def _titles(rows: Sequence[Row], part: Stored) -> list[str]:
+    """What the rows of each group have in common, a row of each given; numbered where it is the same to the eye."""
+    shown = [k for k in part.alike if k != "task"]
+    said = [", ".join(f"{k} {r['cell'][k]}" for k in shown if r["cell"][k] is not None) for r in rows]
+    count, number = Counter(said), Counter[str]()
+    titles = []
+    for text in said:
+        number[text] += 1
+        which = f" ({number[text]} of {count[text]}, which differ in {' or '.join(part.same)})"
+        titles.append(text + (which if count[text] > 1 else ""))
+    return titles
 
 
 def _seed(row: Row, part: Stored) -> Any:

@@ -107,7 +107,10 @@ class Stored:
     """What makes the rows."""
     relation: Relation = "beats"
     alike: tuple[str, ...] = ("backbone",)
-    """Fields of the cells, and the task if there are several, in which rows that are compared are alike."""
+    """Fields of the cells, and the task if there are several, in which rows that are compared are alike. A row whose
+    cell lacks one is of another form of the benchmark and not compared."""
+    same: tuple[str, ...] = ()
+    """Further such fields that a finding does not show: long lists, and settings that nobody changes as a rule."""
     seed: str = "seed"
     """Path of the seed in the cell; rows without one are compared with those of every seed."""
 
