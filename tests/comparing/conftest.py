@@ -1,5 +1,6 @@
 """Shared by the tests of comparisons: a tiny backbone in a folder, a small table, recipes that take a second."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +45,15 @@ def moods(tmp_path_factory):
         lines.append(f"{' '.join(words)},{mood}")
     file = tmp_path_factory.mktemp("tables") / "moods.csv"
     file.write_text("\n".join(lines), "utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def causes(tmp_path_factory):
+    """A table of 20 rows of a text, two choices, and which is right."""
+    rows = [{"premise": f"the film {i}", "first": "good", "second": "very bad", "answer": i % 2} for i in range(20)]
+    file = tmp_path_factory.mktemp("tables") / "causes.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     return file
 
 

@@ -121,6 +121,15 @@ def test_ctrl_c_says_how_to_go_on(run, file, tmp_path, monkeypatch):
     assert len(Store(tmp_path / "here" / FILE).records()) == 1
 
 
+def test_a_table_of_choices_is_read_as_the_options_say(run, causes):
+    given = (causes, "--text", "premise", "--label", "answer", "--print-recipe")
+    once = run(*given, "--choices", "first,second")
+    (task,) = yaml.safe_load(once.stdout)["tasks"]
+    assert task["choices"] == ["first", "second"] and "labels" not in task
+    assert run(*given, "--choices", "first", "--choices", "second").stdout == once.stdout
+    assert "--choices is for a table" in run("glue", "--choices", "first,second").stderr
+
+
 def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_folder, tmp_path):
     arguments = (moods, "--backbone", tiny_folder, "--methods", "head,bitfit", "--seeds", "2")
     result = run(*arguments)

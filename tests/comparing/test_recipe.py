@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from multitune import ConfigError
+from multitune.cli import train
 from multitune.comparing.recipe import Recipe
-from multitune.comparing.recipe_entries import Budget
+from multitune.comparing.recipe_entries import OWN_DATA, Budget
 from multitune.comparing.sources import METHODS, recipe_of
 
 GIVEN = """
@@ -15,6 +16,7 @@ tasks:
   - demo/topic
   - {task: demo/sentiment, train_rows: 20, validation_rows: 10, max_length: 32, training: {epochs: 2}}
   - {data: mine.csv, text: question, label: intent}
+  - {data: quiz.csv, text: question, label: answer, choices: [one, '{two}, or so'], labels: a, name: quiz}
 methods:
   lora: {r: [4, 8], learning_rate: [1.0e-3, 3.0e-3], targets: [[query], [query, value]]}
   bitfit:
@@ -30,10 +32,11 @@ def test_every_key_is_read(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(GIVEN, "utf-8")
     recipe = Recipe.read(file)
-    one, two, three = recipe.tasks
+    one, two, three, four = recipe.tasks
     assert (one.task, two.train_rows, two.validation_rows) == ("demo/topic", 20, 10)
     assert two.training == {"epochs": 2.0, "max_length": 32}
     assert (three.data, dict(three.own)) == ("mine.csv", {"text": "question", "label": "intent"})
+    assert (four.own["choices"], four.own["labels"]) == (["one", "{two}, or so"], ["a"])
     lora, bitfit = recipe.methods
     assert lora.num_points == len(list(lora.points())) == 8
     assert bitfit.num_points == 1
@@ -41,6 +44,10 @@ def test_every_key_is_read(tmp_path):
     assert recipe.budgets[0].parameters(22_000_000) == 22_000
     assert recipe.seeds == (0, 1, 2) and recipe.few_shot.subset_seeds == (0, 1, 2)
     assert recipe.search.trials == 8
+
+
+def test_own_rows_are_read_by_the_keys_of_a_recipe_of_train():
+    assert {"train", *OWN_DATA} == set(train.OWN_DATA)
 
 
 def test_a_recipe_written_and_read_again_is_the_same():
@@ -69,6 +76,9 @@ def test_a_setting_that_is_both_goes_to_the_method(values):
             "'max_length' stands there twice",
         ),
         ({"tasks": [{"task": "demo/topic", "label": "x"}]}, "brings its own data, so 'label' cannot be honoured"),
+        ({"tasks": [{"task": "demo/topic", "choices": ["x"]}]}, "brings its own data, so 'choices' cannot be honoured"),
+        ({"tasks": [{"data": "x.csv", "labels": [True, False]}]}, "task 1: 'labels': True is no name; put quotes"),
+        ({"tasks": [{"data": "x.csv", "choices": 3}]}, "task 1: 'choices' is a list of names, such as"),
         ({"tasks": [{"task": "demo/topic", "data": "x.csv"}]}, "give one of"),
         ({"tasks": [{"label": "x"}]}, "give one of"),
         ({"tasks": [{"task": "demo/topic", "training": {"epoch": 2}}]}, "no training setting 'epoch'.* 'epochs'"),

@@ -58,6 +58,17 @@ def test_the_scores_of_the_rows_add_up_to_the_score(recipe, tmp_path, method):
     assert math.isclose(sum(rows) / len(rows), record.outcome.score, rel_tol=1e-12)
 
 
+def test_a_multiple_choice_of_ones_own_is_the_run_that_train_gives(recipe, causes, tiny_folder, tmp_path):
+    own = {"text": "premise", "label": "answer", "choices": ["first", "second"]}
+    (record,) = compare(recipe(tasks=[{"data": str(causes), **own}], methods=["bitfit"], seeds=[4]), tmp_path).records
+    data = mt.load_table(causes, **own)
+    config = {**record.trial.training, "progress": False}
+    alone = train(Backbone.load(str(tiny_folder)), data, make_method("bitfit"), **config)
+    assert (data.task.kind, record.outcome.metric, record.outcome.error) == ("multiple_choice", "accuracy", None)
+    assert record.outcome.score == alone.best_metric and list(record.outcome.history) == alone.history
+    assert record.trial.data["choices"] == ["first", "second"]
+
+
 def test_errors_count_negative_and_rows_of_numbers_have_squared_errors(recipe, tmp_path):
     rows = tmp_path / "numbers.csv"
     rows.write_text(

@@ -42,6 +42,17 @@ def test_other_rows_make_other_trials(recipe, moods):
     assert not keys(train_rows=20) & keys(train_rows=20, validation_rows=3)
 
 
+def test_the_order_of_labels_is_the_recipes(recipe, moods):
+    def rows_of(**of_task):
+        (cell,) = load(recipe(tasks=[{"data": str(moods), "label": "mood", **of_task}], methods=["head"])).cells
+        return cell.draws[0]
+
+    usual, turned, as_text = rows_of(), rows_of(labels=["good", "bad"]), rows_of(labels="good, bad")
+    assert (usual.data.task.labels, turned.data.task.labels) == (("bad", "good"), ("good", "bad"))
+    assert "labels" not in usual.facts and turned.facts == as_text.facts and turned.facts["labels"] == ["good", "bad"]
+    assert turned.facts["fingerprint"] != usual.facts["fingerprint"]
+
+
 def test_a_changed_cell_of_the_table_makes_other_trials(recipe, moods, tmp_path):
     before = {t.key for t in trials(recipe())}
     copy = tmp_path / moods.name

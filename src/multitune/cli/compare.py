@@ -38,6 +38,7 @@ from multitune.comparing.store import RECIPE_FILE
 from multitune.comparing.trials import Job, Plan, name_of
 from multitune.errors import ConfigError
 from multitune.methods import make_method
+from multitune.yaml_file import read_names
 
 if TYPE_CHECKING:
     from multitune.comparing.runners import Runner
@@ -141,6 +142,25 @@ def compare_command(
     kind: Annotated[
         str | None, typer.Option(metavar="WORD", help="Kind of task.", rich_help_panel=_DATA, show_default=False)
     ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Names of the labels in the order of their ids, with commas between them or one a time.",
+            rich_help_panel=_DATA,
+            show_default=False,
+        ),
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN,…",
+            help="Multiple choice: the columns that hold the choices, with commas between them or one a time, or one "
+            "column of lists.",
+            rich_help_panel=_DATA,
+            show_default=False,
+        ),
+    ] = None,
     validation: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Rows to judge by.", rich_help_panel=_DATA, show_default=False),
@@ -148,7 +168,8 @@ def compare_command(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on tasks or on your own table: scores over seeds, a report, and a recommendation."""
-    own = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "validation": validation}
+    own: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, "validation": validation}
+    own |= {"labels": _names(labels, "labels"), "choices": _names(choices, "choices")}
     found = recipe_of(what, **{k: v for k, v in own.items() if v is not None})
     recipe = with_choices(
         replace(found, backbone=backbone or found.backbone, device=device or found.device),
@@ -185,6 +206,10 @@ def _words(given: str, option: str) -> list[str]:
         such = {"budgets": "0.1%,50000", "seeds": "0,1,2"}.get(option, "lora,bitfit")
         raise ConfigError(f"--{option} takes values with commas between them, such as {such}, not '{given}'")
     return found
+
+
+def _names(given: list[str] | None, option: str) -> list[str] | None:
+    return [name for each in given for name in read_names(each, f"--{option}")] if given else None
 
 
 def _seeds(given: str | None) -> int | list[int] | None:

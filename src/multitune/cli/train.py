@@ -36,7 +36,7 @@ from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, TrainResult, evaluate, train
 from multitune.training.checkpoints import Checkpoints
 from multitune.words import in_words
-from multitune.yaml_file import read_yaml
+from multitune.yaml_file import read_names, read_yaml
 
 SETTINGS = fields_of(TrainConfig)
 
@@ -222,7 +222,7 @@ def _chosen(recipe: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
         flags["verbalizer"] = _verbalizer(flags["verbalizer"])
     for key in _LISTS:
         if key in flags:
-            flags[key] = [name for each in flags[key] for name in _names(key, each)]
+            flags[key] = [name for each in flags[key] for name in read_names(each, key)]
     chosen = override(read_recipe(recipe) if recipe else {}, flags)
     for key, example in (("method", "lora"), ("out", "adapters/mine")):
         if key not in chosen:
@@ -365,7 +365,9 @@ def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
 def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
     """The task and its tables, by name, as a mixture, or from the user's own files."""
     own: dict[str, Any] = {
-        key: _names(key, chosen[key]) if key in _LISTS else str(chosen[key]) for key in OWN_DATA if key in chosen
+        key: read_names(chosen[key], f"'{key}' in the recipe") if key in _LISTS else str(chosen[key])
+        for key in OWN_DATA
+        if key in chosen
     }
     named = [key for key in ("task", "mixture") if key in chosen]
     if named:
@@ -382,22 +384,6 @@ def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
             "train needs data: --task NAME (`multitune tasks` lists them), --train FILE, or --mixture FILE"
         )
     return load_table(own.pop("train"), **own, seed=seed)
-
-
-def _names(key: str, given: Any) -> list[str]:
-    """Labels or columns: a list of them, or a text with commas between them, where it is no template.
-
-    Raises:
-        ConfigError: neither, or a list in a recipe that does not hold texts or whole numbers.
-    """
-    if isinstance(given, str):
-        return [given] if "{" in given else [name.strip() for name in given.split(",")]
-    if not isinstance(given, list):
-        raise ConfigError(f"'{key}' in the recipe is a list of names, such as [a, b], not {given!r}")
-    for name in given:
-        if isinstance(name, bool) or not isinstance(name, (str, int)):  # what YAML makes of yes, no, true and false
-            raise ConfigError(f"'{key}' in the recipe: {name!r} is no name; put quotes around it")
-    return list(map(str, given))
 
 
 def _verbalizer(pairs: Sequence[str]) -> dict[str, Any]:

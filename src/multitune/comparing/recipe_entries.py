@@ -13,8 +13,11 @@ from multitune.methods import Method, make_method
 from multitune.tasks import TaskData, load_table, load_task
 from multitune.training.config import TrainConfig
 
-OWN_DATA = ("validation", "text", "text_pair", "label", "kind", "metric", "format", "name")
+OWN_DATA = ("validation", "text", "text_pair", "label", "kind", "labels", "choices", "metric", "format", "name")
 """What a task of the user's own rows may say beside `data`: the keys of a recipe of `multitune train`."""
+
+OWN_LISTS = ("labels", "choices")
+"""Of these, what holds several names."""
 
 TRAINING = tuple(f.name for f in fields(TrainConfig))
 """Settings of training, by their names."""
@@ -31,8 +34,8 @@ class TaskEntry:
     """Name of a known task."""
     data: str | None = None
     """Or the user's own rows: a file, a folder or a hub data set."""
-    own: Mapping[str, str] = field(default_factory=dict)
-    """How those are read, by the names of `OWN_DATA`."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """How those are read, by the names of `OWN_DATA`: texts, and lists of texts for `OWN_LISTS`."""
     train_rows: int | None = None
     validation_rows: int | None = None
     subset_seed: int = 0
@@ -46,7 +49,7 @@ class TaskEntry:
         if self.task is not None:
             return load_task(self.task)
         assert self.data is not None
-        return load_table(self.data, **self.own, seed=0)  # type: ignore[arg-type]
+        return load_table(self.data, **self.own, seed=0)
 
     @property
     def source(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from multitune.comparing.recipe_entries import (
     OWN_DATA,
+    OWN_LISTS,
     TRAINING,
     Budget,
     FewShot,
@@ -23,6 +24,7 @@ from multitune.errors import ConfigError, MultituneError, suggest
 from multitune.methods import make_method
 from multitune.methods.base import ALSO_CALLED
 from multitune.training.config import TrainConfig
+from multitune.yaml_file import read_names
 
 _OF_TASK = ("task", "data", *OWN_DATA, "train_rows", "validation_rows", "subset_seed", "max_length",
             "max_new_tokens", "training")  # fmt: skip
@@ -51,7 +53,7 @@ def read_tasks(given: Any, where: str) -> Iterator[TaskEntry]:
         check_keys(values, _OF_TASK, here)
         if ("task" in values) == ("data" in values):
             raise ConfigError(f"{here} names a known task or own rows: give one of 'task: glue/rte', 'data: mine.csv'")
-        own = {key: str(values[key]) for key in OWN_DATA if key in values}
+        own = {key: _of_own(values[key], key, here) for key in OWN_DATA if key in values}
         if "task" in values and own:
             raise ConfigError(f"{here} brings its own data, so '{next(iter(own))}' cannot be honoured; give data: FILE")
         if values.get("subset_seed") and "train_rows" not in values:
@@ -74,6 +76,10 @@ def read_tasks(given: Any, where: str) -> Iterator[TaskEntry]:
             max_new_tokens=_whole(values, "max_new_tokens", here),
             training=training,
         )
+
+
+def _of_own(given: Any, key: str, where: str) -> str | list[str]:
+    return read_names(given, f"{where}: '{key}'") if key in OWN_LISTS else str(given)
 
 
 def read_methods(given: Any, where: str) -> Iterator[MethodEntry]:

@@ -31,7 +31,7 @@ def suites() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml")) if file.stem != _SERVING}
 
 
-def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: str) -> Recipe:
+def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: Any) -> Recipe:
     """The recipe that is meant.
 
     Args:
@@ -68,7 +68,7 @@ def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: str) -> Rec
     )
 
 
-def recipe_for_table(data: str, **own: str) -> Recipe:
+def recipe_for_table(data: str, **own: Any) -> Recipe:
     """A recipe that suits a table: a few methods of most families, three seeds, a few hundred steps each.
 
     Raises:
