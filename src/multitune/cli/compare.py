@@ -373,8 +373,8 @@ def _finish(comparison: Comparison, as_json: bool) -> None:
 
     folder, records = comparison.folder, (*comparison.searched, *comparison.records)
     recipe_text = (folder / RECIPE_FILE).read_text("utf-8")
-    written = write_report(records, folder, recipe_text=recipe_text, command=command_of(folder))
-    advice, lines = written.recommendation, summary(that_count(records))
+    files = write_report(records, folder, recipe_text=recipe_text, command=command_of(folder))
+    advice, lines = files.recommendation, summary(that_count(records))
     if as_json:
         said = {"method": advice.method, "reasons": list(advice.reasons)}
         print_json({"results": lines, "recommendation": said, "folder": str(comparison.folder)})

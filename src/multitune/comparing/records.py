@@ -21,9 +21,9 @@ class Trial:
     task: str
     """The task's name, such as glue/rte."""
     data: Mapping[str, Any]
-    """Where the rows come from, a fingerprint of them, and which were drawn: `train_rows`, `validation_rows` (numbers
-    of rows, none stands for all), `subset_seed`, `per_class` where rows were drawn by
-    label, and `max_new_tokens` where the recipe gives judged texts a length."""
+    """Where the rows come from and, of own rows, how they are read; a fingerprint of them; and which were drawn:
+    `train_rows`, `validation_rows` (numbers of rows, none stands for all), `subset_seed`, `per_class` where rows were
+    drawn by label; and `max_new_tokens` where the recipe gives judged texts a length."""
     backbone: str
     """As `Backbone.load` takes it."""
     backbone_fingerprint: str
