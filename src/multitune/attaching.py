@@ -27,6 +27,7 @@ from multitune.inputs import Batch
 from multitune.loading import with_decoder
 from multitune.lsg import LSG
 from multitune.methods import Combined, Method
+from multitune.methods.yielded import check_deltas, check_trainable
 from multitune.plan import DeltaSet, Plan
 
 if TYPE_CHECKING:
@@ -111,6 +112,19 @@ def _check_one_rate(method: Method, params: Mapping[str, Tensor]) -> None:
             )
 
 
+def _check_yields(method: Method, params: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """Raise `ConfigError` where the method's deltas do not fit the backbone, or would not train its tensors."""
+    own = {
+        name: t.detach().to(backbone.device).requires_grad_(t.is_floating_point() and method.trains(name))
+        for name, t in params.items()
+    }
+    cast = {name: t.to(backbone.dtype) if t.is_floating_point() else t for name, t in own.items()}
+    with torch.enable_grad():
+        yielded = method.deltas(cast, backbone)
+    check_deltas(method, yielded, backbone)
+    check_trainable(method, own, yielded)
+
+
 def _check_one_stack(model: PreTrainedModel) -> None:
     """Raise `BackboneError` for a model with an encoder and a decoder, of which only the encoder would be adapted."""
     decoder = architecture_for(model.config.model_type, model.config).decoder
@@ -161,7 +175,8 @@ class Attached:
         try:
             params = method.init(self.backbone, torch.Generator().manual_seed(seed))
             _check_one_rate(method, params)
-        except ConfigError:
+            _check_yields(method, params, self.backbone)
+        except Exception:  # a method's own mistake too leaves the model as it was
             self.backbone.detach()
             for parameter, trained in was_trained.items():
                 parameter.requires_grad_(trained)

@@ -27,6 +27,7 @@ from multitune.deltas import InputScale, LowRank, SparseWeight
 from multitune.errors import ConfigError, PlanError
 from multitune.merging import why_not_mergeable
 from multitune.methods import Method
+from multitune.methods.yielded import check_deltas
 from multitune.plan import DeltaSet, Plan
 from multitune.pruned import Flops, flops
 from multitune.quantized import bytes_of, check_trains, plain_tensors
@@ -115,7 +116,9 @@ def cost_of(
     check_trains(backbone, method)
     generator = generator or torch.Generator().manual_seed(0)
     tensors = method.init(backbone, generator)
-    deltas = DeltaSet(method.deltas({k: t.to(backbone.device) for k, t in tensors.items()}, backbone))
+    yielded = method.deltas({k: t.to(backbone.device) for k, t in tensors.items()}, backbone)
+    check_deltas(method, yielded, backbone)
+    deltas = DeltaSet(yielded)
     weights = bytes_of(backbone.model, buffers=False)
     head = 0 if backbone.decodes else 2 * (backbone.hidden_size + 1)
     trained = method.num_parameters(backbone)

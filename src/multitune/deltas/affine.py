@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ class Affine(Delta):
 
     kind: ClassVar[str] = "Affine"
     site_kind: ClassVar[str] = "norm"
+    dims: ClassVar[Mapping[str, str]] = {"gain": "O", "offset": "O"}
     attaches: ClassVar[str] = "serial"
 
     gain: Tensor | None = None

@@ -28,6 +28,9 @@ class Delta:
     """Name of the kind, as in the table of docs/design.md."""
     site_kind: ClassVar[str]
     """Kind of site it applies at."""
+    dims: ClassVar[Mapping[str, str]] = {}
+    """Of tensor fields of one slot, a letter per dimension: I and O are the site's widths in and out, and others are
+    equal among the fields; a method's deltas are checked against it. Fields left out are not."""
     changes_input: ClassVar[bool] = False
     """Whether it changes what goes into the site instead of what comes out."""
     one_per_site: ClassVar[bool] = False

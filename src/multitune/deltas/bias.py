@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ class Bias(Delta):
 
     kind: ClassVar[str] = "Bias"
     site_kind: ClassVar[str] = "linear"
+    dims: ClassVar[Mapping[str, str]] = {"b": "O"}
 
     b: Tensor
     """`[O]`"""

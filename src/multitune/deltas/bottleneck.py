@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -36,6 +36,7 @@ class Bottleneck(Delta):
 
     kind: ClassVar[str] = "Bottleneck"
     site_kind: ClassVar[str] = "sublayer"
+    dims: ClassVar[Mapping[str, str]] = {"down": "IM", "down_bias": "M", "up": "MO", "up_bias": "O"}
     one_per_site: ClassVar[bool] = True
     cannot_merge: ClassVar[str | None] = "it is a network around a whole sub-layer, not a change of one linear map"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -23,6 +24,7 @@ class EmbeddingLowRank(Delta):
 
     kind: ClassVar[str] = "EmbeddingLowRank"
     site_kind: ClassVar[str] = "embedding"
+    dims: ClassVar[Mapping[str, str]] = {"A": "VR", "B": "RO"}
 
     A: Tensor
     """`[V, R]`"""

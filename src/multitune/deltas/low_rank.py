@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -21,6 +22,7 @@ class LowRank(Delta):
 
     kind: ClassVar[str] = "LowRank"
     site_kind: ClassVar[str] = "linear"
+    dims: ClassVar[Mapping[str, str]] = {"A": "IR", "B": "RO"}
 
     A: Tensor
     """`[I, R]`"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -32,6 +33,7 @@ class Prompt(Delta):
 
     kind: ClassVar[str] = "Prompt"
     site_kind: ClassVar[str] = "embedding"
+    dims: ClassVar[Mapping[str, str]] = {"vectors": "PO"}
     one_per_site: ClassVar[bool] = True
     attaches: ClassVar[str] = "input"
     cannot_merge: ClassVar[str | None] = "it lengthens the sequence"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ class Scale(Delta):
 
     kind: ClassVar[str] = "Scale"
     site_kind: ClassVar[str] = "linear"
+    dims: ClassVar[Mapping[str, str]] = {"s": "O"}
     attaches: ClassVar[str] = "serial"
 
     s: Tensor
@@ -44,6 +46,7 @@ class InputScale(Scale):
     """
 
     kind: ClassVar[str] = "InputScale"
+    dims: ClassVar[Mapping[str, str]] = {"s": "I"}
     changes_input: ClassVar[bool] = True
     attaches: ClassVar[str] = "input"
 

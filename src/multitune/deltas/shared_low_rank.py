@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -22,6 +23,7 @@ class SharedLowRank(Delta):
 
     kind: ClassVar[str] = "SharedLowRank"
     site_kind: ClassVar[str] = "linear"
+    dims: ClassVar[Mapping[str, str]] = {"A": "IR", "B": "RO", "d": "R", "b": "O"}
 
     A: Tensor
     """`[I, R]`, frozen, in the backbone's dtype and on its device; belongs to no adapter."""

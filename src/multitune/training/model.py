@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from multitune import heads
 from multitune.backbone import Backbone
+from multitune.deltas import Delta
 from multitune.heads import Head
 from multitune.inputs import Batch
 from multitune.language_loss import token_losses
 from multitune.methods import Method
+from multitune.methods.yielded import check_deltas, check_trainable
 from multitune.plan import DeltaSet, Plan
 from multitune.ranked import choice_log_probs
 from multitune.sharing import first_touched, first_trained
@@ -120,9 +122,21 @@ class TuningModel(nn.Module):
 
     def plan(self, num_rows: int) -> Plan:
         """So many rows with the deltas that the tensors yield now, differentiably; call it within `arithmetic`."""
+        return Plan([DeltaSet(self._yielded())] * num_rows)
+
+    def _yielded(self) -> dict[str, list[Delta]]:
+        """What the method's tensors yield now, differentiably, in the backbone's dtype."""
         backbone = self.backbone
         params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
-        return Plan([DeltaSet(self.method.deltas(params, backbone))] * num_rows)
+        return self.method.deltas(params, backbone)
+
+    def checked_delta_set(self) -> DeltaSet:
+        """The deltas, differentiably; `ConfigError` where they do not fit the backbone, or would train nothing."""
+        with torch.enable_grad(), self.arithmetic():
+            yielded = self._yielded()
+        check_deltas(self.method, yielded, self.backbone)
+        check_trainable(self.method, self.own(), yielded)
+        return DeltaSet(yielded)
 
     def read(
         self,

@@ -361,8 +361,8 @@ def _prompt_length(item: Item) -> int:
 
 
 def _room(model: TuningModel, config: TrainConfig) -> int:
-    """Tokens a text may have beside the prompt."""
-    return min(config.max_length, model.backbone.max_length - model.delta_set().num_positions)
+    """Tokens a text may have beside the prompt; the first look at the method's deltas, so also the check of them."""
+    return min(config.max_length, model.backbone.max_length - model.checked_delta_set().num_positions)
 
 
 def _settings(
