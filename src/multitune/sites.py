@@ -297,9 +297,13 @@ def select_sites(
     `query` those of all three attentions, `encoder.query`, `decoder.query` or `cross.query` those of one.
 
     Raises:
-        ConfigError: a role or a layer matches no site of this kind; nothing is dropped silently.
+        ConfigError: no site is of this kind, or a role or a layer matches none of them; nothing is dropped silently.
     """
+    sites = tuple(sites)
     of_kind = [s for s in sites if s.kind == kind]
+    if not of_kind:
+        kinds = tuple(dict.fromkeys(s.kind for s in sites))
+        raise ConfigError(f"no site is of kind {kind!r}.{suggest(str(kind), kinds)} There are: {', '.join(kinds)}")
     known_roles = tuple(dict.fromkeys(role for s in of_kind for role in s.roles))
     known_layers = tuple(dict.fromkeys(s.layer for s in of_kind if s.layer is not None))
     if roles is not None:
