@@ -10,6 +10,7 @@ from abc import ABCMeta
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from inspect import get_annotations
 from types import UnionType
 from typing import (
     TYPE_CHECKING,
@@ -90,6 +91,7 @@ class _Checked(ABCMeta):
     def __call__(cls: type[T], *args: Any, **settings: Any) -> T:
         if args:
             raise ConfigError(f"hyper-parameters are given by name, as {cls.__name__}(name=value), not {args[0]!r}")
+        _check_decorated(cls)
         made: T = type.__call__(cls, **_typed(cls, settings, from_text=False))
         return made
 
@@ -259,6 +261,19 @@ class SiteMethod(Method):
             site_name, key = name.rsplit(".", 1)
             by_site[site_name][key] = tensor
         return {site.name: self.site_deltas(by_site[site.name], site, backbone) for site in self.sites(backbone)}
+
+
+def _check_decorated(cls: type[Any]) -> None:
+    """Raise `ConfigError` for a class whose hyper-parameters are no fields, because it lacks its decorator."""
+    if "__dataclass_fields__" in vars(cls):
+        return
+    hints = {name: _hints(cast(Hashable, cls))[name] for name in get_annotations(cls)}
+    own = [name for name, hint in hints.items() if ClassVar not in (hint, get_origin(hint))]
+    if own:
+        raise ConfigError(
+            f"{cls.__name__} states hyper-parameters ({', '.join(own)}) but is no dataclass; decorate it with "
+            f"@dataclass(frozen=True, kw_only=True)"
+        )
 
 
 def _check_names(cls: type[Any], given: Iterable[str], known: Collection[str]) -> None:
