@@ -307,8 +307,22 @@ def test_unknown_settings_and_methods(tiny, make_data, quick):
         quick(tiny, make_data(), learning_rat=1e-3)
     with pytest.raises(ConfigError, match="Did you mean 'lora'"):
         quick(tiny, make_data(), "lore")
-    with pytest.raises(ConfigError, match="no training setting 'r'"):
-        quick(tiny, make_data(), "lora", r=4)
+    for method in ("lora", LoRA()):
+        with pytest.raises(ConfigError, match=r"r is a hyper-parameter of lora; give it .*LoRA\(r=\.\.\.\)"):
+            quick(tiny, make_data(), method, r=4)
+    with pytest.raises(ConfigError, match=r"no training setting 'r'\. There are"):
+        quick(tiny, make_data(), "head", r=4)
+
+
+def test_a_name_for_a_backbone_and_a_class_for_a_method_get_the_line_that_makes_them(tiny, make_data, quick):
+    with pytest.raises(ConfigError, match=r"not 'minilm'; give Backbone\.load\('minilm'\)"):
+        quick("minilm", make_data())
+    with pytest.raises(ConfigError, match=r"a Backbone, not a BertModel"):
+        quick(tiny.model, make_data())
+    with pytest.raises(ConfigError, match=r"LoRA is a class of methods; give a method: LoRA\(\)"):
+        quick(tiny, make_data(), LoRA)
+    with pytest.raises(ConfigError, match="a method or the name of one, not a int"):
+        quick(tiny, make_data(), 3)
 
 
 def test_config_and_overrides_add_up(tiny, make_data):

@@ -14,7 +14,7 @@ from multitune.methods import Method
 from multitune.tasks import TaskData
 from multitune.training.config import TrainConfig
 from multitune.training.results import TrainResult
-from multitune.training.setup import Setup
+from multitune.training.setup import Setup, check_backbone_and_method, refuse_hyper_parameters
 from multitune.training.trainer import run
 
 
@@ -47,6 +47,8 @@ def train(
         DataError: a row that does not fit the task.
     """
     start = time.perf_counter()
+    check_backbone_and_method(backbone, method)
+    refuse_hyper_parameters(method, overrides)
     settings = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
     setup = Setup.check(
         backbone, data, method, output_dir, config=settings, name=name, overwrite=overwrite, report=report

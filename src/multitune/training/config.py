@@ -142,13 +142,18 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown name, or a value the field cannot hold.
         """
-        known = [field.name for field in fields(cls)]
+        known = cls.names()
         for key in values:
             if key not in known:
                 raise ConfigError(
                     f"no training setting '{key}'.{suggest(str(key), known)} There are {', '.join(known)}"
                 )
         return cls(**{key: _checked(key, value, strict=False) for key, value in values.items()})
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all settings."""
+        return tuple(field.name for field in fields(cls))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -21,7 +21,7 @@ from multitune.training.data import TaskRows
 from multitune.training.idle import refuse_idle, without_idle
 from multitune.training.progress import Progress
 from multitune.training.results import TrainResult, history_of
-from multitune.training.setup import Opened, Setup, read_rows
+from multitune.training.setup import Opened, Setup, check_backbone_and_method, read_rows, refuse_hyper_parameters
 from multitune.training.stepped import SteppedRun
 from multitune.training.together import pack, run_pass
 from multitune.training.trainer import TuningTrainer, globals_kept
@@ -278,6 +278,7 @@ def _check_arguments(
     for job in jobs:
         if not isinstance(job, TrainJob):
             raise ConfigError(f"train_many takes TrainJob(data=..., method=...), not a {type(job).__name__}")
+        check_backbone_and_method(backbone, job.method)
     backbone.refuse_decoder("adapters are not trained together", "train them one by one: train(...)")
     dropped = [name for name in _LAYER_DROPS if getattr(backbone.running.config, name, 0)]
     if dropped:
@@ -316,6 +317,7 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
     if folder is None and output_dir is not None:
         folder = Path(output_dir) / name
     try:
+        refuse_hyper_parameters(job.method, job.settings)
         config = TrainConfig.from_dict({**shared.to_dict(), **job.settings})
         if isinstance(job.data, TaskData):
             refuse_idle(backbone, job.data.task, config, given=job.settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from multitune.deltas import Prompt
 from multitune.errors import ConfigError, DataError
 from multitune.heads import Head
 from multitune.layers import LayerChoice, choose_layers_for
-from multitune.methods import Method, make_method
+from multitune.methods import Method, get_method, make_method, method_names
 from multitune.quantized import check_trains
 from multitune.ranked import PatternReader
 from multitune.tasks import Task, TaskData
@@ -226,6 +226,36 @@ class Setup:
 def read_rows(backbone: Backbone, task: Task, table: Any, split: str, max_length: int) -> TaskRows:
     """The rows of one split, tokenized."""
     return TaskRows(backbone, task, table, max_length=max_length, split=split)
+
+
+def check_backbone_and_method(backbone: Any, method: Any) -> None:
+    """Raise `ConfigError` with the line that makes a backbone, or a method, out of what was given instead."""
+    if not isinstance(backbone, Backbone):
+        named = isinstance(backbone, (str, Path))
+        given = repr(str(backbone)) if named else f"a {type(backbone).__name__}"
+        raise ConfigError(
+            f"train takes a Backbone, not {given}; give Backbone.load({given if named else 'NAME'}), once for all runs"
+        )
+    if isinstance(method, type) and issubclass(method, Method):
+        raise ConfigError(f"{method.__name__} is a class of methods; give a method: {method.__name__}()")
+    if not isinstance(method, (Method, str)):
+        raise ConfigError(
+            f"train takes a method or the name of one, not a {type(method).__name__}; give LoRA(r=8) or 'lora'"
+        )
+
+
+def refuse_hyper_parameters(method: Method | str, overrides: Iterable[str]) -> None:
+    """Raise `ConfigError` for a hyper-parameter of the method among the training settings."""
+    if isinstance(method, str) and method not in method_names():
+        return  # several methods, or none: it is refused, or its parts are, by who makes the method
+    cls = get_method(method) if isinstance(method, str) else type(method)
+    own = {f.name for f in fields(cls)}
+    for key in overrides:
+        if key in own and key not in TrainConfig.names():
+            raise ConfigError(
+                f"no training setting '{key}': {key} is a hyper-parameter of {cls.name}; give it to the method, "
+                f"{cls.__name__}({key}=...)"
+            )
 
 
 def _check_data(data: Any) -> None:
