@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import multitune as mt
 from multitune.cli import app
 from multitune.cli.sections import sections_of
 from multitune.methods import Method, registry
+from multitune.methods.yielded import check_deltas
+from multitune.plan import DeltaSet, Plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,19 +30,28 @@ def blocks(file: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text("utf-8"), flags=re.DOTALL)
 
 
+@contextmanager
+def loaded(code, name, folder):
+    """A module with this code, in a file of its own; it and the method of its name are forgotten afterwards."""
+    file = folder / f"{name}.py"
+    file.write_text(code, "utf-8")
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]
+        registry._METHODS.pop(name, None)
+
+
 @pytest.fixture
 def output_gain(tmp_path):
-    """The example method of CONTRIBUTING.md, loaded from a file of its own and forgotten afterwards."""
-    (code,) = (b for b in blocks("CONTRIBUTING.md", "python") if "@register" in b)
-    file = tmp_path / "output_gain.py"
-    file.write_text(code, "utf-8")
-    spec = importlib.util.spec_from_file_location("output_gain", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["output_gain"] = module
-    spec.loader.exec_module(module)
-    yield module.OutputGain
-    del sys.modules["output_gain"]
-    registry._METHODS.pop("output_gain")
+    """The example method of CONTRIBUTING.md."""
+    (code,) = (b for b in blocks("CONTRIBUTING.md", "python") if "class OutputGain" in b)
+    with loaded(code, "output_gain", tmp_path) as module:
+        yield module.OutputGain
 
 
 def test_the_example_method_trains_saves_and_mixes(output_gain, minilm, tmp_path):
@@ -60,6 +72,29 @@ def test_the_example_method_trains_saves_and_mixes(output_gain, minilm, tmp_path
     trained = mt.Adapter.load(tmp_path / "gain", minilm)
     assert trained.num_method_parameters == 6 * 384
     assert all(t.abs().max() > 0 for t in trained.params.values())
+
+
+@pytest.fixture
+def layer_shift(tmp_path):
+    """The example of CONTRIBUTING.md for a whole backbone, with the imports of the other one and those it names."""
+    first, second = (b for b in blocks("CONTRIBUTING.md", "python") if "@register" in b)
+    more = "from multitune.deltas import Bottleneck\nfrom multitune.methods import Method\n\n"
+    with loaded(first.split("@register")[0] + more + second, "layer_shift", tmp_path) as module:
+        yield module.LayerShift
+
+
+def test_the_example_for_a_whole_backbone_adds_its_vector_to_every_layers_output(layer_shift, bert, random_rows):
+    method = layer_shift()
+    v = torch.randn(32)
+    yielded = method.deltas({"v": v}, bert)
+    check_deltas(method, yielded, bert)
+    last = f"layer.{bert.num_layers - 1}."
+    assert list(yielded) == [s.name for s in bert.sites if s.role == "block"] and len(yielded) == bert.num_layers
+    ids, mask = random_rows(bert, [5, 3]).padded()
+    bare = bert.run(Plan([None] * 2), ids, mask)
+    shifted = DeltaSet({name: deltas for name, deltas in yielded.items() if name.startswith(last)})
+    found = bert.run(Plan([shifted] * 2), ids, mask)
+    torch.testing.assert_close(found, bare + v)
 
 
 def test_the_readme_code_uses_names_that_exist():
