@@ -37,7 +37,7 @@ def method_of(make_deltas, size=32):
 MISTAKES = [
     (lambda v: [Bias(b=v)], r"method 'own': deltas returned a list; return a dict from the names of sites to lists"),
     (lambda v: {SITE: Bias(b=v)}, rf"method 'own': deltas returned a Bias for site '{SITE}'; return a dict"),
-    (lambda v: {SITE: [v]}, rf"deltas returned a list with a Parameter in it for site '{SITE}'"),
+    (lambda v: {SITE: [v]}, rf"deltas returned a list with a Tensor in it for site '{SITE}'"),
     (lambda v: {SITE: None}, rf"deltas returned a NoneType for site '{SITE}'"),
     (lambda v: {"layer.0.ffn_uot": [Bias(b=v)]}, r"'layer\.0\.ffn_uot', which is no site .*Did you mean '"),
     (lambda v: {3: [Bias(b=v)]}, r"for 3, which is no site .*Give the site's name: site\.name"),

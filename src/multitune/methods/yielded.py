@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from multitune.deltas import Delta
 from multitune.errors import ConfigError, suggest
@@ -67,25 +69,32 @@ def _check_delta(method: Method, delta: Delta, site: Site) -> None:
             )
 
 
-def check_trainable(method: Method, params: Mapping[str, Any], yielded: Mapping[str, Any]) -> None:
-    """Refuse deltas that depend on none of the method's trained tensors: training would change nothing.
+def check_trainable(method: Method, params: Mapping[str, Tensor], yielded: Mapping[str, Sequence[Delta]]) -> None:
+    """Raise `ConfigError` where `why_not_trainable` has something to say."""
+    why = why_not_trainable(method, params, yielded)
+    if why:
+        raise ConfigError(why)
+
+
+def why_not_trainable(method: Method, params: Mapping[str, Tensor], yielded: Mapping[str, Sequence[Delta]]) -> str:
+    """The message for deltas that depend on none of the tensors that are trained, so that training changes nothing.
 
     Args:
         params: the method's tensors by name, from which `yielded` was computed with gradients on.
 
-    Raises:
-        ConfigError: some of `params` require gradients, and no tensor of any delta does.
+    Returns:
+        Empty where some tensor of a delta requires gradients, or none of `params` does.
     """
     trained = [name for name, p in params.items() if p.requires_grad]
-    if method.changes_weights or not trained:
-        return
-    if not any(t.requires_grad for deltas in yielded.values() for d in deltas for t in d.tensors().values()):
-        few = ", ".join(trained[:3]) + (", ..." if len(trained) > 3 else "")
-        raise ConfigError(
-            f"method '{method.name}': no gradient reaches the tensors it trains ({few}), so that training would leave "
-            f"them as they are. Do its deltas detach them, copy their values (.data, .item(), torch.tensor) or leave "
-            f"them out? Compute the deltas from the tensors as given"
-        )
+    reached = any(t.requires_grad for deltas in yielded.values() for d in deltas for t in d.tensors().values())
+    if method.changes_weights or not trained or reached:
+        return ""
+    few = ", ".join(trained[:3]) + (", ..." if len(trained) > 3 else "")
+    return (
+        f"method '{method.name}': no gradient reaches the tensors it trains ({few}), so that training would leave them "
+        f"as they are. Do its deltas detach them, copy their values (.data, .item(), torch.tensor) or leave them out? "
+        f"Compute the deltas from the tensors as given"
+    )
 
 
 def _named(value: Any) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from multitune import heads
 from multitune.backbone import Backbone
 from multitune.deltas import Delta
+from multitune.errors import ConfigError
 from multitune.heads import Head
 from multitune.inputs import Batch
 from multitune.language_loss import token_losses
 from multitune.methods import Method
-from multitune.methods.yielded import check_deltas, check_trainable
+from multitune.methods.yielded import check_deltas, why_not_trainable
 from multitune.plan import DeltaSet, Plan
 from multitune.ranked import choice_log_probs
 from multitune.sharing import first_touched, first_trained
@@ -67,6 +68,8 @@ class TuningModel(nn.Module):
         self.distill_weight = distill_weight
         self.frozen_layers = 0
         """Layers, from the bottom, that run without dropout, with all that is in front of them and behind the last."""
+        self._unreached: str | None = None
+        """What is wrong with deltas that depend on no trained tensor; empty if nothing is, `None` before a look."""
         self.names = tuple(params)
         self.head_names = tuple(head_params)
         # Lists, because a module's parameter may not have a dot in its name and the methods' tensors do.
@@ -122,21 +125,12 @@ class TuningModel(nn.Module):
 
     def plan(self, num_rows: int) -> Plan:
         """So many rows with the deltas that the tensors yield now, differentiably; call it within `arithmetic`."""
-        return Plan([DeltaSet(self._yielded())] * num_rows)
-
-    def _yielded(self) -> dict[str, list[Delta]]:
-        """What the method's tensors yield now, differentiably, in the backbone's dtype."""
         backbone = self.backbone
         params = {name: p.to(backbone.dtype) if p.is_floating_point() else p for name, p in self.own().items()}
-        return self.method.deltas(params, backbone)
-
-    def checked_delta_set(self) -> DeltaSet:
-        """The deltas, differentiably; `ConfigError` where they do not fit the backbone, or would train nothing."""
-        with torch.enable_grad(), self.arithmetic():
-            yielded = self._yielded()
-        check_deltas(self.method, yielded, self.backbone)
-        check_trainable(self.method, self.own(), yielded)
-        return DeltaSet(yielded)
+        yielded = self.method.deltas(params, backbone)
+        if self._unreached is None and torch.is_grad_enabled():
+            self._unreached = why_not_trainable(self.method, self.own(), yielded)
+        return Plan([DeltaSet(yielded)] * num_rows)
 
     def read(
         self,
@@ -246,7 +240,21 @@ class TuningModel(nn.Module):
 
     def delta_set(self) -> DeltaSet:
         """The deltas as they are now, detached."""
-        return DeltaSet(self.method.deltas({name: p.detach() for name, p in self.own().items()}, self.backbone))
+        return DeltaSet(self._detached())
+
+    def checked_delta_set(self) -> DeltaSet:
+        """`delta_set`, or `ConfigError` where the method's deltas do not fit the backbone."""
+        yielded = self._detached()
+        check_deltas(self.method, yielded, self.backbone)
+        return DeltaSet(yielded)
+
+    def check_reached(self) -> None:
+        """Raise `ConfigError` if the deltas of the passes so far depend on none of the method's trained tensors."""
+        if self._unreached:
+            raise ConfigError(self._unreached)
+
+    def _detached(self) -> dict[str, list[Delta]]:
+        return self.method.deltas({name: p.detach() for name, p in self.own().items()}, self.backbone)
 
     @property
     def num_trained(self) -> int:

@@ -235,8 +235,9 @@ class TuningTrainer(Trainer):
         """A batch's share of the loss of one optimizer step, penalty included.
 
         Raises:
-            ConfigError: it is not finite.
+            ConfigError: it is not finite, or no gradient of it would reach the method's tensors.
         """
+        self.tuned.check_reached()  # here, where jobs that run together fail one by one
         items = num_targets(self.tuned.head.kind, targets)
         share = items / num_items_in_batch if num_items_in_batch else 1.0
         # Where every word was cut off there is nothing to learn, and the mean of nothing is not a number.
