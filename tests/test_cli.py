@@ -151,6 +151,13 @@ def test_version() -> None:
     assert good("--version").out == f"multitune {__version__}\n"
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "multitune", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"multitune {__version__}\n"
+
+
 def test_as_a_process_data_and_errors_go_separate_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MULTITUNE_DATA", raising=False)  # more tasks are listed with it
     # one process that runs two commands, because importing torch takes longer than all else here
