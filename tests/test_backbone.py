@@ -197,6 +197,27 @@ def test_a_name_that_is_nothing_says_what_can_be_given(tmp_path):
         Backbone.load("minilmm")
 
 
+def test_a_packaged_name_with_a_typo_is_refused_before_the_hub_is_asked(tmp_path, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("multitune.loading.AutoConfig.from_pretrained", asked)
+        for name, meant in (
+            ("minilmm", "minilm"),
+            ("MiniLM", "minilm"),
+            ("mini lm", "minilm"),
+            ("smolm2+decoder", "smollm2"),
+        ):
+            with pytest.raises(BackboneError, match=rf"Did you mean '{meant}'\? Give 'minilm'"):
+                Backbone.load(name)
+    (tmp_path / "minilmm").mkdir()  # a folder of that name is meant as it is written
+    with pytest.raises(BackboneError, match=r"cannot load backbone 'minilmm': (?!there is no folder)") as refused:
+        Backbone.load("minilmm")
+    assert ".." not in str(refused.value)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_a_device_that_is_not_there_says_what_to_do(device):
     with pytest.raises(ConfigError, match=f"cannot use device '{device}': .* Leave it out to use the CPU"):

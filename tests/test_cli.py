@@ -151,6 +151,13 @@ def test_version() -> None:
     assert good("--version").out == f"multitune {__version__}\n"
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "multitune", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"multitune {__version__}\n"
+
+
 def test_as_a_process_data_and_errors_go_separate_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MULTITUNE_DATA", raising=False)  # more tasks are listed with it
     # one process that runs two commands, because importing torch takes longer than all else here
@@ -401,6 +408,8 @@ def test_own_rows_with_a_tenth_held_out(tmp_path: Path, rows_file: Path, short: 
     columns = ("--text", "note", "--label", "liked", "--metric", "macro_f1")
     answer = good("train", "--train", rows_file, *columns, "--method", "head", "--out", tmp_path / "a", *short)
     assert "reviews (classification) on 27 rows, judged by macro_f1 on 3" in answer.err
+    assert "judged by only 3 rows: one row more or less is 33.3 points" in answer.err
+    assert "--validation FILE" in answer.err
     assert "macro_f1" in answer.out
     found = good("inspect", tmp_path / "a", "--json").json
     assert found["task"]["labels"] == ["no", "yes"]
@@ -473,7 +482,7 @@ def test_evaluate_agrees_with_training(adapters: Path) -> None:
     assert found[0]["accuracy"] == pytest.approx(trained, abs=0.03)  # other batches, so a tie may fall otherwise
     assert set(found[1]) > {"pearson_spearman", "pearson", "spearman"}
     lines = good("evaluate", adapters / "topic", "--task", "demo/topic").out.splitlines()
-    assert lines[2].split()[1:4] == ["lora", "demo/topic", "accuracy"]
+    assert lines[2].split()[1:4] == ["lora", "demo/topic", f"{found[0]['rows']:,}"]
 
 
 def test_evaluate_leaves_layers_out(adapters: Path) -> None:
@@ -493,9 +502,14 @@ def test_evaluate_judges_by_the_first_rows(adapters: Path, tmp_path: Path) -> No
     answer = good("evaluate", adapters / "topic", "--task", "demo/topic", "--rows", "7", "--json")
     (first,) = good("evaluate", adapters / "topic", "--data", tmp_path / "first.jsonl", "--json").json
     assert answer.json == [first]
-    assert "judged by the first 7 rows only" in answer.err
+    assert first["rows"] == 7
+    assert answer.err.count(f"judged by the first rows only: 7 of {len(table)}") == 1
+    twice = good("evaluate", adapters / "topic", adapters / "topic", "--rows", "7")
+    assert twice.err.count("judged by") == 1
+    assert [line.split()[3] for line in twice.out.splitlines()[2:]] == ["7", "7"]
     more = good("evaluate", adapters / "topic", "--rows", len(table) + 1, "--json").json
     assert more == good("evaluate", adapters / "topic", "--json").json
+    assert more[0]["rows"] == len(table)
     for rows in ("0", "-1"):
         assert f"--rows {rows} is not possible" in bad("evaluate", adapters / "topic", "--rows", rows)
 

@@ -46,6 +46,7 @@ FILES = (CONFIG_FILE, TENSOR_FILE, tables.TABLE_FILE, "history.json", "curve.png
 _OF_THE_RUN = FILES[3:]
 """Of these, what the training run left that made the tensors."""
 
+_MEND = f"Copy the folder again, or put back what was changed in {CONFIG_FILE}"
 _KEYS = (
     "format", "multitune", "name", "method", "head", "task", "max_length", "backbone", "metrics", "recipe", "seed",
     "parameters", "tensors_sha256", "table",
@@ -326,9 +327,7 @@ class Adapter:
             )
             adapter.head.check_task(adapter.task)
         except (MultituneError, TypeError, KeyError) as error:
-            raise AdapterError(
-                f"{folder / CONFIG_FILE} (written by multitune {config['multitune']}, this is {__version__}): {error}"
-            ) from error
+            raise AdapterError(f"{folder / CONFIG_FILE}{_writer(config)}: {_ended(error)} {_MEND}") from error
         if backbone is not None:
             adapter.check_backbone(backbone)
         tensors = _read_tensors(folder / TENSOR_FILE, config["tensors_sha256"])
@@ -417,7 +416,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text("utf-8"))
     except (ValueError, OSError) as error:
-        raise AdapterError(f"{file} is damaged: {error}") from error
+        raise AdapterError(f"{file} is damaged: {_ended(error)} Copy the folder again") from error
     if not isinstance(config, dict) or "format" not in config:
         raise AdapterError(f"{file} is not a multitune adapter: it has no 'format'")
     if config["format"] != FORMAT:
@@ -427,8 +426,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     missing, extra = [k for k in _KEYS if k not in config], [k for k in config if k not in _KEYS]
     if missing or extra:
-        raise AdapterError(f"{file}: missing keys {missing}, unknown keys {extra}")
+        parts = {"missing": missing, "unknown": extra}
+        said = ", ".join(f"{what} keys {', '.join(map(repr, keys))}" for what, keys in parts.items() if keys)
+        raise AdapterError(f"{file}{_writer(config)}: {said}. {_MEND}")
     return config
+
+
+def _writer(config: dict[str, Any]) -> str:
+    """Which version wrote an adapter, where it is another one: what is wrong may then be no damage."""
+    if config.get("multitune", __version__) == __version__:
+        return ""
+    return f" (written by multitune {config['multitune']}, this is {__version__})"
+
+
+def _ended(error: Exception) -> str:
+    """A message as a sentence, for another to follow it."""
+    said = str(error)
+    return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
 def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
@@ -439,7 +453,7 @@ def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
             # Copies: what `get_tensor` gives is a view of the mapped file, which one small tensor would keep in memory.
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged or truncated: {error}") from error
+        raise AdapterError(f"{file} is damaged or truncated: {_ended(error)} Copy the folder again") from error
     if sha256(file) != digest:
         raise AdapterError(f"{file} is not the file that was saved (its checksum differs); copy the folder again")
     return tensors

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_WHAT_LOADS = (
+    f"Give {', '.join(map(repr, PACKAGED))}, a folder with config.json, model.safetensors and the tokenizer, or a hub "
+    f"id that this machine can reach"
+)
 
 #: What stands behind a name to load an encoder-decoder with its decoder, and not its encoder alone.
 DECODER = "+decoder"
@@ -68,6 +74,7 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
         raise ConfigError(f"dtype '{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     _check_device(device)
     source = resolve(base)
+    _check_near_name(base)
     try:
         config = AutoConfig.from_pretrained(source)
         row = architecture_for(config.model_type, config)
@@ -101,11 +108,26 @@ def _cannot_load(name: str, source: Any, error: Exception) -> str:
     place = Path(source)
     near = suggest(name, PACKAGED) or suggest_file(place)
     absent = "" if place.exists() else f"there is no folder '{name}'.{near} As a hub id: "
-    return (
-        f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0]}. Give "
-        f"{', '.join(map(repr, PACKAGED))}, a folder with config.json, model.safetensors and the tokenizer, "
-        f"or a hub id that this machine can reach"
-    )
+    return f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0].rstrip('.')}. {_WHAT_LOADS}"
+
+
+def _check_near_name(name: str) -> None:
+    """Raise BackboneError for a packaged name with a typo, before the hub is asked, which takes long where it is far.
+
+    Ids on the hub without an owner are few and old, and none of them is near a packaged name; one that this machine
+    has a copy of is taken all the same.
+    """
+    near = "" if name in PACKAGED or "/" in name or Path(name).exists() else suggest(name, PACKAGED)
+    if near and not _is_copied(name):
+        raise BackboneError(f"cannot load backbone '{name}': there is no folder '{name}'.{near} {_WHAT_LOADS}")
+
+
+def _is_copied(hub_id: str) -> bool:
+    """Whether the hub's cache on this machine holds a model's configuration."""
+    try:
+        return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+    except ValueError:  # no name that the hub allows
+        return False
 
 
 def _check_device(device: str | torch.device) -> None:

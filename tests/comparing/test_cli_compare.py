@@ -47,6 +47,14 @@ def test_a_dry_run_prints_the_trials_and_trains_nothing(run, file, tmp_path):
     assert told["trials"] == len(told["final"]) == 6
 
 
+def test_a_dry_run_says_what_it_took_for_text_and_answer(run, moods, tiny_folder):
+    given = ("--backbone", tiny_folder, "--methods", "head", "--dry-run")
+    result = run(moods, *given)
+    assert "text from text, answer from mood" in result.stderr
+    told = run(moods, *given, "--json")
+    assert json.loads(told.stdout)["trials"] and "answer from mood" in told.stderr
+
+
 def test_a_dry_run_of_a_search_says_the_most_it_can_come_to(run, file):
     result = run(file(search={"trials": 1}), "--dry-run")
     assert result.stdout.splitlines()[-1].startswith(

@@ -3,6 +3,7 @@
 import re
 import string
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -189,6 +190,12 @@ def test_what_is_right_in_a_list(entities, right, target):
 def test_lists_and_answers_that_do_not_fit(entities, right, message):
     with pytest.raises(DataError, match=rf"task 'cloze', row 1: .*{message}"):
         CLOZE.examples([cloze(entities, right)])
+
+
+def test_one_column_of_choices_that_holds_no_list_says_what_is_wanted():
+    task = replace(CLOZE, choices=("entities",))
+    with pytest.raises(DataError, match=r"column 'entities' of the choices holds no list; --choices .* two or more"):
+        task.encode(cloze("xy", "x"))
 
 
 def test_two_lists_in_one_choice_are_refused():

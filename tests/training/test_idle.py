@@ -40,7 +40,10 @@ def test_a_writing_task_refuses_settings_of_a_head(make_backbone, quick):
     data = TaskData(
         task=WRITE, train=[{"text": "x", "answer": "y"}], validation=[{"text": "x", "answer": "y"}], test=None
     )
-    with pytest.raises(ConfigError, match="pooling='mean' makes one vector of a text, and task 'name it' has no head"):
+    with pytest.raises(
+        ConfigError,
+        match="pooling='mean' makes one vector of a text, and task 'name it' of kind generation has no head",
+    ):
         quick(make_backbone("gpt2"), data, "lora", pooling="mean")
 
 

@@ -187,6 +187,7 @@ def compare_command(
     for line in plan.left_out:
         note(line)
     if dry_run:
+        _describe_tables(plan)
         _dry(plan, as_json)
         return
     place = make_runner(
@@ -252,9 +253,8 @@ def _finals(plan: Plan) -> list[Job]:
     return jobs if plan.recipe.search is None else [j for j in jobs if j.trial.seed == plan.search_seed()]
 
 
-def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
-    tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
-    methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
+def _describe_tables(plan: Plan) -> None:
+    """What was taken for text and answer of every table, which of one's own is partly guessed."""
     for cell in {id(cell.draws[0]): cell for cell in plan.cells}.values():
         task, data = cell.draws[0].data.task, cell.draws[0].data
         labels = f", {len(task.labels)} labels" if task.labels else ""
@@ -262,6 +262,12 @@ def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
             f"{cell.draws[0].task}: {task.kind}{labels}, text from {' | '.join(task.template.parts)}, answer from "
             f"{task.label}; {count(len(data.train))} rows to learn from, {count(len(data.validation))} to judge by"
         )
+
+
+def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
+    tasks = list(dict.fromkeys(cell.draws[0].task for cell in plan.cells))
+    methods = list(dict.fromkeys(cell.method.name for cell in plan.cells))
+    _describe_tables(plan)
     total, known = number_of_trials(plan), number_known(plan, folder, retry_failed=retry_failed)
     what = f"{_several(len(methods), 'method')} on {_several(len(tasks), 'task')}, "
     what += _several(len(plan.recipe.seeds), "seed")

@@ -35,6 +35,7 @@ from multitune.tasks import Pattern, TaskData, any_split, load_table, load_task
 from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, TrainResult, evaluate, train
 from multitune.training.checkpoints import Checkpoints
+from multitune.training.judging import rows_to_judge
 from multitune.words import in_words
 from multitune.yaml_file import read_names, read_yaml
 
@@ -49,6 +50,8 @@ OWN_PATTERN = ("verbalizer", "instruction")
 _TASK, _DATA = "Task", "Your own data, instead of --task"
 _PATTERN = "Answers as text, by a language model"
 _TRAINING = "Training"
+#: Under so many rows to judge by, training says how much one of them moves the score.
+FEW_ROWS = 50
 _HELD_OUT_ROWS = 50
 _METAVARS = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN"}
 
@@ -244,6 +247,10 @@ def _announce(chosen: Mapping[str, Any], data: TaskData, method: Method, config:
         f"training {method.name} for {task.name} ({task.kind}) on {count(len(data.train))} rows, judged by "
         f"{judge_of_training(task.metric, by_texts=bool(config.eval_texts))} on {count(len(data.validation))}"
     )
+    judged = len(data.validation)
+    if task.kind in ("classification", "multiple_choice") and 0 < judged < FEW_ROWS:
+        more = "; give more with --validation FILE before relying on the score" if "train" in chosen else ""
+        note(f"judged by only {judged} rows: one row more or less is {100 / judged:.1f} points of accuracy{more}")
 
 
 def _show_result(method: Method, result: TrainResult, out: Path, as_json: bool) -> None:
@@ -496,20 +503,25 @@ def evaluate_command(
     tables = [any_split(data, split) if data is not None else _task_of(adapter, task) for adapter in loaded]
     on = shared.backbone_of(loaded[0], backbone, device, dtype)
     found: list[dict[str, Any]] = []
+    shares: list[tuple[int, int]] = []
     for folder, adapter, table in zip(adapters, loaded, tables, strict=True):
-        scores = evaluate(on, folder, table, split=split, batch_size=batch_size, drop_layers=dropped, num_rows=rows)
-        found.append({"adapter": str(folder), "method": adapter.method.name, "task": adapter.task.name, **scores})
-    _explain(adapters, loaded, data, task, split, rows)
+        whole, judged = (rows_to_judge(adapter.task, table, split, number) for number in (None, rows))
+        scores = evaluate(on, folder, judged, batch_size=batch_size, drop_layers=dropped)
+        facts = {"adapter": str(folder), "method": adapter.method.name, "task": adapter.task.name}
+        found.append({**facts, "rows": len(judged), **scores})
+        shares.append((len(judged), len(whole)))
+    _explain(adapters, loaded, data, task, split, shares)
     if as_json:
         print_json(found)
         return
     lines = [
-        (f["adapter"], f["method"], f["task"], name, score(value))
+        (f["adapter"], f["method"], f["task"], count(f["rows"]), name, score(value))
         for f in found
         for name, value in f.items()
-        if name not in ("adapter", "method", "task")
+        if name not in ("adapter", "method", "task", "rows")
     ]
-    show(shared.table(lines, ("adapter", "method", "task", "metric", "value"), right=("value",)))
+    columns = ("adapter", "method", "task", "rows", "metric", "value")
+    show(shared.table(lines, columns, right=("rows", "value")))
 
 
 def _explain(
@@ -518,17 +530,25 @@ def _explain(
     data: str | None,
     task: str | None,
     split: str,
-    rows: int | None,
+    shares: Sequence[tuple[int, int]],
 ) -> None:
-    """Say what the scores are of, and what they are not."""
-    if rows is not None:
-        note(f"judged by the first {count(rows)} rows only (or all, where there are fewer)")
-    if data is not None and split == "validation":
-        for folder in folders:
-            note(
-                f"{'all' if rows is None else 'the first'} rows of {data} were judged; if {folder} was trained on some "
-                f"of them, its score on the rows held out by its seed is in `multitune inspect {folder}`"
-            )
+    """Say what the scores are of, and what they are not.
+
+    Args:
+        shares: of each adapter how many rows it was judged by, and how many there are.
+    """
+    parts = dict.fromkeys(f"{count(judged)} of {count(there)}" for judged, there in shares if judged < there)
+    own = data is not None and split == "validation"
+    said = [f"judged by the first rows only: {', '.join(parts)}"] if parts else []
+    if own:
+        said += [] if parts else [f"all rows of {data} were judged"]
+        which, where = ("an adapter", "ADAPTER") if len(folders) > 1 else (folders[0], folders[0])
+        said.append(
+            f"if {which} was trained on some of them, its score on the rows held out by its seed is in "
+            f"`multitune inspect {where}`"
+        )
+    if said:
+        note("; ".join(said))
     for folder, adapter in zip(folders, adapters, strict=True):
         if adapter.task.kind == "generation":
             where = f"--data {data}" if data is not None else f"--task {task or adapter.task.name}"

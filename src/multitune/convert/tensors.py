@@ -32,4 +32,4 @@ def read_tensors(file: Path, pickled: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged or truncated: {error}") from error
+        raise AdapterError(f"{file} is damaged or truncated: {error}; copy it again") from error

@@ -436,7 +436,13 @@ def _named_label(row: Mapping[str, Any], label: str, names: tuple[str, ...]) -> 
 
 def choice_items(row: Mapping[str, object], columns: Iterable[str]) -> tuple[str, tuple[str, ...]]:
     """The one of these columns in which a row has a list, and the texts of that list."""
+    columns = tuple(columns)
     lists = {column: value for column in columns if isinstance(value := cell(row, column), (list, tuple))}
+    if len(columns) == 1 and not lists:
+        raise DataError(
+            f"column {columns[0]!r} of the choices holds no list; --choices (choices=…) takes two or more columns of "
+            f"one choice each, or one column of lists"
+        )
     if len(lists) != 1:
         found = named(lists) if lists else "none"
         raise DataError(f"the choices are the texts of one list, but of the columns {named(columns)} {found} hold one")

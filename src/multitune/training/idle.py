@@ -28,7 +28,8 @@ def idle_settings(backbone: Backbone, task: Task, config: TrainConfig) -> dict[s
     head = Head.for_task(task)
     if config.pooling not in (None, backbone.default_pooling) and not head.pools:
         reads = "a head that reads every word by itself" if head.kind == "tagging" else "no head that reads one vector"
-        idle["pooling"] = f"makes one vector of a text, and task '{task.name}' has {reads}; leave it out"
+        whose = f"task '{task.name}' of kind {task.kind}"
+        idle["pooling"] = f"makes one vector of a text, and {whose} has {reads}; leave it out"
     if config.head_dropout != TrainConfig.head_dropout and not head.drops:
         idle["head_dropout"] = f"is for what a head reads, and task '{task.name}' trains no head; leave it out"
     return idle

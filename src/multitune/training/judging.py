@@ -44,13 +44,17 @@ def evaluate(
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, backbone)
     task = adapter.task
-    table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
-    if num_rows is not None:
-        table = _first(task, table, num_rows)
+    table = rows_to_judge(task, data, split, num_rows)
     if task.kind == "generation":
         return answer_scores(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
     predictions, examples = predict_rows(backbone, adapter, table, batch_size=batch_size, drop_layers=drop_layers)
     return judge(task, predictions, examples)
+
+
+def rows_to_judge(task: Task, data: TaskData | Source, split: str = "validation", num_rows: int | None = None) -> Any:
+    """The labelled rows that `evaluate` judges an adapter of this task by; arguments and errors as there."""
+    table = _split(data, split) if isinstance(data, TaskData) else _labelled(data, split)
+    return table if num_rows is None else _first(task, table, num_rows)
 
 
 def predict_rows(

@@ -1,0 +1,5 @@
+"""`python -m multitune`: the command line."""
+
+from multitune.cli import main
+
+main()
