@@ -428,6 +428,7 @@ def test_a_multiple_choice_from_a_table_of_ones_own(tmp_path: Path, short: tuple
     assert "causes (multiple_choice) on 18 rows, judged by accuracy on 2" in answer.err
     found = good("predict", "--adapters", tmp_path / "causes", input=_lines(rows[0])).lines[0]
     assert set(found["probabilities"]) == {"0", "1"}
+    assert found["choice"] == ("good", "bad")[int(found["label"])]
     task = good("inspect", tmp_path / "causes", "--json").json["task"]
     assert (task["choices"], task["template"]) == (["first", "second"], ["{premise} Why?"])
     recipe = tmp_path / "recipe.yaml"
@@ -655,8 +656,19 @@ def test_a_bad_line_is_named_after_the_good_ones_are_answered(adapters: Path, li
     assert answer.code == 1
     assert [a["adapter"] for a in answer.lines] == ["topic"]
     (problem,) = answer.err.splitlines()
-    assert problem.startswith("error: line 3: ")
+    assert problem.startswith("error: line 3, column 2: " if line == "{" else "error: line 3: ")
     assert says in problem
+
+
+def test_a_line_that_is_no_json_is_named_by_file_line_and_column(adapters: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(_lines(ROWS[0]) + '{"adapter": "topic" "text": "x"}\n' + _lines(ROWS[3]), "utf-8")
+    answer = Answer("predict", "--adapters", adapters, "--input", file)
+    assert answer.code == 1 and len(answer.lines) == 1
+    assert answer.err == (
+        "error: rows.jsonl, line 2, column 21: no valid JSON: Expecting ',' delimiter. The lines before it are "
+        "answered; it and those after it are not\n"
+    )
 
 
 def test_a_line_that_the_bank_refuses_is_named_after_those_before_it_are_answered(

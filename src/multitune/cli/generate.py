@@ -15,7 +15,14 @@ import typer
 from multitune.adapter import Adapter
 from multitune.bank import Bank
 from multitune.cli import shared
-from multitune.cli.predict import adapter_folders, open_rows, read_line, refuse_output_over_input, row_of_values
+from multitune.cli.predict import (
+    adapter_folders,
+    line_error,
+    open_rows,
+    read_line,
+    refuse_output_over_input,
+    row_of_values,
+)
 from multitune.cli.shared import (
     AdapterFolders,
     AsJson,
@@ -282,7 +289,8 @@ def _write_lines(bank: Bank, input_: str, output: Path | None, settings: Generat
     """Write for every line of the input, in order; none before all are accepted and the output is open."""
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
-        engines, requests = _submit(bank, _read(bank, lines, settings), batch_size)
+        source = "" if input_ == "-" else Path(input_).name
+        engines, requests = _submit(bank, _read(bank, lines, settings, source), batch_size)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         for engine in engines:
             engine.run()
@@ -303,7 +311,7 @@ class _Line:
     settings: GenerationSettings
 
 
-def _read(bank: Bank, lines: Iterable[bytes], settings: GenerationSettings) -> list[_Line]:
+def _read(bank: Bank, lines: Iterable[bytes], settings: GenerationSettings, source: str = "") -> list[_Line]:
     """The lines of the input, each with the settings of the command line where it has none of its own.
 
     Raises:
@@ -319,7 +327,7 @@ def _read(bank: Bank, lines: Iterable[bytes], settings: GenerationSettings) -> l
             row = row_of_values(bank, name, values)
             found.append(_Line(number, name, row, replace(settings, **own)))
         except MultituneError as error:
-            raise DataError(f"line {number}: {error}") from error
+            raise line_error(source, number, error) from error
     return found
 
 

@@ -99,7 +99,8 @@ def predict(
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-        for answer in answers(bank, lines, batch_size=batch_size, window=window, broken=broken):
+        source = "" if input_ == "-" else Path(input_).name
+        for answer in answers(bank, lines, batch_size=batch_size, window=window, broken=broken, source=source):
             print(json.dumps(answer, ensure_ascii=False), file=sink, flush=window == 1)
 
 
@@ -201,12 +202,33 @@ def open_rows(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def line_error(source: str, number: int, error: MultituneError) -> DataError:
+    """What is wrong with a line, behind its place: the file if there is one, the line, and where JSON ends in one."""
+    place = f"{source}, line {number}" if source else f"line {number}"
+    column = getattr(error.__cause__, "colno", None)
+    return DataError(f"{place}{'' if column is None else f', column {column}'}: {str(error).removeprefix('row 0: ')}")
+
+
+def _stopped(source: str, number: int, error: MultituneError) -> DataError:
+    said = str(line_error(source, number, error))
+    end = "" if said.endswith((".", "?", "!")) else "."
+    return DataError(f"{said}{end} The lines before it are answered; it and those after it are not")
+
+
 def answers(
-    bank: Bank, lines: Iterable[bytes], *, batch_size: int, window: int, broken: Mapping[str, str] | None = None
+    bank: Bank,
+    lines: Iterable[bytes],
+    *,
+    batch_size: int,
+    window: int,
+    broken: Mapping[str, str] | None = None,
+    source: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Answers to JSON lines, in order. At a bad line the lines before it are answered, then it is named.
 
-    `broken` says what is wrong with adapters that could not be loaded, by name.
+    Args:
+        broken: what is wrong with adapters that could not be loaded, by name.
+        source: name of the file that the lines are from, for messages.
 
     Raises:
         DataError: a line is not JSON, or does not fit the adapter that it names; says which line.
@@ -222,14 +244,24 @@ def answers(
                 name, values = read_line(bank, line, broken or {})
                 rows.append((number, (name, row_of_values(bank, name, values))))
             except MultituneError as error:
-                problem = DataError(f"line {number}: {error}")
+                problem = _stopped(source, number, error)
                 break
-        yield from (prediction.to_dict() for prediction in _answered(bank, rows, batch_size))
+        for (_, (name, row)), prediction in zip(rows, _answered(bank, rows, batch_size, source), strict=True):
+            yield prediction.to_dict() | _choice(bank, name, row, prediction)
         if problem is not None:
             raise problem
 
 
-def _answered(bank: Bank, rows: Sequence[_NumberedRow], batch_size: int) -> Iterator[Prediction]:
+def _choice(bank: Bank, name: str | None, row: Any, prediction: Prediction) -> dict[str, str]:
+    """Multiple choice: the text of the choice whose number is the label."""
+    task = None if name is None else bank.adapter(name).task
+    if task is None or task.kind != "multiple_choice" or prediction.label is None:
+        return {}
+    assert isinstance(prediction.label, str)  # the number of a choice
+    return {"choice": task.choice_texts(row)[int(prediction.label)]}
+
+
+def _answered(bank: Bank, rows: Sequence[_NumberedRow], batch_size: int, source: str) -> Iterator[Prediction]:
     """Answers to rows by the numbers of their lines, in order; what cannot be answered is named after those before it.
 
     Raises:
@@ -239,11 +271,11 @@ def _answered(bank: Bank, rows: Sequence[_NumberedRow], batch_size: int) -> Iter
         found = _predict(bank, [row for _, row in rows], batch_size)
     except _OF_A_ROW as error:
         if len(rows) == 1:
-            raise DataError(f"line {rows[0][0]}: {str(error).removeprefix('row 0: ')}") from error
+            raise _stopped(source, rows[0][0], error) from error
         # The bank refuses a batch before it runs it, so that looking for the row in halves costs little.
         half = len(rows) // 2
-        yield from _answered(bank, rows[:half], batch_size)
-        yield from _answered(bank, rows[half:], batch_size)
+        yield from _answered(bank, rows[:half], batch_size, source)
+        yield from _answered(bank, rows[half:], batch_size, source)
         return
     yield from found
 
@@ -251,9 +283,9 @@ def _answered(bank: Bank, rows: Sequence[_NumberedRow], batch_size: int) -> Iter
 def read_line(bank: Bank, line: bytes, broken: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
     """The adapter that a line names, checked, and what else the line says."""
     try:
-        values = json.loads(line)
+        values = json.loads(line.rstrip(b"\r\n"))  # for what is lacking to be at the end of this line, not behind
     except (ValueError, RecursionError) as error:  # a line that is not UTF-8 is among the first
-        raise DataError(f"no valid JSON: {error}") from error
+        raise DataError(f"no valid JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(values, dict):
         raise DataError(
             f'a line is an object such as {{"adapter": "topic", "text": "…"}}, not a {type(values).__name__}'
