@@ -67,7 +67,7 @@ def test_a_table_without_runs_says_so(script, monkeypatch, tmp_path, capsys):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says what a process has held")
 def test_growth_counts_what_is_trained_with_its_optimiser(script, make_backbone, monkeypatch):
     """Full fine-tuning of a wide model holds a copy of its weights, gradients and two moments; SIFT next to nothing."""
-    wide = make_backbone("bert", hidden_size=256, intermediate_size=2048)
+    wide = make_backbone("bert", hidden_size=512, intermediate_size=4096)
     rows = [f"good film {i}" for i in range(4)]
     monkeypatch.setattr(mt, "load_task", lambda name: words(rows))
     monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: wide)

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 from multitune.cli.compare import duration
 from multitune.cli.shared import app, load_command
 from multitune.comparing import Recipe, Store, execute
-from multitune.comparing.estimate import estimate
+from multitune.comparing.estimate import Cost, _each, _run, estimate
 from multitune.comparing.run import load
 from multitune.comparing.sources import recipe_of, suites
 from multitune.comparing.store import FILE
+from multitune.training import TrainConfig
 
 
 @pytest.fixture
@@ -159,13 +160,22 @@ def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_f
     assert line["score"] == pytest.approx(sum(scores) / 2)
 
 
-def test_the_estimate_grows_with_the_steps(recipe):
-    def seconds(**changes):
-        return estimate(load(recipe(methods=["bitfit"], **changes)))
+COST = Cost(fixed=3.0, step=0.5, row=0.01)
 
-    few = seconds(training={"max_steps": 10}, seeds=1)
-    assert 0 < few < 60
-    assert seconds(training={"max_steps": 4000}, seeds=3) > 10 * few
+
+def test_the_estimate_grows_with_the_steps(recipe):
+    def seconds(steps):
+        plan = load(recipe(methods=["bitfit"], training={"max_steps": steps}, seeds=1))
+        return estimate(plan), _run(TrainConfig(max_steps=steps), COST, plan.cells[0].draws[0].data, 2.0)
+
+    (timed, few), (_, many) = seconds(10), seconds(4000)
+    assert 0 < timed < 60
+    assert few >= 3 + 10 and many - few >= 2 * 0.5 * 3990
+
+
+def test_a_longer_run_that_was_quicker_says_what_a_step_takes_at_most():
+    assert _each(5.0, 2.0, 3) == 1.0
+    assert _each(1.5, 2.0, 3) == 0.5
 
 
 def test_times_are_said_in_words():

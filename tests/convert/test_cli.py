@@ -93,4 +93,5 @@ def test_an_adapter_without_a_head_embeds(folders, tmp_path):
     write_checkpoint(bare, config, own)
     facts = json.loads(run("import", bare, "--backbone", backbone, "--out", tmp_path / "out", "--json"))
     assert (facts["head"], facts["compared"]) == ("none", "hidden states")
-    assert len(json.loads(run("predict", "good film", "--adapters", tmp_path / "out"))) == 32
+    found = json.loads(run("predict", "good film", "--adapters", tmp_path / "out", "--json"))
+    assert len(found["embedding"]) == 32

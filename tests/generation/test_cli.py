@@ -169,7 +169,7 @@ def test_evaluate_measures_perplexity(made):
     first.write_text(lines(ROWS[0]), "utf-8")
     alone = run("evaluate", made / "adapters/lora", "--data", first, "--json")
     assert json.loads(few.stdout) == json.loads(alone.stdout) != [found]
-    assert "judged by the first 1 rows only" in few.stderr
+    assert "judged by the first rows only: 1 of 10" in few.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ COMMANDS = {
     "compare": ("compare", "Compare methods on tasks or on your own table: scores over seeds, a report, and a "
                 "recommendation."),
     "report": ("report", "Write the report of a comparison: one HTML page, Markdown, CSV; and recommend a method."),
-    "claims": ("claims", "Judge the papers' claims by the runs of comparisons: the paper's figure, ours with its "
+    "claims": ("claims", "Judge the papers' claims by comparisons and benchmarks: the paper's figure, ours with its "
                "interval, a verdict."),
     "evaluate": ("train", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
