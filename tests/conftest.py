@@ -242,6 +242,14 @@ def _model(name: str, seed: int = 0, class_name: str = "", **overrides) -> trans
     return model
 
 
+@pytest.fixture(autouse=True)
+def _threads_restored():
+    """A benchmark or demo that a test runs sets torch's threads, and with them how later tests round."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tolerances():
     """dtype -> keyword arguments of `torch.testing.assert_close`."""
