@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import dataclasses
 import importlib.util
 import string
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +242,18 @@ def _model(name: str, seed: int = 0, class_name: str = "", **overrides) -> trans
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script(name)`: a benchmark, which is part of no package, as a module that is forgotten afterwards."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if folder in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

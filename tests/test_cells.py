@@ -1,6 +1,5 @@
 """Benchmarks kept as cells: none is run twice, a cut-off store goes on, and what is missing is said."""
 
-import importlib
 import json
 import os
 import sys
@@ -15,11 +14,8 @@ CELLS = [{"n": n, "settings": {"r": n}} for n in range(3)]
 
 
 @pytest.fixture
-def cells(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("_cells")
-    for name in ("_cells", "_store"):
-        sys.modules.pop(name, None)
+def cells(script):
+    return script("_cells")
 
 
 @pytest.fixture
@@ -78,25 +74,23 @@ def test_a_document_without_markers_is_refused_before_the_work(go, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["table_to_text", "instruction_mixture", "dcot"])
-def test_every_script_names_its_cells_and_its_place_in_the_page(name, cells, monkeypatch):
-    script = importlib.import_module(name)
-    found = {}
-    monkeypatch.setattr(script, "go", lambda name, args, cells, *more: found.update(name=name, cells=cells))
+def test_every_script_names_its_cells_and_its_place_in_the_page(name, script, monkeypatch):
+    made, found = script(name), {}
+    monkeypatch.setattr(made, "go", lambda name, args, cells, *more: found.update(name=name, cells=cells))
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    script.main()
-    del sys.modules[name]
+    made.main()
     assert found["name"] == name and len({json.dumps(cell, sort_keys=True) for cell in found["cells"]}) >= 2
     page = (BENCHMARKS.parent / "docs" / "instructions.md").read_text("utf-8")
     assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
 
 
 @pytest.mark.data
-def test_the_mixture_holds_out_whole_clusters(cells):
+def test_the_mixture_holds_out_whole_clusters(script):
     if not os.environ.get("MULTITUNE_DATA"):
         pytest.skip("needs the public data sets: set MULTITUNE_DATA to their folder")
-    script = importlib.import_module("instruction_mixture")
-    learnt, held = ({cluster_of(name) for name in names} for names in (script.LEARNT, script.HELD_OUT))
-    assert len(set(script.LEARNT)) == len(script.LEARNT) >= 20 and len(set(script.HELD_OUT)) >= 5
+    made = script("instruction_mixture")
+    learnt, held = ({cluster_of(name) for name in names} for names in (made.LEARNT, made.HELD_OUT))
+    assert len(set(made.LEARNT)) == len(made.LEARNT) >= 20 and len(set(made.HELD_OUT)) >= 5
     assert not learnt & held
 
 
@@ -116,10 +110,8 @@ def test_the_page_uses_names_that_exist():
             assert hasattr(multitune, name), name
 
 
-def test_a_timing_says_null_for_what_was_not_measured(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    result = importlib.import_module("_harness").Result
-    sys.modules.pop("_harness")
+def test_a_timing_says_null_for_what_was_not_measured(script):
+    result = script("_harness").Result
     added = result(case="f", system="bank", ratio_to_first=1.2, limit=1.5).to_dict()
     assert added == {
         "case": "f", "system": "bank", "median_ms": None, "ratio_to_backbone": None, "ratio_to_first": 1.2,

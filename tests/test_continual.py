@@ -1,6 +1,5 @@
 """Sparse updates of many tasks in one model: the sum is the sum of weights, in any order, read by class means."""
 
-import importlib
 import itertools
 import json
 import re
@@ -151,14 +150,6 @@ def test_the_page_runs_as_it_stands(minilm, tmp_path, monkeypatch, capsys):
     assert len(Prototypes.load("adapters/means").labels) == 14
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    yield importlib.import_module("continual_intents")
-    for name in ("continual_intents", "_store"):
-        sys.modules.pop(name, None)
-
-
 def test_the_benchmark_goes_on_where_it_was_stopped(script, bert, tmp_path, monkeypatch, capsys):
     """A stream in which the second domain had to be taken up again ends as one that was never stopped."""
     tables = {
@@ -177,7 +168,7 @@ def test_the_benchmark_goes_on_where_it_was_stopped(script, bert, tmp_path, monk
     def run(folder, *options):
         places = ["--store", str(tmp_path / folder), "--work", str(tmp_path / folder / "work"), "--epochs", "1"]
         monkeypatch.setattr(sys, "argv", ["x.py", "--domains", "home", "work", *places, *options])
-        script.main()
+        script("continual_intents").main()
         return capsys.readouterr().out
 
     def rows(folder):

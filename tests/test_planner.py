@@ -1,11 +1,9 @@
 """The planner: counted sizes are exact, the memory estimate follows what autograd keeps, limits are honoured."""
 
 import dataclasses
-import importlib
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,12 +45,8 @@ def test_the_file_size_is_that_of_a_saved_adapter(bert, name, random_adapter, tm
     assert cost.parameters == method.num_parameters(bert)
 
 
-@pytest.mark.parametrize("method", [LoRA(), PromptTuning(length=4), FullFineTuning()], ids=lambda m: m.name)
-def test_the_estimate_extrapolates_what_autograd_keeps(make_backbone, method):
-    backbone = make_backbone("bert")
-    tensors = method.init(backbone, torch.Generator().manual_seed(0))
-    rows, length = 6, 30
-    estimate = planner.activation_bytes(backbone, method, tensors, planner.Workload(rows=rows, length=length))
+def kept_by_a_pass(backbone, method, tensors, rows, length):
+    """Bytes that autograd keeps of one training pass, beside the weights and the method's own tensors."""
     kept: dict[int, int] = {}
     params = {k: t.requires_grad_(True) for k, t in tensors.items()}
     own = [p.data_ptr() for p in [*backbone.model.parameters(), *backbone.model.buffers(), *params.values()]]
@@ -65,12 +59,22 @@ def test_the_estimate_extrapolates_what_autograd_keeps(make_backbone, method):
         return t
 
     backbone.model.train()
+    ids = torch.full((rows, length), 7)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         deltas = DeltaSet({} if method.changes_weights else method.deltas(params, backbone))
-        hidden = backbone.run(Plan([deltas] * rows), torch.full((rows, length), 7))
-    measured = sum(size for pointer, size in kept.items() if pointer not in own)
+        hidden = backbone.run(Plan([deltas] * rows), ids, decoder_input_ids=ids if backbone.decodes else None)
+    backbone.model.eval()
     assert hidden.requires_grad
-    assert estimate == pytest.approx(measured, rel=0.1)
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("method", [LoRA(), PromptTuning(length=4), FullFineTuning()], ids=lambda m: m.name)
+def test_the_estimate_extrapolates_what_autograd_keeps(make_backbone, method):
+    backbone = make_backbone("bert")
+    tensors = method.init(backbone, torch.Generator().manual_seed(0))
+    rows, length = 6, 30
+    estimate = planner.activation_bytes(backbone, method, tensors, planner.Workload(rows=rows, length=length))
+    assert estimate == pytest.approx(kept_by_a_pass(backbone, method, tensors, rows, length), rel=0.1)
 
 
 def test_a_long_row_of_an_lsg_backbone_is_counted_in_blocks(make_backbone):
@@ -81,20 +85,7 @@ def test_a_long_row_of_an_lsg_backbone_is_counted_in_blocks(make_backbone):
     def estimate(rows, length):
         return planner.activation_bytes(backbone, LoRA(), tensors, planner.Workload(rows=rows, length=length))
 
-    kept: dict[int, int] = {}
-    params = {k: t.requires_grad_(True) for k, t in tensors.items()}
-    own = [p.data_ptr() for p in [*backbone.model.parameters(), *backbone.model.buffers(), *params.values()]]
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    backbone.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        hidden = backbone.run(Plan([DeltaSet(LoRA().deltas(params, backbone))] * 3), torch.full((3, 60), 7))
-    backbone.model.eval()
-    measured = sum(size for pointer, size in kept.items() if pointer not in own)
-    assert hidden.requires_grad and estimate(3, 60) == pytest.approx(measured, rel=0.1)
+    assert estimate(3, 60) == pytest.approx(kept_by_a_pass(backbone, LoRA(), tensors, 3, 60), rel=0.1)
     assert estimate(1, 56) < estimate(1, 57) == pytest.approx(estimate(1, 60), rel=0.1)
 
 
@@ -202,20 +193,17 @@ def test_a_score_is_that_of_the_settings_it_was_measured_with(bert):
     assert found == [measured.of(LoRA()), None]
 
 
-def test_the_benchmark_writes_the_means_that_the_planner_reads(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    script = importlib.import_module("real_data")
+def test_the_benchmark_writes_the_means_that_the_planner_reads(script, monkeypatch):
+    real_data = script("real_data")
     monkeypatch.setattr(sys, "argv", ["real_data.py", "--table"])
-    args = script._arguments()
-    cells = [c for c in script.cells_of(args) if c["task"] == "glue/sst2" and c["method"] in ("lora", "bitfit")]
+    args = real_data._arguments()
+    cells = [c for c in real_data.cells_of(args) if c["task"] == "glue/sst2" and c["method"] in ("lora", "bitfit")]
     ours = [c for c in cells if c["system"] == "multitune" and c["training"]["seed"] < 2]
     of_lora = iter([0.8, 0.81])
     rows = [{"cell": c, "scores": {"accuracy": next(of_lora)}} for c in ours if c["method"] == "lora"]
     others = [c for c in cells if c["system"] == "peft"] + [dict(c, settings={"r": 1}) for c in ours]
     rows += [{"cell": c, "scores": {"accuracy": 0.5}} for c in others]
-    found = planner.Scores(**json.loads(json.dumps(script.planner_scores(args, rows))))
-    for name in ("real_data", "_store"):
-        sys.modules.pop(name, None)
+    found = planner.Scores(**json.loads(json.dumps(real_data.planner_scores(args, rows))))
     assert (found.task, found.backbone, set(found.methods)) == ("SST-2 accuracy", "minilm", {"lora"})
     assert found.of(LoRA()) == 80.5 and found.methods["lora"]["seeds"] == 2
 
@@ -229,21 +217,8 @@ def test_an_encoder_decoder_is_planned_with_as_many_tokens_written_as_read(make_
     assert found.latency > 0 and found.merges and found.file_bytes == 4 * method.num_parameters(backbone)
 
     tensors = method.init(backbone, torch.Generator().manual_seed(0))
-    kept: dict[int, int] = {}
-    params = {k: t.requires_grad_(True) for k, t in tensors.items()}
-    own = [p.data_ptr() for p in [*backbone.model.parameters(), *backbone.model.buffers(), *params.values()]]
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    backbone.model.train()
-    ids = torch.full((rows, length), 7)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        hidden = backbone.run(Plan([DeltaSet(method.deltas(params, backbone))] * rows), ids, decoder_input_ids=ids)
-    measured = sum(size for pointer, size in kept.items() if pointer not in own)
     estimate = planner.activation_bytes(backbone, method, tensors, workload)
-    assert hidden.requires_grad and estimate == pytest.approx(measured, rel=0.1)
+    assert estimate == pytest.approx(kept_by_a_pass(backbone, method, tensors, rows, length), rel=0.1)
 
 
 def test_zeros_and_shut_heads_are_counted_where_there_are_any(bert):

@@ -10,7 +10,7 @@ import typer
 
 from multitune.cli import shared
 from multitune.cli.report import read_stores
-from multitune.cli.shared import AsJson, app, note, print_json, show
+from multitune.cli.shared import AsJson, Overhead, app, note, print_json, show
 from multitune.comparing.claims import as_markdown, judge
 from multitune.comparing.evidence import read_results
 from multitune.comparing.overhead import read_overhead
@@ -29,14 +29,7 @@ def claims_command(
             metavar="FOLDER...", help="Folders of comparisons, or stores, to judge by together.", show_default=False
         ),
     ] = None,
-    overhead: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measured times of serving, as benchmarks/overhead.py writes them; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    overhead: Overhead = None,
     results: Annotated[
         Path | None,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from multitune.cli.shared import AsJson, app, note, print_json
+from multitune.cli.shared import AsJson, Overhead, app, note, print_json
 from multitune.comparing.overhead import read_overhead
 from multitune.comparing.records import Record
 from multitune.comparing.report import write_report
@@ -35,14 +35,7 @@ def report_command(
         list[str] | None,
         typer.Option(metavar="NAME", help="Report this task only; may be repeated.", show_default=False),
     ] = None,
-    overhead: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measured times of serving, as benchmarks/overhead.py writes them; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    overhead: Overhead = None,
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="Heading of the page.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:

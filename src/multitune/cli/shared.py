@@ -176,6 +176,14 @@ Device = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="WORD", help="Number type of the backbone: float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overhead = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Measured times of serving, as benchmarks/overhead.py writes them; may be repeated.",
+        show_default=False,
+    ),
+]
 AdapterFolders = Annotated[
     list[str] | None,
     typer.Option(
