@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -144,19 +143,6 @@ def results(
             )
         )
     return found
-
-
-# ------------------------------------------------------------------------ memory
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes of the process, or of tensors on the device if it is a GPU; free heap pages are handed back first."""
-    gc.collect()
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
 
 
 # ------------------------------------------------------------------------ reports

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import peak_memory, reset_peak_memory
 from _store import Row, append, check_markers, environment, find, read, write_between
-from real_data import Clock, load, peak_memory, reset_peak_memory
+from real_data import Clock, load
 from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
 
 import multitune

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import peak_memory, reset_peak_memory
 from _store import check_markers, environment, write_between
-from real_data import peak_memory, reset_peak_memory
 
 import multitune
 

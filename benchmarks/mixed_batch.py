@@ -32,7 +32,6 @@ import torch
 from _harness import (
     Result,
     machine,
-    memory_in_use,
     plot,
     print_memory,
     print_times,
@@ -41,6 +40,7 @@ from _harness import (
     write_json,
 )
 from _markdown import markdown
+from _memory import memory_in_use
 from _store import check_markers, write_between
 from _systems import (
     BANK_SIZE,

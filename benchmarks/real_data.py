@@ -36,6 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # runs are forked
 
 import torch
 import torch.nn.functional as F
+from _memory import peak_memory, reset_peak_memory
 from _store import Row, append, check_markers, environment, find, read, write_between
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
@@ -283,21 +284,6 @@ class Clock:
             "seconds": time.perf_counter() - self.wall,
             "processor_seconds": time.process_time() - self.processor,
         }
-
-
-def reset_peak_memory() -> None:
-    """Let the kernel count this process's peak of memory from here (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory() -> int | None:
-    """Most bytes of memory this process has held since the reset; none where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def _with_mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from _cells import about, draw, go, parser
+from _memory import peak_memory, reset_peak_memory
 from _store import Row
 
 import multitune
@@ -33,7 +34,6 @@ _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 def run(cell: Row) -> Row:
     """Train one cell and measure by how much its peak grew."""
     import torch
-    from real_data import peak_memory, reset_peak_memory
 
     on_gpu = torch.device(cell["device"]).type == "cuda"
     if not on_gpu and hasattr(libc := ctypes.CDLL(None), "mallopt"):
