@@ -32,7 +32,8 @@ from multitune import (
     get_method,
     method_names,
 )
-from multitune.call import _CURRENT, Call, active, current_call
+from multitune.call import Call
+from multitune.current import _CURRENT, active, current_call
 from multitune.deltas import Bias, LowRank
 from multitune.deltas.token_rows import FactorRows
 from multitune.inputs import Batch

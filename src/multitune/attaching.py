@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from multitune.architectures import architecture_for
 from multitune.backbone import Backbone
-from multitune.call import Call, active, recompute_context
+from multitune.call import Call
+from multitune.current import active, recompute_context
 from multitune.errors import BackboneError, ConfigError, PlanError
 from multitune.files import replace_file
 from multitune.hooks import Undo, wrap_forward

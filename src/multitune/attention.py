@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from multitune.call import Call, current_call
+from multitune.call import Call
 from multitune.cross_cache import PairedCache
+from multitune.current import current_call
 from multitune.deltas import Memory
 from multitune.joint import JointCall, attend_apart
 from multitune.kv_cache import DistanceBias, RowCache

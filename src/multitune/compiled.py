@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
 
-from multitune.call import Call, run_traced
+from multitune.call import Call
+from multitune.current import run_traced
 from multitune.errors import BackboneError, ConfigError
 
 

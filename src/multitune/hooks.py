@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multitune.call import Call, Section, current_call, recompute_context
+from multitune.call import Call, Section
+from multitune.current import current_call, recompute_context
 from multitune.deltas import Bottleneck
 from multitune.deltas.base import weight_of
 from multitune.frozen import frozen_view

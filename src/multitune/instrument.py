@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from multitune import attention, hooks
 from multitune.architectures import Architecture, AttentionKind
-from multitune.call import recompute_context
+from multitune.current import recompute_context
 from multitune.errors import BackboneError
 from multitune.lsg import GLOBALS
 

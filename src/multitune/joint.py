@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from multitune.call import Call, Stream, active, current_call
+from multitune.call import Call, Stream
+from multitune.current import active, current_call
 from multitune.deltas import Bottleneck, Delta
 from multitune.inputs import Batch
 from multitune.plan import Group, Plan, Step

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multitune.call import Call, Section, active, check_beside_ids, check_ids
+from multitune.batch_checks import check_beside_ids, check_ids
+from multitune.call import Call, Section
+from multitune.current import active
 from multitune.errors import PlanError
 from multitune.inputs import Batch
 from multitune.joint import JointBatch, JointCall

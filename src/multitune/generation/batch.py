@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from multitune.backbone import Backbone
-from multitune.call import Call, StepCall, active, cache_inputs, check_beside_ids
+from multitune.batch_checks import check_beside_ids
+from multitune.call import Call, StepCall, cache_inputs
 from multitune.cross_cache import PairedCache
+from multitune.current import active
 from multitune.deltas import Memory, Prompt
 from multitune.errors import PlanError
 from multitune.generation.prompts import make_sequence
