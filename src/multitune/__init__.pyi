@@ -5,7 +5,6 @@ from multitune.attaching import attach as attach
 from multitune.attaching import detach as detach
 from multitune.backbone import Backbone as Backbone
 from multitune.bank import Bank as Bank
-from multitune.bank import Prediction as Prediction
 from multitune.comparing.run import compare as compare
 from multitune.convert import export_adapter as export_adapter
 from multitune.convert import import_adapter as import_adapter
@@ -67,6 +66,7 @@ from multitune.methods.u_tuning import UTuning as UTuning
 from multitune.methods.vera import VeRA as VeRA
 from multitune.plan import DeltaSet as DeltaSet
 from multitune.plan import Plan as Plan
+from multitune.prediction import Prediction as Prediction
 from multitune.pruned import prune as prune
 from multitune.quantized import quantize as quantize
 from multitune.tasks import Pattern as Pattern

@@ -5,23 +5,19 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
-from multitune import heads, passes
 from multitune.adapter import Adapter
 from multitune.backbone import Backbone
-from multitune.batching import Encoded, encode, pad
-from multitune.errors import AdapterError, ConfigError, DataError, MixError, MultituneError, PlanError, suggest
-from multitune.inputs import Batch
+from multitune.errors import AdapterError, ConfigError, DataError, MixError, PlanError, suggest
 from multitune.plan import DeltaSet, Plan
-from multitune.ranked import PatternReader, RankedRow, choice_log_probs
-from multitune.sharing import find_cut, first_touched, run_cut
+from multitune.prediction import Prediction, Served, check_idle, predict
+from multitune.sharing import first_touched
 from multitune.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,67 +28,6 @@ AotStore = Literal["factors", "ram", "mmap"]
 Row = tuple[str | None, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The answer to one row."""
-
-    adapter: str | None
-    """The adapter that answered, `None` for the bare backbone."""
-    label: str | float | tuple[str, ...] | None
-    """Label name; number; names of the labels that hold; tag per word. `None` for a bare row, and for logits
-    that are not finite."""
-    probabilities: dict[str, float]
-    """Per label name (multiple choice: "0", "1", ...); empty for regression, tagging and bare rows."""
-    logits: Tensor | None
-    """float32 `[C]`, multiple choice `[choices]`, tagging `[words, C]`; of a task with a pattern the choices' mean
-    log-probability per token; `None` where there is an embedding."""
-    embedding: Tensor | None = None
-    """float32 `[D]`, mean over tokens; for a bare row, and for an adapter whose task is an embedding."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The prediction as JSON values."""
-        out: dict[str, Any] = {"adapter": self.adapter}
-        if self.embedding is not None:
-            return out | {"embedding": self.embedding.tolist()}
-        label = list(self.label) if isinstance(self.label, tuple) else self.label
-        return out | {"label": label, "probabilities": self.probabilities}
-
-
-@dataclass(frozen=True, eq=False)
-class _Served:
-    """One adapter in memory, as a running batch sees it."""
-
-    name: str
-    adapter: Adapter
-    delta_set: DeltaSet
-    head_params: dict[str, Tensor]
-    touched: int
-    """The first layer that its deltas touch."""
-
-    @property
-    def num_positions(self) -> int:
-        """Positions that it takes in a row beside the tokens."""
-        return self.delta_set.num_positions
-
-    def nbytes(self) -> int:
-        """Bytes in memory: deltas and head."""
-        return self.delta_set.nbytes() + sum(t.numel() * t.element_size() for t in self.head_params.values())
-
-    def texts(self, row: Any) -> tuple[tuple[str, ...], ...]:
-        """The sequences of a row; its label, if it has one, is not read."""
-        task = self.adapter.task
-        assert task.pattern is None, "rows of a pattern are read by a PatternReader"
-        if task.kind == "generation":
-            raise DataError(f"adapter '{self.name}' writes texts and predicts no label; use Bank.generate")
-        if isinstance(row, dict) and task.label in row:
-            row = {k: v for k, v in row.items() if k != task.label}
-        return task.encode(row).texts
-
-    def room(self, backbone: Backbone) -> int:
-        """Tokens that a sequence may have."""
-        return min(self.adapter.max_length, backbone.max_length - self.num_positions)
-
-
 class _Entry:
     """One adapter in the bank: on disk, and in memory while the budget allows."""
 
@@ -100,7 +35,7 @@ class _Entry:
         self.name = name
         self.adapter = adapter
         self.drop_layers = drop_layers
-        self.served: _Served | None = None
+        self.served: Served | None = None
         self.loading = threading.Lock()
         """Held while this adapter is read or its backbone copied; taken before the bank's own lock, never under it."""
         self.alone: Bank | None = None
@@ -240,7 +175,7 @@ class Bank:
             )
         return entry
 
-    def _get(self, entry: _Entry) -> _Served:
+    def _get(self, entry: _Entry) -> Served:
         """The adapter in memory, read again from its folder if the budget had dropped it."""
         with entry.loading:  # the other adapters' rows do not wait for this one's file
             with self._lock:
@@ -253,7 +188,7 @@ class Bank:
                     self._keep(entry, served)
             return served
 
-    def _load(self, entry: _Entry) -> _Served:
+    def _load(self, entry: _Entry) -> Served:
         """The served form of an adapter; leaves the entry only what cannot be read again."""
         adapter = entry.adapter
         if not adapter.head_params and adapter.path is not None:
@@ -263,13 +198,13 @@ class Bank:
         head_params = {k: t.to(device=device, dtype=dtype) for k, t in adapter.head_params.items()}
         if adapter.path is not None:
             entry.adapter = replace(adapter, params={}, head_params={})
-        return _Served(entry.name, entry.adapter, delta_set, head_params, first_touched(delta_set, self.backbone))
+        return Served(entry.name, entry.adapter, delta_set, head_params, first_touched(delta_set, self.backbone))
 
     def _touch(self, entry: _Entry) -> None:
         if entry in self._droppable:
             self._droppable.move_to_end(entry)
 
-    def _keep(self, entry: _Entry, served: _Served) -> None:
+    def _keep(self, entry: _Entry, served: Served) -> None:
         """Count an adapter in, and drop others if the budget asks for it; under the lock.
 
         What it costs does not depend on how many adapters the bank has.
@@ -305,7 +240,7 @@ class Bank:
         with torch.no_grad():
             return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self.workspace)
 
-    def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[_Served | None]:
+    def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[Served | None]:
         """The adapters of a batch as they are now, so that later removals do not reach it."""
         entries: dict[str, _Entry] = {}
         with self._lock:
@@ -426,17 +361,9 @@ class Bank:
         alone = self._served_alone(rows, first)
         if alone is not None:
             return alone._predict(rows, batch_size, first)
-        self._check_idle()
+        check_idle(self.backbone)
         found = self._lookup([name for name, _ in rows], first)
-        sequences = self._encode(rows, found, first)
-        # By length, so that little is padded; then by text, so that rows of one text meet in one batch.
-        order = sorted(range(len(sequences)), key=lambda i: (sequences[i].length, sequences[i].text), reverse=True)
-        for start in range(0, len(order), batch_size):
-            self._forward([sequences[i] for i in order[start : start + batch_size]])
-        per_row: list[list[_Sequence]] = [[] for _ in rows]
-        for s in sequences:
-            per_row[s.row].append(s)
-        return [_read(served, parts) for served, parts in zip(found, per_row, strict=True)]
+        return predict(self.backbone, [row for _, row in rows], found, batch_size, self.workspace, first)
 
     def predict_stream(self, rows: Iterable[Row], *, batch_size: int = 32, window: int = 512) -> Iterator[Prediction]:
         """`predict` for rows without end: answers come in order, `window` rows are read ahead to pack by length.
@@ -462,95 +389,6 @@ class Bank:
             yield from self._predict(chunk, batch_size, first)
             first += len(chunk)
 
-    def _encode(self, rows: Sequence[Row], found: Sequence[_Served | None], first: int) -> list[_Sequence]:
-        """Tokenize all rows, those of equal settings in one call."""
-        pending: dict[tuple[int, bool], list[tuple[int, _Served | None, tuple[str, ...]]]] = {}
-        readers: dict[str, PatternReader] = {}
-        out: list[_Sequence] = []
-        for i, ((_, row), served) in enumerate(zip(rows, found, strict=True)):
-            try:
-                if served is not None and served.adapter.task.pattern is not None:
-                    out += self._ranked(i, row, served, readers)
-                    continue
-                if served is None:
-                    self.backbone.refuse_decoder("a row without an adapter has no embedding", "name an adapter")
-                texts = _bare_texts(row) if served is None else served.texts(row)
-            except MultituneError as error:
-                raise type(error)(f"row {first + i}: {error}") from error
-            length = self.backbone.max_length if served is None else served.room(self.backbone)
-            words = served is not None and served.adapter.task.kind == "tagging"
-            pending.setdefault((length, words), []).extend((i, served, t) for t in texts)
-        for (length, words), items in pending.items():
-            encoded = encode(self.backbone, [t for _, _, t in items], max_length=length, words=words)
-            for (i, served, _), e in zip(items, encoded, strict=True):
-                if len(e) > length:  # not even the special tokens fit
-                    raise PlanError(
-                        f"row {first + i}: {len(e)} tokens cannot be cut to the {length} that the backbone's "
-                        f"{self.backbone.max_length} positions, the prompt and max_length leave; shorten the prompt"
-                    )
-                out.append(_Sequence(i, served, e))
-        return out
-
-    def _ranked(self, row: int, values: Any, served: _Served, readers: dict[str, PatternReader]) -> list[_Sequence]:
-        """The sequences of a row whose answers are texts, each with the tokens that are read from it."""
-        if served.name not in readers:
-            readers[served.name] = PatternReader(self.backbone, served.adapter.task)
-        ranked, _ = readers[served.name].read(values, served.room(self.backbone))
-        return [_Sequence(row, served, e, ranked=ranked, part=k) for k, e in enumerate(ranked.sequences)]
-
-    def _forward(self, sequences: Sequence[_Sequence]) -> None:
-        """One forward pass; leaves each sequence its logits or embedding on the CPU."""
-        self._check_idle()
-        backbone = self.backbone
-        batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
-        with torch.no_grad():
-            hidden = self._hidden(sequences, batch)
-            own = [
-                (s.served.adapter.head, s.served.head_params) if s.served and s.ranked is None else None
-                for s in sequences
-            ]
-            values = heads.mixed_logits(backbone, own, hidden, batch.attention_mask)
-            ranked = [i for i, s in enumerate(sequences) if s.ranked is not None]
-            for i, log_probs in zip(
-                ranked, self._log_probs([sequences[i] for i in ranked], hidden[ranked]), strict=True
-            ):
-                values[i] = log_probs
-            bare = [i for i, s in enumerate(sequences) if s.served is None]
-            if bare:
-                mask = None if batch.attention_mask is None else batch.attention_mask[bare]
-                pooled = heads.pool(backbone, hidden[bare], mask, "mean")
-                for i, embedding in zip(bare, pooled, strict=True):
-                    values[i] = embedding
-        for s, v in zip(sequences, values, strict=True):
-            assert v is not None
-            s.values = v.float().cpu()
-
-    def _log_probs(self, sequences: Sequence[_Sequence], hidden: Tensor) -> list[Tensor]:
-        """Per sequence, of `hidden [S, T, D]`, log p of the tokens that are read from it: one product for them all."""
-        if not sequences:
-            return []
-        index = [(0, 0, row, place, token) for row, s in enumerate(sequences) for place, token in s.reads]
-        found = choice_log_probs(self.backbone.token_head, hidden, torch.tensor(index))
-        return list(found.split([len(s.reads) for s in sequences]))
-
-    def _hidden(self, sequences: Sequence[_Sequence], batch: Batch) -> Tensor:
-        """The last hidden states `[B, T, D]`; what rows of one text have in common runs once."""
-        backbone = self.backbone
-        rows = [s.served.delta_set if s.served else None for s in sequences]
-        plan = Plan(rows, self.workspace)
-        cut = None
-        if not plan.parts and not backbone.decodes:
-            touched = [s.served.touched if s.served else backbone.num_layers for s in sequences]
-            cut = find_cut([s.text for s in sequences], touched, backbone.num_layers)
-        if cut is None:
-            return passes.run(backbone, plan, batch)
-        return run_cut(backbone, cut, plan, rows, batch, self.workspace)
-
-    def _check_idle(self) -> None:
-        """Checked before every pass: a run that starts meanwhile would put dropout into the answers."""
-        if self.backbone.model.training:
-            raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
-
     def _served_alone(self, rows: Sequence[Row], first: int) -> Bank | None:
         """The bank of a fully tuned backbone, if all rows ask for one and the same; `None` if none does.
 
@@ -575,80 +413,9 @@ class Bank:
         return self._entries[name].adapter.method.changes_weights
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """One sequence of one row on its way through a batch."""
-
-    row: int
-    served: _Served | None
-    encoded: Encoded
-    values: Tensor | None = None
-    ranked: RankedRow | None = None
-    """The row of which this is a sequence, where its answers are texts."""
-    part: int = 0
-    """Which sequence of that row it is."""
-
-    @property
-    def reads(self) -> list[tuple[int, int]]:
-        """Where the tokens of the choices that are read from this sequence stand, and which they are."""
-        assert self.ranked is not None
-        own = [choice for choice in self.ranked.choices if choice.sequence == self.part]
-        return [pair for choice in own for pair in zip(choice.places, choice.tokens, strict=True)]
-
-    @property
-    def length(self) -> int:
-        """Positions it takes, its prompt included."""
-        return len(self.encoded) + (self.served.num_positions if self.served is not None else 0)
-
-    @property
-    def text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What goes into the model: token ids and types."""
-        return tuple(self.encoded.input_ids), tuple(self.encoded.token_type_ids or ())
-
-
 def _check_at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}={value} is not possible; give at least 1")
-
-
-def _bare_texts(row: Any) -> tuple[tuple[str, ...], ...]:
-    parts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, (tuple, list)) else ()
-    if not 1 <= len(parts) <= 2 or not all(isinstance(p, str) for p in parts):
-        raise DataError(f"a row without an adapter is a text or a pair of texts, not {type(row).__name__}")
-    return (parts,)
-
-
-def _read(served: _Served | None, parts: Sequence[_Sequence]) -> Prediction:
-    values = [p.values for p in parts if p.values is not None]
-    if served is None:
-        return Prediction(adapter=None, label=None, probabilities={}, logits=None, embedding=values[0])
-    task = served.adapter.task
-    if task.kind == "embedding":
-        return Prediction(adapter=served.name, label=None, probabilities={}, logits=None, embedding=values[0])
-    if task.pattern is not None:
-        logits = _scores(parts)
-        read = heads.answer(task, logits)
-        return Prediction(adapter=served.name, label=read.label, probabilities=read.probabilities, logits=logits)
-    starts = parts[0].encoded.word_starts
-    logits = torch.cat(values) if task.kind == "multiple_choice" else values[0]
-    read = heads.answer(task, logits, starts)
-    if task.kind == "tagging":
-        logits = logits[list(starts)]
-    return Prediction(adapter=served.name, label=read.label, probabilities=read.probabilities, logits=logits)
-
-
-def _scores(parts: Sequence[_Sequence]) -> Tensor:
-    """The scores per token of a row's choices `[choices]`, from the log-probabilities of all its sequences."""
-    left = {s.part: s.values for s in parts}
-    scores = []
-    ranked = parts[0].ranked
-    assert ranked is not None
-    for choice in ranked.choices:
-        values = left[choice.sequence]
-        assert values is not None
-        scores.append(values[: len(choice.tokens)].mean())
-        left[choice.sequence] = values[len(choice.tokens) :]
-    return ranked.means(scores)
 
 
 def _cannot_mix(row: int, entry: _Entry) -> str:

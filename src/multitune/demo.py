@@ -17,9 +17,10 @@ import torch
 
 from multitune.adapter import CONFIG_FILE, TENSOR_FILE, UNFINISHED, Adapter
 from multitune.backbone import Backbone
-from multitune.bank import Bank, Prediction
+from multitune.bank import Bank
 from multitune.errors import ConfigError, MultituneError
 from multitune.methods import Method, get_method
+from multitune.prediction import Prediction
 from multitune.tasks import Task, compute, load_task
 from multitune.training import TrainConfig, evaluate, train
 from multitune.training.config import COSMETIC

@@ -18,7 +18,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "multitune.adapter": ("Adapter",),
     "multitune.attaching": ("attach", "detach"),
     "multitune.backbone": ("Backbone",),
-    "multitune.bank": ("Bank", "Prediction"),
+    "multitune.bank": ("Bank",),
     "multitune.comparing.run": ("compare",),
     "multitune.convert": ("export_adapter", "import_adapter"),
     "multitune.errors": (
@@ -46,6 +46,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "register",
     ),
     "multitune.plan": ("DeltaSet", "Plan"),
+    "multitune.prediction": ("Prediction",),
     "multitune.pruned": ("prune",),
     "multitune.quantized": ("quantize",),
     "multitune.tasks": (

@@ -15,7 +15,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from multitune.adapter import CONFIG_FILE, Adapter
-from multitune.bank import Bank, Prediction
+from multitune.bank import Bank
 from multitune.cli import shared
 from multitune.cli.shared import (
     AdapterFolders,
@@ -39,6 +39,7 @@ from multitune.errors import (
     suggest,
     suggest_file,
 )
+from multitune.prediction import Prediction
 
 _SHOWN_VALUES = 4
 """Of an embedding, where a human reads it."""
