@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 from multitune import Adapter, Bank, ConfigError, Pattern, Task, __version__, evaluate, get_method, method_names
 from multitune.cli import app
+from multitune.cli.data import task_data
 from multitune.cli.fields import fields_of
+from multitune.cli.options import OPTIONS
+from multitune.cli.recipe import read_recipe
 from multitune.cli.shared import COMMANDS, load_backbone, load_command, size
-from multitune.cli.train import OPTIONS, read_recipe, task_data
 from multitune.heads import Head
 from multitune.tasks import list_tasks, load_task
 from multitune.training import TrainConfig

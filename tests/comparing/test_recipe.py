@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from multitune import ConfigError
-from multitune.cli import train
+from multitune.cli import options
 from multitune.comparing.recipe import Recipe
 from multitune.comparing.recipe_entries import OWN_DATA, Budget
 from multitune.comparing.sources import METHODS, recipe_of
@@ -47,7 +47,7 @@ def test_every_key_is_read(tmp_path):
 
 
 def test_own_rows_are_read_by_the_keys_of_a_recipe_of_train():
-    assert {"train", *OWN_DATA} == set(train.OWN_DATA)
+    assert {"train", *OWN_DATA} == set(options.OWN_DATA)
 
 
 def test_a_recipe_written_and_read_again_is_the_same():

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from multitune.cli import shared
+from multitune.cli.data import task_data
 from multitune.cli.shared import AsJson, BackboneName, Device, Dtype, app, note, print_json, show
-from multitune.cli.train import task_data
 from multitune.layers import NUM_ROWS, choose_layers_for, write_plot
 
 _OWN = "Your own data, instead of --task"

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from multitune import planner
 from multitune.cli import shared
+from multitune.cli.recipe import parse_settings
 from multitune.cli.shared import AsJson, BackboneName, Device, Dtype, app, count, print_json, show, size
-from multitune.cli.train import parse_settings
 from multitune.errors import ConfigError, suggest
 from multitune.methods import Method, make_method, method_names
 

@@ -47,7 +47,7 @@ COMMANDS = {
     "report": ("report", "Write the report of a comparison: one HTML page, Markdown, CSV; and recommend a method."),
     "claims": ("claims", "Judge the papers' claims by comparisons and benchmarks: the paper's figure, ours with its "
                "interval, a verdict."),
-    "evaluate": ("train", "Judge adapters on rows with labels."),
+    "evaluate": ("evaluate", "Judge adapters on rows with labels."),
     "predict": ("predict", "Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines "
                 "out, in order."),
     "generate": ("generate", "Write texts, each by the adapter its row names, in one mixed batch; or for a task's "

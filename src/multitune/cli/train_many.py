@@ -9,18 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from multitune.cli import shared
+from multitune.cli.data import task_data
+from multitune.cli.options import OPTIONS, OWN_DATA, OWN_PATTERN, SETTINGS
+from multitune.cli.recipe import flat_settings, override, read_method, read_recipe
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show
-from multitune.cli.train import (
-    OPTIONS,
-    OWN_DATA,
-    OWN_PATTERN,
-    SETTINGS,
-    flat_settings,
-    override,
-    read_method,
-    read_recipe,
-    task_data,
-)
 from multitune.errors import ConfigError, MultituneError, suggest
 from multitune.methods import make_method
 from multitune.tasks import TaskData

@@ -1,0 +1,78 @@
+"""The rows that a training run is told to learn from: a task's by name, a mixture's, or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from multitune.cli.mixtures import read_mixture
+from multitune.cli.options import LISTS, OWN_DATA, OWN_PATTERN
+from multitune.errors import ConfigError
+from multitune.tasks import Pattern, TaskData, load_table, load_task
+from multitune.yaml_file import read_names
+
+
+def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
+    """The task and its tables, with examples in its prompts where they are asked for.
+
+    Raises:
+        ConfigError: no task or more than one is given, or a number of examples that is none.
+    """
+    data = _in_pattern(_data_alone(chosen, seed), chosen)
+    if "examples" not in chosen:
+        return data
+    k = chosen["examples"]
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise ConfigError(f"examples={k!r} is not possible; give a whole number, such as 2")
+    from multitune.prompting import with_examples
+
+    return with_examples(data, k, seed=seed)
+
+
+def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
+    """The task and its tables, by name, as a mixture, or from the user's own files."""
+    own: dict[str, Any] = {
+        key: read_names(chosen[key], f"'{key}' in the recipe") if key in LISTS else str(chosen[key])
+        for key in OWN_DATA
+        if key in chosen
+    }
+    named = [key for key in ("task", "mixture") if key in chosen]
+    if named:
+        others = [*named[1:], *own]
+        if others:
+            flag = others[0].replace("_", "-")
+            raise ConfigError(
+                f"--{named[0]} brings its own data, so --{flag} cannot be honoured; give --task, --mixture or --train "
+                f"FILE"
+            )
+        return load_task(str(chosen["task"])) if named == ["task"] else read_mixture(chosen["mixture"]).data()
+    if "train" not in own:
+        raise ConfigError(
+            "train needs data: --task NAME (`multitune tasks` lists them), --train FILE, or --mixture FILE"
+        )
+    return load_table(own.pop("train"), **own, seed=seed)
+
+
+def _in_pattern(data: TaskData, chosen: Mapping[str, Any]) -> TaskData:
+    """The data in the pattern that was chosen, if one was.
+
+    Raises:
+        ConfigError: what only a pattern has, without one; or a verbalizer of another form.
+        TaskError: a pattern that does not fit the task.
+    """
+    if "pattern" not in chosen:
+        lone = [key for key in OWN_PATTERN if key in chosen]
+        if lone:
+            raise ConfigError(f"--{lone[0]} belongs to a pattern; give --pattern too, such as --pattern '{{text}}'")
+        return data
+    said = chosen.get("verbalizer", {})
+    if not isinstance(said, Mapping):
+        raise ConfigError(f"'verbalizer' in the recipe maps labels to texts, such as {{yes: 'True'}}, not {said!r}")
+    for label, text in said.items():
+        texts = text if isinstance(text, list) else [text]
+        # YAML makes bools of yes, no, true and false.
+        if isinstance(label, bool) or not all(isinstance(t, str) for t in texts):
+            raise ConfigError(f"'verbalizer' in the recipe: {label!r}: {text!r} is no text; put quotes around it")
+    words = {str(label): text for label, text in said.items()}
+    instruction = str(chosen.get("instruction", ""))
+    return data.with_pattern(Pattern(str(chosen["pattern"]), words, instruction=instruction))
