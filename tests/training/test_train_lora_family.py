@@ -9,7 +9,8 @@ from multitune import AdaLoRA, Adapter, BitFit, Combined, DoRA, LoRA, LoRAPlus, 
 from multitune.heads import Head
 from multitune.training.data import TaskRows
 from multitune.training.model import TuningModel
-from multitune.training.trainer import TuningTrainer, globals_kept
+from multitune.training.process_state import globals_kept
+from multitune.training.trainer import TuningTrainer
 
 # 20 rows in batches of 8: 3 steps an epoch, 12 in all. Pruned after steps 2, 4 and 6, and left alone from 7 on.
 ADALORA = AdaLoRA(r=4, target_r=2, initial_share=0.1, final_share=0.5, interval=2)

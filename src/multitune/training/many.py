@@ -19,12 +19,13 @@ from multitune.training.api import train_setup
 from multitune.training.config import TrainConfig
 from multitune.training.data import TaskRows
 from multitune.training.idle import refuse_idle, without_idle
+from multitune.training.process_state import globals_kept
 from multitune.training.progress import Progress
 from multitune.training.results import TrainResult, history_of
 from multitune.training.setup import Opened, Setup, check_backbone_and_method, read_rows, refuse_hyper_parameters
 from multitune.training.stepped import SteppedRun
 from multitune.training.together import pack, run_pass
-from multitune.training.trainer import TuningTrainer, globals_kept
+from multitune.training.trainer import TuningTrainer
 
 Alone = Literal["refuse", "queue"]
 

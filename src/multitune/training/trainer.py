@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.utils import logging as transformers_logging
 
 from multitune import heads
 from multitune.errors import ConfigError
 from multitune.language_loss import perplexity_of
 from multitune.tasks import higher_is_better, judge
+from multitune.training.callbacks import Bar, callbacks_of
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
 from multitune.training.frozen_states import FrozenStates, keep_frozen_states
 from multitune.training.gradients import BatchGradients
 from multitune.training.model import TuningModel
+from multitune.training.process_state import globals_kept
 from multitune.training.written import TextJudge, judge_of_run
-
-#: Points of the training curve; a longer run averages its loss over several steps.
-_POINTS = 200
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -64,7 +55,6 @@ class TuningTrainer(Trainer):
             report: called with a line when the run resumes, and after each evaluation unless a bar shows it.
             states: what the frozen layers give for every row, if it is kept.
         """
-        assert config.learning_rate is not None
         self.config = config
         self.train_rows = train
         self.validation_rows = validation
@@ -89,33 +79,8 @@ class TuningTrainer(Trainer):
         steps_per_epoch = max(1, math.ceil(len(order) / config.gradient_accumulation))
         self.steps_per_epoch = steps_per_epoch
         self.max_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
-        args = TrainingArguments(
-            output_dir=str(scratch),
-            learning_rate=config.learning_rate,
-            max_steps=self.max_steps,
-            per_device_train_batch_size=config.batch_size,
-            per_device_eval_batch_size=config.eval_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=model.backbone.device.type == "cpu",
-        )
-        _ = args.device  # sets the number of GPUs, which must then be one: the backbone sits on one device
-        args._n_gpu = min(args._n_gpu, 1)
-        rhythm = _Rhythm(steps_per_epoch, self.max_steps, config.evaluations_per_epoch)
-        callbacks: list[TrainerCallback] = [rhythm, _AfterStep(model, self.max_steps)]
-        if config.progress:
-            callbacks.append(_Bar(self.metric))
-        if report is not None and not (config.progress and Console(stderr=True).is_terminal):
-            callbacks.append(_Lines(self.metric, report))
+        args = _arguments(model, config, scratch, self.max_steps)
+        callbacks = callbacks_of(model, config, self.metric, steps_per_epoch, self.max_steps, report)
         super().__init__(model=model, args=args, train_dataset=train, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -384,77 +349,31 @@ class TuningTrainer(Trainer):
         """Nothing: there is no gradient scaler."""
 
 
-class _Rhythm(TrainerCallback):
-    """Says after which steps to log, to evaluate and to save."""
-
-    def __init__(self, steps_per_epoch: int, max_steps: int, evaluations_per_epoch: int) -> None:
-        parts = range(1, evaluations_per_epoch + 1)
-        self.in_epoch = {round(steps_per_epoch * k / evaluations_per_epoch) for k in parts} - {0}
-        self.steps_per_epoch = steps_per_epoch
-        self.max_steps = max_steps
-        self.log_every = math.ceil(max_steps / _POINTS)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        in_epoch = (step - 1) % self.steps_per_epoch + 1
-        evaluate = in_epoch in self.in_epoch or step >= self.max_steps
-        control.should_log = evaluate or step % self.log_every == 0
-        control.should_evaluate = control.should_save = evaluate
-
-
-class _AfterStep(TrainerCallback):
-    """Lets the method change its tensors after each optimizer step, while the gradients are still there."""
-
-    def __init__(self, model: TuningModel, num_steps: int) -> None:
-        self.model = model
-        self.num_steps = num_steps
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        with torch.no_grad():
-            self.model.method.after_step(self.model.own(), state.global_step + 1, self.num_steps)
-
-
-class _Lines(TrainerCallback):
-    """A line after each evaluation."""
-
-    def __init__(self, metric: str, report: Callable[[str], None]) -> None:
-        self.metric = metric
-        self.report = report
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        found = f"{self.metric} {metrics[f'eval_{self.metric}']:.3f}, loss {metrics['eval_loss']:.4g}"
-        self.report(f"step {state.global_step} of {state.max_steps}: {found}")
-
-
-class _Bar(TrainerCallback):
-    """A progress bar on standard error, if that is a terminal."""
-
-    def __init__(self, metric: str) -> None:
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
-        self.metric = metric
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task: TaskID | None = None
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, shown="")
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.task is not None
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        assert self.task is not None
-        for key in ("loss", f"eval_{self.metric}"):
-            if logs and key in logs:
-                self.shown[key.removeprefix("eval_")] = f"{logs[key]:.4g}"
-        self.bar.update(self.task, shown=", ".join(f"{k} {v}" for k, v in self.shown.items()))
-
-    def close(self) -> None:
-        """Leave the terminal in order, also after an error."""
-        self.bar.stop()
+def _arguments(model: TuningModel, config: TrainConfig, scratch: Path, max_steps: int) -> TrainingArguments:
+    """transformers' own settings: order, evaluation, checkpoints and log are ours."""
+    assert config.learning_rate is not None
+    args = TrainingArguments(
+        output_dir=str(scratch),
+        learning_rate=config.learning_rate,
+        max_steps=max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=model.backbone.device.type == "cpu",
+    )
+    _ = args.device  # sets the number of GPUs, which must then be one: the backbone sits on one device
+    args._n_gpu = min(args._n_gpu, 1)
+    return args
 
 
 def run(
@@ -480,25 +399,6 @@ def run(
         finally:
             model.eval()
             for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, _Bar):
+                if isinstance(callback, Bar):
                     callback.close()
     return trainer
-
-
-@contextlib.contextmanager
-def globals_kept() -> Iterator[None]:
-    """Undo what transformers and accelerate change for the whole process."""
-    verbosity = transformers_logging.get_verbosity()
-    python, numpy = random.getstate(), np.random.get_state()
-    shared = [(cls, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState, PartialState)]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        transformers_logging.set_verbosity(verbosity)
-        for cls, before in shared:
-            cls._shared_state.clear()
-            cls._shared_state.update(before)
