@@ -45,10 +45,11 @@ MAY_IMPORT = {
     "quantized": {"errors", "sites"},
     "compiled": {"call", "current", "errors"},
     "backbone": {
-        *("architectures", "copies", "errors", "frozen", "hooks", "inputs", "instrument", "joint", "language_head"),
-        *("loading", "lsg", "masked", "passes", "plan", "pruned", "quantized", "sites"),
+        *("architectures", "copies", "errors", "fingerprint", "frozen", "hooks", "inputs", "instrument", "joint"),
+        *("language_head", "loading", "lsg", "masked", "passes", "plan", "pruned", "quantized", "sites"),
     },
     "instrument": {"architectures", "attention", "current", "errors", "hooks", "lsg"},
+    "fingerprint": set(),
     "copies": {"attention", "errors", "hooks", "instrument"},
     "masked": {"architectures", "errors", "language_head", "packaged"},
     "ranked": {"batching", "errors", "inputs", "language_head", "language_loss", "tasks"},

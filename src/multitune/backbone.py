@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from multitune import copies, hooks, instrument, passes
 from multitune.architectures import Architecture, architecture_for
 from multitune.errors import BackboneError, ConfigError, PlanError
+from multitune.fingerprint import describe, fingerprint_of
 from multitune.frozen import frozen_view
 from multitune.inputs import Batch
 from multitune.joint import JointBatch
@@ -457,27 +456,8 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells whether an adapter belongs to these weights: a hash of the names, shapes and sampled values.
-
-        Values are sampled evenly (a few hundred a tensor) and rounded to bfloat16, so that the same weights loaded
-        in bfloat16 keep their fingerprint. By way of float16 they would be rounded twice and now and then
-        otherwise, so `load` takes the fingerprint before it casts to float16. The pooler is left out: transformers
-        builds some task models without it.
-        """
-        digest = hashlib.sha256(self.model.config.model_type.encode())
-        if self.decodes:
-            digest.update(b"decoder")
-        if self.lsg is not None:
-            digest.update(self.lsg.key.encode())
-        pooler = self.architecture.pooler
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if pooler is not None and name.startswith(f"{pooler}."):
-                continue
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16).cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:32]
+        """Tells whether an adapter belongs to these weights: a hash of the names, shapes and sampled values."""
+        return fingerprint_of(self)
 
     # ---------------------------------------------------------------- instrumentation
 
@@ -727,18 +707,7 @@ class Backbone:
 
     def describe(self) -> dict[str, Any]:
         """What an adapter file records about the backbone it was trained on."""
-        found = {
-            "name": self.name,
-            "architecture": self.model.config.model_type,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "vocab_size": self.vocab_size,
-            "fingerprint": self.fingerprint,
-        }
-        found |= {"decoder": True} if self.decodes else {}
-        found |= {} if self.lsg is None else {"lsg": asdict(self.lsg)}
-        found |= {} if self.pruned is None else {"pruned": asdict(self.pruned)}
-        return found | ({} if self.quantized is None else {"quantized": asdict(self.quantized)})
+        return describe(self)
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"

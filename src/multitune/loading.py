@@ -83,7 +83,7 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
                 f"'{name}': {config.model_type} is no encoder-decoder and has no decoder of its own; load it as it is: "
                 f"Backbone.load('{base}')"
             )
-        # float16 is cast to below: see Backbone.fingerprint
+        # float16 is cast to below: see fingerprint.py
         load_as = torch.float32 if wanted is torch.float16 else wanted
         loader = _loader(config) if base == name else AutoModelForSeq2SeqLM
         with quietly():
