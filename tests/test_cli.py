@@ -356,6 +356,7 @@ def test_a_task_given_here_replaces_the_recipes_rows(tmp_path: Path, short: tupl
         ("a: [", "is not YAML"),
         ("task: demo/topic\nmethod: lora\nout: x\nset: r=2", "is a mapping of settings"),
         ("task: demo/topic\nmethod: lora\nout: x\noverwrite: perhaps", "is true or false"),
+        ("train: rows.csv\nmethod: lora\nout: x\nvalidation: 0.2", "not 0.2; without it a tenth of the rows"),
         ("task: demo/topic\nmethod: lora\nout: x\nepochs: many", "epochs='many'"),
         ("task: demo/topic\nmethod: []\nout: x", "'method' in the recipe is a name, or a list"),
         ("task: demo/topic\nmethod: [lora: 4]\nout: x", "'method' in the recipe is a name, or a list"),
@@ -840,6 +841,12 @@ def test_a_recipe_of_many_jobs_is_checked(tmp_path: Path) -> None:
     )
     assert "job 1: it names no method" in refused("jobs: [{task: demo/topic}]\n")
     assert "job 1: train needs data" in refused("jobs: [{method: lora}]\n")
+    assert "job 2: 'set' in the recipe is a mapping" in refused(
+        "set: {r: 4}\njobs: [{task: demo/topic, method: lora}, {task: demo/topic, method: lora, set: r=16}]\n"
+    )
+    assert "'set' in the recipe is a mapping" in refused("set: r=4\njobs: [{task: demo/topic, method: lora}]\n")
+    one = "jobs: [{task: demo/topic, method: lora, overwrite: %s}]\n"
+    assert "job 1: 'overwrite' in the recipe is true or false, not 'no'" in refused(one % "'no'")
     recipe.write_text("jobs: [{task: demo/topic, method: lora}]\n")
     assert "needs --out" in bad("train-many", recipe)
     assert not (tmp_path / "out").exists()

@@ -26,10 +26,6 @@ def chosen_options(recipe: Path | None, options: Mapping[str, Any]) -> dict[str,
     for key, example in (("method", "lora"), ("out", "adapters/mine")):
         if key not in chosen:
             raise ConfigError(f"train needs --{key}, or '{key}' in the recipe; for example --{key} {example}")
-    if not isinstance(chosen.get("set", {}), Mapping):
-        raise ConfigError("'set' in the recipe is a mapping of settings to values, such as {r: 16}")
-    if not isinstance(chosen.get("overwrite", False), bool):
-        raise ConfigError(f"'overwrite' in the recipe is true or false, not {chosen['overwrite']!r}")
     return chosen
 
 
@@ -83,7 +79,7 @@ def read_recipe(path: Path, known: Sequence[str] = tuple(OPTIONS)) -> dict[str, 
         known: the keys it may have.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, or a key that is no option.
+        ConfigError: no such file, not YAML, not a mapping, a key that is no option, or a value of another form.
     """
     read = read_yaml(path, "recipe")
     if not isinstance(read, dict):
@@ -93,7 +89,29 @@ def read_recipe(path: Path, known: Sequence[str] = tuple(OPTIONS)) -> dict[str, 
         if key not in known:
             keys = ", ".join(known)
             raise ConfigError(f"recipe {path} has the unknown key '{key}'.{suggest(key, known)} Keys: {keys}")
-    return {key: value for key, value in named.items() if value is not None}
+    found = {key: value for key, value in named.items() if value is not None}
+    check_forms(found)
+    return found
+
+
+def check_forms(options: Mapping[str, Any]) -> None:
+    """See that a recipe's values have the form that is read later; what they say is checked where it is used.
+
+    Raises:
+        ConfigError: settings that are no mapping, `overwrite` that is no truth value, or rows that are no file's name.
+    """
+    if not isinstance(options.get("set", {}), Mapping):
+        raise ConfigError(
+            f"'set' in the recipe is a mapping of settings to values, such as {{r: 16}}, not {options['set']!r}"
+        )
+    if not isinstance(options.get("overwrite", False), bool):
+        raise ConfigError(f"'overwrite' in the recipe is true or false, not {options['overwrite']!r}")
+    for key in ("train", "validation"):
+        if not isinstance(options.get(key, ""), str):
+            more = "; without it a tenth of the rows is held out" if key == "validation" else ""
+            raise ConfigError(
+                f"'{key}' in the recipe is a file, a folder or a hub data set, not {options[key]!r}{more}"
+            )
 
 
 def override(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 from multitune.cli import shared
 from multitune.cli.data import task_data
 from multitune.cli.options import OPTIONS, OWN_DATA, OWN_PATTERN, SETTINGS
-from multitune.cli.recipe import flat_settings, override, read_method, read_recipe
+from multitune.cli.recipe import check_forms, flat_settings, override, read_method, read_recipe
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show
 from multitune.errors import ConfigError, MultituneError, suggest
 from multitune.methods import make_method
@@ -48,7 +48,7 @@ def train_many_command(
         raise ConfigError("train-many needs --out, or 'out' in the recipe; for example --out adapters")
     shared_options = {key: value for key, value in given.items() if key not in _OF_ALL}
     data: dict[str, TaskData] = {}
-    jobs = [_job(number, override(shared_options, entry), data) for number, entry in enumerate(given["jobs"], start=1)]
+    jobs = [_job(number, shared_options, entry, data) for number, entry in enumerate(given["jobs"], start=1)]
     limits = {key: kind(given[key]) for key, kind in _LIMITS.items() if key in given}
     place = {key: str(given[key]) for key in ("device", "dtype") if key in given}
     backbone = shared.load_backbone(str(given.get("backbone", "minilm")), **place)
@@ -87,9 +87,11 @@ def _read(recipe: Path) -> dict[str, Any]:
     return given
 
 
-def _job(number: int, chosen: dict[str, Any], data: dict[str, TaskData]) -> TrainJob:
+def _job(number: int, common: dict[str, Any], entry: dict[str, Any], data: dict[str, TaskData]) -> TrainJob:
     """One entry of the list, with what it shares with the others."""
     try:
+        check_forms(entry)
+        chosen = override(common, entry)
         if "method" not in chosen:
             raise ConfigError("it names no method; give 'method: lora'")
         name, inline = read_method(chosen["method"])
@@ -110,7 +112,7 @@ def _job(number: int, chosen: dict[str, Any], data: dict[str, TaskData]) -> Trai
         settings=settings,
         name=None if folder is None else Path(str(folder)).name,
         output_dir=None if folder is None else str(folder),
-        overwrite=bool(chosen.get("overwrite", False)),
+        overwrite=chosen.get("overwrite", False),
     )
 
 
