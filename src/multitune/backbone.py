@@ -697,6 +697,11 @@ class Backbone:
                 f"backbone '{self.name}' is detached, so that a plan would change nothing; Backbone.attach() first"
             )
 
+    def check_idle(self) -> None:
+        """Raise `PlanError` while a training run uses the backbone; before every pass, or dropout gets into answers."""
+        if self.model.training:
+            raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
+
     def with_weights(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of this backbone with some weights replaced (full fine-tuning).
 

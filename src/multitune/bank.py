@@ -16,7 +16,7 @@ from multitune.adapter import Adapter
 from multitune.backbone import Backbone
 from multitune.errors import AdapterError, ConfigError, DataError, MixError, PlanError, suggest
 from multitune.plan import DeltaSet, Plan
-from multitune.prediction import Prediction, Served, check_idle, predict
+from multitune.prediction import Prediction, Served, predict
 from multitune.sharing import first_touched
 from multitune.workspace import Workspace
 
@@ -361,7 +361,7 @@ class Bank:
         alone = self._served_alone(rows, first)
         if alone is not None:
             return alone._predict(rows, batch_size, first)
-        check_idle(self.backbone)
+        self.backbone.check_idle()
         found = self._lookup([name for name, _ in rows], first)
         return predict(self.backbone, [row for _, row in rows], found, batch_size, self.workspace, first)
 

@@ -147,12 +147,6 @@ def predict(
     return [_read(served, parts) for served, parts in zip(found, per_row, strict=True)]
 
 
-def check_idle(backbone: Backbone) -> None:
-    """Raise `PlanError` while a training run uses the backbone; before every pass, or dropout gets into answers."""
-    if backbone.model.training:
-        raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
-
-
 def _encode(backbone: Backbone, rows: Sequence[Any], found: Sequence[Served | None], first: int) -> list[_Sequence]:
     """Tokenize all rows, those of equal settings in one call."""
     pending: dict[tuple[int, bool], list[tuple[int, Served | None, tuple[str, ...]]]] = {}
@@ -195,7 +189,7 @@ def _ranked(
 
 def _forward(backbone: Backbone, sequences: Sequence[_Sequence], workspace: Workspace) -> None:
     """One forward pass; leaves each sequence its logits or embedding on the CPU."""
-    check_idle(backbone)
+    backbone.check_idle()
     batch = pad([s.encoded for s in sequences], backbone.pad_id).to(backbone.device)
     with torch.no_grad():
         hidden = _hidden(backbone, sequences, batch, workspace)

@@ -24,7 +24,7 @@ class TokenRowsOfBatch:
     rows: slice | Tensor | None
     """Which rows: all (`None`), a range, or indices `[R]`."""
     values: Tensor
-    """`[N, L, D]`, or `[L, N, D]` when `layer_first`."""
+    """`[N, L, D]`, L layers."""
     index: Tensor | None
     """`[R, T]` into N, or `None` when N is already `R * T` in order."""
     shape: tuple[int, int]

@@ -101,10 +101,9 @@ class DecodingBatch:
         """Rows that are not done."""
         return sum(lane.sequence.finish_reason is None for lane in self._lanes)
 
-    def _check_idle(self) -> None:
+    def _check_ready(self) -> None:
         """Checked before every pass: a run that starts meanwhile would put dropout into the text."""
-        if self.backbone.model.training:
-            raise PlanError("the backbone is in training mode (a training run is using it); wait for it to end")
+        self.backbone.check_idle()
         self.backbone.check_attached()
 
     # ---------------------------------------------------------------- entering
@@ -119,7 +118,7 @@ class DecodingBatch:
         """
         if not sequences:
             return
-        self._check_idle()
+        self._check_ready()
         self._sweep(all_idle=True)
         self._forget_plan()
         alone = not self._lanes and all(s.num_rows == 1 for s in sequences)
@@ -282,7 +281,7 @@ class DecodingBatch:
 
     def step(self) -> None:
         """One more token for every row that is not done."""
-        self._check_idle()
+        self._check_ready()
         self._sweep()
         if not self.num_rows:
             return
