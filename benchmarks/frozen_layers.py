@@ -6,7 +6,7 @@ epochs: processor time of an epoch (its evaluation included) with and without `c
     task. The first epoch with it includes the one pass that fills the cache.
 shared: one text asked of sixteen tasks in `Bank.predict`, with lower layers shared and not, in turn.
 choice: freezing where hidden states turn (`first=semantic`) beside freezing by halves: score and processor time. Its
-    runs are kept in a store (--store), by which `multitune claims --results` judges a claim.
+    runs are kept in a store (--store) and never run again; `multitune claims --results` judges a claim by them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _cells import draw
 from _harness import interleave
-from _store import append, check_markers, environment, write_between
+from _store import Row, append, check_markers, environment, find, read, write_between
 
 import multitune as mt
 from multitune import sharing
@@ -133,9 +135,11 @@ def shared(task: str, rows: int) -> Iterator[str]:
         yield f"| {name} | {apart:.1f} | {together:.1f} | {apart / together:.1f} |"
 
 
-def choice(task: str, store: Path) -> Iterator[str]:
+def choice(task: str, rows: int | None, store: Path) -> Iterator[str]:
     """Rows of the table of where to cut; every run is also kept in the store, by which claims are judged."""
     data = mt.load_task(task)
+    if rows is not None:
+        data = replace(data, train=draw(data.train, rows))
     kinds = {
         "every layer": mt.Freeze(first=0),
         "lower half": mt.Freeze(first=0, last=2),
@@ -151,21 +155,36 @@ def choice(task: str, store: Path) -> Iterator[str]:
     yield f"| trained | layers | parameters | {metric} | CPU s |"
     yield "|---|---|---:|---:|---:|"
     for name, method in kinds.items():
-        scores, seconds = [], []
-        for seed in SEEDS:
-            backbone, start = mt.Backbone.load("minilm"), time.process_time()
-            found = mt.train(backbone, data, method, epochs=5, seed=seed, cache_frozen="auto", progress=False)
-            scores.append(found.best_metric)
-            seconds.append(time.process_time() - start)
-            cell = {"backbone": "minilm", "task": task, "trained": name, "seed": seed}
-            run = {"score": scores[-1], "metric": metric, "seconds": seconds[-1]}
-            append(store / f"{DOCUMENT_PART}.jsonl", {"cell": cell, **run, "environment": environment(1)})
-        used = found.adapter.method
-        layers = tuple(used.trained_layers(backbone)) if name in list(kinds)[:4] else used.layers or tuple(range(6))
+        cell = {"backbone": "minilm", "task": task, "rows": len(data.train), "trained": name}
+        runs = [_trained(data, method, cell | {"seed": seed}, store / f"{DOCUMENT_PART}.jsonl") for seed in SEEDS]
+        scores, layers = [run["score"] for run in runs], runs[0]["layers"]
         spread = f"{100 * statistics.mean(scores):.1f} ± {100 * statistics.stdev(scores):.1f}"
         shown = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-        number = found.num_method_parameters
-        yield f"| {name} | {shown} | {number:,} | {spread} | {statistics.median(seconds):.1f} |"
+        seconds = statistics.median(run["seconds"] for run in runs)
+        yield f"| {name} | {shown} | {runs[0]['parameters']:,} | {spread} | {seconds:.1f} |"
+
+
+def _trained(data: TaskData, method: mt.Method, cell: Row, store: Path) -> Row:
+    """One run of `choice`, from the store where that has it."""
+    done = find(read([store]), cell)
+    if done is not None:
+        return done
+    backbone, start = mt.Backbone.load(cell["backbone"]), time.process_time()
+    found = mt.train(backbone, data, method, epochs=5, seed=cell["seed"], cache_frozen="auto", progress=False)
+    seconds = time.process_time() - start
+    used = found.adapter.method
+    layers = used.trained_layers(backbone) if isinstance(used, mt.Freeze) else used.layers or range(backbone.num_layers)
+    row = {
+        "cell": cell,
+        "score": found.best_metric,
+        "metric": data.task.metric,
+        "seconds": seconds,
+        "layers": list(layers),
+        "parameters": found.num_method_parameters,
+        "environment": environment(1),
+    }
+    append(store, row)
+    return row
 
 
 def main() -> None:
@@ -176,6 +195,7 @@ def main() -> None:
     parser.add_argument("--task", default="glue/rte", help="task of the times")
     parser.add_argument("--rows", type=int, default=64, help="training rows of the times")
     parser.add_argument("--choice-task", default="demo/topic", help="task of the scores")
+    parser.add_argument("--choice-rows", type=int, metavar="N", help="its training rows, drawn; by default all")
     parser.add_argument("--store", type=Path, default=Path(__file__).parent / "results", help="folder of the scores")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between this document's markers")
     args = parser.parse_args()
@@ -184,7 +204,7 @@ def main() -> None:
     tables = {
         "epochs": (epochs, args.task, args.rows),
         "shared": (shared, args.task, args.rows),
-        "choice": (choice, args.choice_task, args.store),
+        "choice": (choice, args.choice_task, args.choice_rows, args.store),
     }
     lines = []
     for case in args.cases:
