@@ -238,7 +238,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, metavar="N", help="only the first N domains")
     parser.add_argument("--density", type=float, default=0.1, help="share of the target weights that SoTU trains")
     parser.add_argument("--targets", nargs="+", default=["query", "key", "value", "attention_output"])
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of SoTU")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=1e-4,
+        help="learning rate of SoTU; by default that of sequential fine-tuning, so that entries move as far",
+    )
     parser.add_argument("--full-rate", type=float, default=1e-4, help="learning rate of sequential fine-tuning")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--rows", type=int, default=None, help="rows per split and domain; by default all")
