@@ -18,6 +18,7 @@ from multitune.convert.peft.bridge import split, task_of
 from multitune.convert.peft.family import Source, family_of_type
 from multitune.convert.peft.files import Checkpoint, read_checkpoint
 from multitune.convert.probe import Check, Outputs, compare
+from multitune.placing import place
 
 if TYPE_CHECKING:
     from multitune.adapter import Adapter
@@ -63,7 +64,8 @@ def _plain_model(backbone: Backbone, task: str | None, num_outputs: int) -> Any:
     config = copy.deepcopy(bare.model.config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
     model.base_model.load_state_dict(bare.model.state_dict())
-    return model.to(backbone.device, backbone.dtype).eval()
+    place(model, backbone.device, backbone.dtype)
+    return model.eval()
 
 
 def _num_outputs(checkpoint: Checkpoint) -> int:
