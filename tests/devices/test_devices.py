@@ -1,0 +1,226 @@
+"""Where tensors are: whatever makes one makes it where the backbone is, and what leaves the device is brought off it.
+
+There may be no GPU here: a pretended one (`pretended_gpu`) refuses what CUDA refuses, and computes what the CPU does,
+so that every answer must be the very one of the CPU.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from pretended_gpu import GPU, OnGPU
+
+import multitune as mt
+from multitune import Bank, DeltaSet, Plan, TrainJob, get_method, method_names, train_many
+from multitune.tasks import TaskData
+
+MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
+#: A method of every kind of delta.
+KINDS = ("lora", "ia3", "sotu", "bitfit", "layernorm", "houlsby", "parallel", "ptuning_v2", "vera", "prompt", "aot_fc")
+MOOD = mt.Task(name="mood", kind="classification", template=("{text}",), label="y", labels=("bad", "good"))
+ROWS = [{"text": text, "y": label} for text, label in (("good film", "good"), ("bad", "bad"), ("not good", "bad"))]
+DATA = TaskData(task=MOOD, train=ROWS, validation=ROWS, test=None)
+DEVICES = ("cpu", "cuda")
+
+
+def is_there(backbone):
+    return all(isinstance(t, OnGPU) for t in (*backbone.model.parameters(), *backbone.model.buffers()))
+
+
+# ---- the pretended device
+
+
+def test_a_pretended_device_refuses_what_cuda_refuses(gpu):
+    here, there = torch.ones(2), torch.ones(2, device="cuda")
+    assert there.device == GPU and (there + 1).device == GPU and (there * torch.tensor(2.0)).tolist() == [2, 2]
+    for wrong in (
+        lambda: here + there,
+        lambda: torch.cat([there, here]),
+        lambda: torch.nn.functional.linear(there, torch.ones(3, 2)),
+        lambda: here[torch.zeros(1, dtype=torch.long, device="cuda")],
+        lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError, match=r"device|CPU"):
+            wrong()
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    assert type(there.cpu() + here) is torch.Tensor and torch.equal(here.to(there), there)
+    before = gpu.waits
+    assert bool((there[torch.zeros(1, dtype=torch.long)] > 0).all()) and gpu.waits == before + 1
+
+
+def test_a_module_moves_there_with_its_ties_and_its_gradients(gpu):
+    module = torch.nn.Linear(3, 3)
+    weight = module.weight
+    module.to("cuda")
+    assert module.weight is weight and weight.device == GPU and isinstance(weight, torch.nn.Parameter)
+    module(torch.ones(1, 3, device="cuda")).sum().backward()
+    assert weight.grad.device == GPU
+    torch.optim.AdamW(module.parameters()).step()
+    assert not torch.equal(weight.cpu(), torch.nn.Linear(3, 3).weight)
+
+
+# ---- serving
+
+
+def test_every_method_is_served_in_one_batch(gpu, make_backbone, on_gpu, random_adapter):
+    answers = []
+    for move in (lambda backbone: backbone, on_gpu):
+        backbone = move(make_backbone("bert"))
+        bank = Bank(backbone)
+        for i, name in enumerate(MIXABLE):
+            bank.add(name, random_adapter(backbone, get_method(name)(), i))
+        answers.append(bank.predict([*((name, "good film") for name in bank.names), (None, "bad"), ("lora", "not")]))
+    assert is_there(backbone)
+    for here, there in zip(*answers, strict=True):
+        assert here.label == there.label and type(there.embedding) is type(here.embedding)
+        torch.testing.assert_close(there.logits, here.logits, rtol=0, atol=0)
+
+
+def test_every_architecture_runs_a_mixed_plan(gpu, backbone_names, make_backbone, on_gpu, random_params, random_rows):
+    for name in backbone_names:
+        found = []
+        for device, move in zip(DEVICES, (lambda backbone: backbone, on_gpu), strict=True):
+            backbone = move(make_backbone(name))
+            sets = [served(backbone, method, random_params) for method in KINDS]
+            ids, mask = random_rows(backbone, [3 + i % 5 for i in range(len(sets) + 1)]).padded()
+            with torch.no_grad():
+                found.append(backbone.run(Plan([*sets, None]), ids.to(device), mask.to(device)))
+        assert found[1].device == GPU, name
+        torch.testing.assert_close(found[1].cpu()[mask > 0], found[0][mask > 0], rtol=0, atol=0, msg=name)
+
+
+def served(backbone, method, random_params):
+    params = {k: t.to(backbone.device) for k, t in random_params(backbone, get_method(method)(), 0).items()}
+    return DeltaSet(get_method(method)().deltas(params, backbone)).fused(backbone.dtype, backbone.device)
+
+
+@pytest.fixture(scope="session")
+def backbone_names():
+    """A model of every way to compute attention and to count positions."""
+    return ("bert", "roberta", "deberta-v2/v3", "deberta", "mpnet", "albert", "t5", "modernbert", "gpt2", "gemma3_text")
+
+
+@pytest.mark.parametrize("name", ["llama", "t5/writes", "bart/writes"])
+def test_text_is_written(gpu, name, make_backbone, make_model, on_gpu, random_params):
+    settings = [dict(max_new_tokens=4) | more for more in ({}, {"num_beams": 2}, {"temperature": 0.7, "seed": 1}, {})]
+    settings[3] |= {"repetition_penalty": 1.3, "temperature": 0.9, "top_k": 5, "top_p": 0.9, "seed": 2}
+    tokenizer, found = make_backbone("gpt2").tokenizer, []
+    for move in (lambda backbone: backbone, on_gpu):
+        model = make_model(name, class_name="LlamaForCausalLM" if name == "llama" else "", pad_token_id=0)
+        backbone = move(mt.Backbone(model, tokenizer, name=name))
+        sets = [served(backbone, method, random_params) for method in ("lora", "ptuning_v2", "aot_fc")]
+        bank = Bank(backbone)
+        ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0], [12, 13, 0, 0], [14, 15, 16, 17]])
+        found.append(backbone.generate(Plan([*sets, None]), ids, (ids > 0).long(), settings))
+        shared = list(range(5, 38))  # a front that prompts share is read once
+        found[-1] += bank.generate([(None, [*shared, i]) for i in range(3)], {"max_new_tokens": 2})
+    assert is_there(backbone)
+    assert [g.token_ids for g in found[1]] == [g.token_ids for g in found[0]]
+
+
+@pytest.mark.parametrize("kind", ["norm", "lsh", "block_stride"])
+def test_long_inputs_are_read(gpu, kind, make_backbone, on_gpu, random_rows, random_params):
+    found = []
+    for device, move in zip(DEVICES, (lambda backbone: backbone, on_gpu), strict=True):
+        settings = dict(max_length=120, block=8, sparse=4, sparsity=2, kind=kind, num_global=2)
+        original = make_backbone("bert")
+        original.tokenizer.mask_token = "[MASK]"
+        backbone = move(mt.convert_to_lsg(original, **settings))
+        ids, mask = random_rows(backbone, (60, 23, 40)).padded()
+        sets = [served(backbone, method, random_params) for method in ("ptuning_v2", "prompt")]
+        with torch.no_grad():
+            found.append(backbone.run(Plan([*sets, None]), ids.flip(1).to(device), mask.flip(1).to(device)).cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_tables_are_fused_and_read_from_memory_and_from_disk(gpu, make_backbone, on_gpu, random_adapter, tmp_path):
+    backbone = on_gpu(make_backbone("bert"))
+    adapter = random_adapter(backbone, mt.AoTFC(r=2)).save(tmp_path / "aot").fuse(backbone, torch.int8)
+    answers = []
+    for store in ("ram", "mmap"):
+        bank = Bank(backbone, aot_store=store)
+        bank.add("aot", adapter)
+        bank.add("lora", random_adapter(backbone, mt.LoRA(r=2)))
+        answers.append([a.logits for a in bank.predict([("aot", "good film"), ("lora", "bad"), ("aot", "not")])])
+    torch.testing.assert_close(*answers)
+
+
+# ---- training
+
+
+def test_every_method_trains_together_and_leaves_tensors_of_the_cpu(gpu, make_backbone, on_gpu, tmp_path):
+    backbone = on_gpu(make_backbone("bert", hidden_dropout_prob=0.1, num_hidden_layers=1))
+    jobs = [TrainJob(data=DATA, method=name) for name in MIXABLE]
+    for result in train_many(backbone, jobs, token_budget=4000, progress=False, max_steps=1, batch_size=2):
+        assert isinstance(result, mt.TrainResult), result
+        assert all(type(t) is torch.Tensor for t in result.adapter.params.values()), result.adapter.name
+    saved = result.adapter.save(tmp_path / "last")
+    assert mt.Adapter.load(tmp_path / "last", backbone).digest == saved.digest
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (mt.LoRA(layers=(1,)), {"cache_frozen": "memory", "max_steps": 3}),
+        (mt.SIFT(), {"gradient_accumulation": 2, "max_steps": 1}),
+        (mt.FullFineTuning(), {"max_steps": 1}),
+        (mt.PTuningV1(), {"max_steps": 1}),
+    ],
+)
+def test_a_run_trains_where_the_backbone_is(gpu, method, settings, make_backbone, on_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr("multitune.backbone.check_weights", lambda model, sites: None)  # which knows no pretended ones
+    found = []
+    for move in (lambda backbone: backbone, on_gpu):
+        backbone = move(make_backbone("bert", num_hidden_layers=2))
+        result = mt.train(backbone, DATA, method, progress=False, batch_size=2, **settings)
+        found.append(result.adapter.params)
+    assert all(type(t) is torch.Tensor for t in found[1].values())
+    for name, here in found[0].items():
+        torch.testing.assert_close(found[1][name], here, rtol=0, atol=0, msg=name)
+
+
+def test_an_interrupted_run_goes_on_there(gpu, make_backbone, on_gpu, tmp_path, monkeypatch):
+    settings = dict(progress=False, batch_size=2, epochs=2, keep_checkpoints=True)
+    backbone = on_gpu(make_backbone("bert", num_hidden_layers=1))
+    whole = mt.train(backbone, DATA, mt.LoRA(r=2), tmp_path / "whole", **settings)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("multitune.training.setup.publish", stop)
+        mt.train(backbone, DATA, mt.LoRA(r=2), tmp_path / "cut", **settings)
+    resumed = mt.train(backbone, DATA, mt.LoRA(r=2), tmp_path / "cut", **settings)
+    for name, t in whole.adapter.params.items():
+        torch.testing.assert_close(resumed.adapter.params[name], t, rtol=0, atol=0)
+
+
+def test_answers_as_text_are_ranked_and_texts_judged(gpu, make_model, make_backbone, on_gpu):
+    task = dataclasses.replace(MOOD, pattern=mt.Pattern("{text} is :", {"good": "good", "bad": "very bad"}))
+    write = mt.Task(name="w", kind="generation", template=("{text} :",), label="y", metric="exact_match")
+    model = make_model("llama", class_name="LlamaForCausalLM", pad_token_id=0)
+    backbone = on_gpu(mt.Backbone(model, make_backbone("gpt2").tokenizer, name="llama"))
+    settings = dict(progress=False, max_steps=1, batch_size=2)
+    for data, more in (
+        (TaskData(task=task, train=ROWS, validation=ROWS, test=None), {"distill_examples": 1, "distill_weight": 0.5}),
+        (TaskData(task=write, train=ROWS, validation=ROWS, test=None), {"eval_texts": 2, "eval_new_tokens": 2}),
+    ):
+        result = mt.train(backbone, data, mt.LoRA(r=2), **settings, **more)
+        bank = Bank(backbone)
+        bank.add("a", result.adapter)
+        if data.task is write:
+            assert bank.generate([("a", ROWS[0])], {"max_new_tokens": 2})[0].token_ids
+        else:
+            assert bank.predict([("a", ROWS[0])])[0].label
+
+
+# ---- what is built on both
+
+
+def test_a_merged_model_is_what_was_served(gpu, make_backbone, on_gpu, random_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("multitune.backbone.check_weights", lambda model, sites: None)
+    backbone = on_gpu(make_backbone("bert"))
+    report = mt.merge(random_adapter(backbone, mt.LoRA(r=2)), backbone, tmp_path / "merged")
+    assert report.max_difference < 1e-4 and transformers.AutoModel.from_pretrained(tmp_path / "merged")
