@@ -13,6 +13,7 @@ from pretended_gpu import GPU, OnGPU
 
 import multitune as mt
 from multitune import Bank, DeltaSet, Plan, TrainJob, get_method, method_names, train_many
+from multitune.continual import Prototypes, cosine_of_updates, features, sum_of_updates
 from multitune.tasks import TaskData
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
@@ -217,6 +218,17 @@ def test_answers_as_text_are_ranked_and_texts_judged(gpu, make_model, make_backb
 
 
 # ---- what is built on both
+
+
+def test_updates_are_summed_and_read(gpu, make_backbone, on_gpu, random_adapter):
+    backbone = on_gpu(make_backbone("bert"))
+    adapters = [random_adapter(backbone, mt.SoTU(density=0.2, mask_seed=seed), seed) for seed in range(2)]
+    total = sum_of_updates(backbone, adapters)
+    vectors, labels = features(backbone, total, MOOD, ROWS)
+    assert len(Prototypes.of(vectors, labels).predict(vectors)) == len(ROWS)
+    assert abs(cosine_of_updates(backbone, *adapters)) < 1
+    with pytest.raises(mt.AdapterError, match="only adapters made of one sparse update"):
+        sum_of_updates(backbone, [random_adapter(backbone, mt.DoRA(r=2))])
 
 
 def test_a_merged_model_is_what_was_served(gpu, make_backbone, on_gpu, random_adapter, tmp_path, monkeypatch):
