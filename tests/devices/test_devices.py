@@ -5,6 +5,7 @@ so that every answer must be the very one of the CPU.
 """
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pretended_gpu import GPU, OnGPU
 import multitune as mt
 from multitune import Bank, DeltaSet, Plan, TrainJob, get_method, method_names, train_many
 from multitune.continual import Prototypes, cosine_of_updates, features, sum_of_updates
+from multitune.convert.heads import SEQUENCE, model_with_head
 from multitune.tasks import TaskData
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
@@ -229,6 +231,24 @@ def test_updates_are_summed_and_read(gpu, make_backbone, on_gpu, random_adapter)
     assert abs(cosine_of_updates(backbone, *adapters)) < 1
     with pytest.raises(mt.AdapterError, match="only adapters made of one sparse update"):
         sum_of_updates(backbone, [random_adapter(backbone, mt.DoRA(r=2))])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
+def test_checkpoints_of_peft_are_compared_where_the_backbone_is(gpu, make_backbone, on_gpu, tmp_path, monkeypatch):
+    import peft
+
+    monkeypatch.setattr("multitune.backbone.check_weights", lambda model, sites: None)
+    backbone = make_backbone("bert")
+    modules = [s.module for s in backbone.find_sites("linear", ("query", "ffn_in"))]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules, task_type=SEQUENCE, init_lora_weights=False)
+    peft.get_peft_model(model_with_head(backbone, SEQUENCE, 2), config).eval().save_pretrained(tmp_path / "theirs")
+    on_gpu(backbone)
+    by_peft = mt.import_adapter(tmp_path / "theirs", backbone, labels=("a", "b")).check
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    folded = mt.import_adapter(tmp_path / "theirs", backbone, labels=("a", "b")).check
+    assert "PEFT" in by_peft.by and "folded" in folded.by
+    assert all(check.max_difference <= 1e-4 * check.max_magnitude for check in (by_peft, folded))
 
 
 def test_a_merged_model_is_what_was_served(gpu, make_backbone, on_gpu, random_adapter, tmp_path, monkeypatch):
