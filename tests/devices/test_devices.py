@@ -256,3 +256,27 @@ def test_a_merged_model_is_what_was_served(gpu, make_backbone, on_gpu, random_ad
     backbone = on_gpu(make_backbone("bert"))
     report = mt.merge(random_adapter(backbone, mt.LoRA(r=2)), backbone, tmp_path / "merged")
     assert report.max_difference < 1e-4 and transformers.AutoModel.from_pretrained(tmp_path / "merged")
+
+
+# ---- waiting
+
+
+@pytest.mark.parametrize("name", ["bert", "t5/writes"])
+def test_no_layer_waits_for_the_device(gpu, name, make_backbone, make_model, on_gpu, random_params, random_rows):
+    """How often the host waits must not grow with the layers."""
+    waits = []
+    for layers in (2, 5):
+        names = ("num_layers", "num_decoder_layers") if name == "t5/writes" else ("num_hidden_layers",)
+        model = make_model(name, **dict.fromkeys(names, layers))
+        backbone = on_gpu(mt.Backbone(model, make_backbone("bert").tokenizer, name=name))
+        sets = [served(backbone, method, random_params) for method in KINDS if method != "prompt"]
+        lengths = [4] * len(sets) if name == "bert" else [3 + i % 5 for i in range(len(sets))]
+        ids, mask = random_rows(backbone, lengths).padded()
+        with torch.no_grad():
+            before = gpu.waits
+            if name == "bert":  # without a mask, so that the memories decide whether there is one
+                backbone.run(Plan(sets), ids.to("cuda"))
+            else:
+                backbone.generate(Plan(sets), ids, mask, {"max_new_tokens": 3, "stop_at_eos": False})
+            waits.append(gpu.waits - before)
+    assert waits[0] == waits[1]
