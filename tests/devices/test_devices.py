@@ -280,3 +280,13 @@ def test_no_layer_waits_for_the_device(gpu, name, make_backbone, make_model, on_
                 backbone.generate(Plan(sets), ids, mask, {"max_new_tokens": 3, "stop_at_eos": False})
             waits.append(gpu.waits - before)
     assert waits[0] == waits[1]
+
+
+def test_a_batch_that_is_elsewhere_is_refused_by_name(gpu, make_backbone, on_gpu):
+    backbone, ids = on_gpu(make_backbone("bert")), torch.full((1, 4), 7)
+    with pytest.raises(
+        mt.PlanError, match=r"input_ids is on cpu, but backbone 'bert' is on cuda:0; .*to\(backbone.dev"
+    ):
+        backbone.run(Plan([None]), ids)
+    with pytest.raises(mt.PlanError, match="attention_mask is on cpu"):
+        backbone.run(Plan([None]), ids.to("cuda"), torch.ones_like(ids))
