@@ -5,7 +5,9 @@ so that every answer must be the very one of the CPU.
 """
 
 import dataclasses
+import gc
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from multitune import Bank, DeltaSet, Plan, TrainJob, get_method, method_names, 
 from multitune.continual import Prototypes, cosine_of_updates, features, sum_of_updates
 from multitune.convert.heads import SEQUENCE, model_with_head
 from multitune.tasks import TaskData
+from multitune.workspace import Workspace
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 #: A method of every kind of delta.
@@ -280,6 +283,30 @@ def test_no_layer_waits_for_the_device(gpu, name, make_backbone, make_model, on_
                 backbone.generate(Plan(sets), ids, mask, {"max_new_tokens": 3, "stop_at_eos": False})
             waits.append(gpu.waits - before)
     assert waits[0] == waits[1]
+
+
+def test_a_stream_gets_no_buffer_that_another_may_still_read(gpu, make_backbone, on_gpu, random_params, monkeypatch):
+    backbone = on_gpu(make_backbone("bert"))
+    sets, workspace = [served(backbone, "lora", random_params) for _ in range(3)], Workspace()
+    buffers = []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, s=stream: SimpleNamespace(cuda_stream=s))
+        with torch.no_grad():
+            plan = Plan(sets, workspace)
+        buffers.append({s.delta.A.data_ptr() for steps in plan.steps.values() for s in steps})
+        del plan
+        gc.collect()
+    assert buffers[0] == buffers[2] and not buffers[0] & buffers[1]
+
+
+def test_an_adapter_is_whole_before_another_stream_can_use_it(gpu, make_backbone, on_gpu, random_adapter, monkeypatch):
+    waited = []
+    stream = SimpleNamespace(cuda_stream=1, synchronize=lambda: waited.append(len(bank)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    backbone = on_gpu(make_backbone("bert"))
+    bank = Bank(backbone)
+    bank.add("a", random_adapter(backbone, mt.LoRA(r=2)))
+    assert waited == [0]  # before it can be asked for
 
 
 def test_a_batch_that_is_elsewhere_is_refused_by_name(gpu, make_backbone, on_gpu):
