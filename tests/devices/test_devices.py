@@ -7,6 +7,7 @@ so that every answer must be the very one of the CPU.
 import dataclasses
 import gc
 import importlib.util
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from pretended_gpu import GPU, OnGPU
 
 import multitune as mt
 from multitune import Bank, DeltaSet, Plan, TrainJob, get_method, method_names, train_many
+from multitune.comparing.runners import make_runner
 from multitune.continual import Prototypes, cosine_of_updates, features, sum_of_updates
 from multitune.convert.heads import SEQUENCE, model_with_head
 from multitune.tasks import TaskData
@@ -307,6 +309,14 @@ def test_an_adapter_is_whole_before_another_stream_can_use_it(gpu, make_backbone
     bank = Bank(backbone)
     bank.add("a", random_adapter(backbone, mt.LoRA(r=2)))
     assert waited == [0]  # before it can be asked for
+
+
+def test_by_default_one_process_loads_its_backbone_onto_a_gpu(gpu, make_backbone, on_gpu):
+    settings = dict(workers=None, max_jobs=None, token_budget=None)
+    counts = [
+        make_runner("processes", b, "bert", **settings)._count for b in (make_backbone(), on_gpu(make_backbone()))
+    ]
+    assert counts == [os.cpu_count() or 1, 1]
 
 
 def test_a_batch_that_is_elsewhere_is_refused_by_name(gpu, make_backbone, on_gpu):
