@@ -102,6 +102,8 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
     if wanted is torch.float16:
         _ = backbone.fingerprint
     place(model, device, wanted)
+    if backbone.parts.bias is not None:  # a tensor of its own, which no module moves
+        backbone.parts = replace(backbone.parts, bias=backbone.parts.bias.to(device, wanted))
     return backbone
 
 

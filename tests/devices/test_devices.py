@@ -69,6 +69,17 @@ def test_a_module_moves_there_with_its_ties_and_its_gradients(gpu):
     assert not torch.equal(weight.cpu(), torch.nn.Linear(3, 3).weight)
 
 
+@pytest.mark.parametrize("name", ["bart/writes", "llama"])
+def test_a_backbone_is_loaded_there_with_all_that_belongs_to_it(gpu, name, make_model, make_backbone, tmp_path):
+    make_model(name, class_name="LlamaForCausalLM" if name == "llama" else "").save_pretrained(tmp_path)
+    make_backbone("gpt2").tokenizer.save_pretrained(tmp_path)
+    decoder = "+decoder" if name == "bart/writes" else ""
+    here, there = (mt.Backbone.load(f"{tmp_path}{decoder}", device=device, dtype="bfloat16") for device in DEVICES)
+    assert is_there(there) and there.device == GPU and there.fingerprint == here.fingerprint
+    assert (there.lm_head.bias is None) == (name == "llama")
+    assert all(isinstance(t, OnGPU) for t in (there.lm_head.weight, there.lm_head.bias) if t is not None)
+
+
 # ---- serving
 
 
