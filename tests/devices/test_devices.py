@@ -298,6 +298,19 @@ def test_no_layer_waits_for_the_device(gpu, name, make_backbone, make_model, on_
     assert waits[0] == waits[1]
 
 
+def test_answers_of_all_rows_come_off_the_device_together(gpu, make_backbone, on_gpu, random_adapter):
+    backbone, waits = on_gpu(make_backbone("bert")), []
+    bank = Bank(backbone)
+    for i, kind in enumerate(("classification", "tagging")):
+        bank.add(kind, random_adapter(backbone, mt.LoRA(r=2), i, kind=kind))
+    rows = [("classification", "good film"), ("tagging", {"words": ["not", "bad"]}), (None, "very good")]
+    for count in (1, 4):
+        before = gpu.waits
+        bank.predict([(name, text) for name, text in rows for _ in range(count)])
+        waits.append(gpu.waits - before)
+    assert waits[0] == waits[1]
+
+
 def test_a_stream_gets_no_buffer_that_another_may_still_read(gpu, make_backbone, on_gpu, random_params, monkeypatch):
     backbone = on_gpu(make_backbone("bert"))
     sets, workspace = [served(backbone, "lora", random_params) for _ in range(3)], Workspace()
