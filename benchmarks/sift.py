@@ -45,15 +45,15 @@ def run(cell: Row) -> Row:
     settings: dict[str, Any] = cell["training"]
     multitune.train(backbone, data, method, **{**settings, "batch_size": 2, "max_steps": 1})
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(backbone.device)
+        before = torch.cuda.memory_allocated(backbone.device)
     else:
         reset_peak_memory()
         before = peak_memory() or 0
     start = time.perf_counter()
     result = multitune.train(backbone, data, method, **settings)
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory() or 0
+    peak = torch.cuda.max_memory_allocated(backbone.device) if on_gpu else peak_memory() or 0
     found = {"parameters": result.num_method_parameters, "growth": peak - before, "seconds": seconds}
     return found | {"scores": dict(result.adapter.metrics)}
 

@@ -181,6 +181,20 @@ def test_load_a_folder(checkpoint, make_backbone, random_rows, name, dtype):
         assert torch.equal(hidden, original.run(Plan([None]), torch.tensor([ids])))
 
 
+@pytest.mark.parametrize("name", ["llama", "modernbert", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_not_rounded(checkpoint, name, dtype):
+    folder = checkpoint(name)
+    loaded, wide = Backbone.load(folder, dtype=dtype), Backbone.load(folder)
+    assert {p.dtype for p in loaded.model.parameters()} == {dtype}
+    expected = {k: t for k, t in wide.model.named_buffers() if "inv_freq" in k}
+    assert expected
+    models = [loaded.model, loaded.clone().model, *([loaded.language_model().base_model] if loaded.has_lm_head else [])]
+    for model in models:
+        buffers = dict(model.named_buffers())
+        assert all(torch.equal(buffers[k], t) for k, t in expected.items())  # of a row's position, which counts far
+
+
 def test_an_unknown_dtype_lists_the_known_ones(checkpoint):
     with pytest.raises(ConfigError, match="dtype 'int8' is unknown; choose one of float32, bfloat16, float16"):
         Backbone.load(checkpoint(), dtype="int8")

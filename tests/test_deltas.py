@@ -635,6 +635,16 @@ def test_an_embedding_update_is_its_equation(gradients, rows_per_slot, close):
     close(module(ids[:1])[0], expected[0])
 
 
+def test_an_embedding_update_is_multiplied_by_what_the_model_rounds():
+    delta = embedding_low_rank(torch.Generator().manual_seed(0)).canonical().map(torch.Tensor.bfloat16)
+    module = nn.Embedding(V, E)
+    module.embed_scale = torch.tensor(33.94)  # Gemma's, a float32 buffer in models of every dtype
+    ids, nothing = torch.arange(V)[None], torch.zeros(1, V, E, dtype=torch.bfloat16)
+    found = delta.apply(ids, nothing, module)
+    module.embed_scale = module.embed_scale.bfloat16()
+    assert found.dtype == torch.bfloat16 and torch.equal(found, delta.apply(ids, nothing, module))
+
+
 # ---- matrices that adapters share
 
 

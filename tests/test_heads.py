@@ -76,6 +76,15 @@ def test_pooling(bert, hidden, close):
 # ---- logits
 
 
+def test_a_mean_in_bfloat16_counts_every_token(bert):
+    states = torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(0)).add(1).bfloat16()
+    mask = (torch.arange(300) < 257).long()[None]  # a number that bfloat16 has not got
+    exact = states[:, :257].double().mean(1)
+    found = pool(bert, states, mask, "mean")
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= exact.abs() * 2**-8).all()  # the last bit, and no more
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
 @pytest.mark.parametrize("kind", ["classification", "tagging"])
 def test_one_head_and_many_heads_agree(bert, hidden, close, kind, pooling):

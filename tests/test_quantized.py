@@ -223,6 +223,18 @@ def test_gradient_checkpointing_changes_nothing(scheme, quantized, random_params
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_mixed_precision_reaches_back_through_the_bits(scheme, quantized, make_backbone, random_params, random_rows):
+    backbone, found = quantized("bert", scheme), []
+    for b in (backbone, rounded(backbone, make_backbone, "bert")):
+        params = {k: t.requires_grad_() for k, t in random_params(b, LoRA(r=2), 0).items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = b.run(Plan([DeltaSet(LoRA(r=2).deltas(params, b))]), *random_rows(b, (6,)).padded())
+        hidden[..., ::3].float().sum().backward()
+        found.append(torch.cat([t.grad.flatten() for t in params.values()]))
+    assert (found[0] - found[1]).norm() <= 5e-2 * found[1].norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_compiled_one_gives_the_same(scheme, make_backbone, delta_set, random_rows, close):
     backbone = quantize(make_backbone("bert", num_hidden_layers=1), scheme)
     rows = random_rows(backbone, (6, 4))

@@ -93,7 +93,7 @@ def _attend(
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", False))) and query.shape[2] > 1
     position_bias = kwargs.get("position_bias")
 
-    def attend(rows: slice | Tensor | None, memory: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    def attend(rows: slice | Tensor | None, memory: Memories | None) -> Tensor:
         q, k, v = (t if rows is None else t[rows] for t in (query, key, value))
         mask = _rows_of_mask(attention_mask, rows)
         own = kwargs
@@ -231,11 +231,13 @@ def _memory_of(step: Step, num_rows: int) -> Memories:
     """Keys and values `[R, H, M, K]` and which entries are open `[R, M]`, for the step's R rows."""
     d = step.delta
     assert isinstance(d, Memory)
+    # (A compiler cannot look at the values, and takes the general way.)
+    whole = not torch.compiler.is_compiling() and id(d) in current_call().plan.open_memories
     if step.group.rows is None:
         keys, values = (t.transpose(0, 1).expand(num_rows, -1, -1, -1) for t in (d.keys, d.values))
-        return keys, values, d.open.expand(num_rows, -1)
+        return keys, values, None if whole else d.open.expand(num_rows, -1)
     keys, values = (step.group.spread(t.transpose(1, 2)) for t in (d.keys, d.values))
-    return keys, values, step.group.spread(d.open.squeeze(1))
+    return keys, values, None if whole else step.group.spread(d.open.squeeze(1))
 
 
 def _rows_of_mask(mask: Tensor | None, rows: slice | Tensor | None) -> Tensor | None:
@@ -258,10 +260,11 @@ def _lengthen(
     keys, values, is_open = memory
     key_out = torch.cat([keys.to(key.dtype), key], dim=2)
     value_out = torch.cat([values.to(value.dtype), value], dim=2)
-    is_open = is_open > 0
-    # (A compiler cannot look at the values, and takes the general way.)
-    if mask is None and not causal and not torch.compiler.is_compiling() and bool(is_open.all()):
+    if mask is None and not causal and is_open is None:
         return key_out, value_out, None
+    if is_open is None:
+        is_open = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=query.device)
+    is_open = is_open > 0
     num_queries, num_keys = query.shape[2], key.shape[2]
     if mask is None:
         # No mask with causal semantics means "below the diagonal": once there is a memory it must be written out.
@@ -441,7 +444,8 @@ def _attend_scores(
         if memory is not None:
             keys, values, is_open = memory
             front = _over_heads(talk[0], q @ (keys.to(q.dtype).transpose(-1, -2) / scale))
-            front = front.masked_fill(~(is_open > 0)[:, None, None, :], torch.finfo(front.dtype).min)
+            if is_open is not None:
+                front = front.masked_fill(~(is_open > 0)[:, None, None, :], torch.finfo(front.dtype).min)
             s = torch.cat([front, s], dim=-1)
             v = torch.cat([values.to(v.dtype), v], dim=2)
         out: Tensor = _over_heads(talk[1], module.dropout(s.softmax(dim=-1))) @ v

@@ -18,7 +18,7 @@ from multitune.errors import AdapterError, ConfigError, DataError, MixError, Pla
 from multitune.plan import DeltaSet, Plan
 from multitune.prediction import Prediction, Served, predict
 from multitune.sharing import first_touched
-from multitune.workspace import Workspace
+from multitune.workspace import Workspace, wait_for
 
 if TYPE_CHECKING:
     from multitune.generation import Engine, Generation, Request
@@ -196,6 +196,7 @@ class Bank:
         delta_set = adapter.delta_set(self.backbone, aot_store=self.aot_store, drop_layers=entry.drop_layers)
         device, dtype = self.backbone.device, self.backbone.dtype
         head_params = {k: t.to(device=device, dtype=dtype) for k, t in adapter.head_params.items()}
+        wait_for(device)  # a thread with a stream of its own may be the first to use them
         if adapter.path is not None:
             entry.adapter = replace(adapter, params={}, head_params={})
         return Served(entry.name, entry.adapter, delta_set, head_params, first_touched(delta_set, self.backbone))

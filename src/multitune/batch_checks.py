@@ -24,6 +24,18 @@ def check_sites(plan: Plan, backbone: Backbone) -> None:
         )
 
 
+def check_batch(backbone: Backbone, batch: Batch) -> None:
+    """Raise `PlanError` for a batch whose tensors do not go together, or are not where the backbone is."""
+    for name in ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"):
+        given = getattr(batch, name)
+        if given is not None and given.device != backbone.device:
+            raise PlanError(
+                f"{name} is on {given.device}, but backbone '{backbone.name}' is on {backbone.device}; move it there: "
+                f"{name}.to(backbone.device)"
+            )
+    check_beside_ids(backbone, batch)
+
+
 def check_beside_ids(backbone: Backbone, batch: Batch) -> None:
     """Raise `PlanError` unless what stands beside `input_ids [B, T]` has their rows and tokens, and known token types.
 

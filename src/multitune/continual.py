@@ -56,7 +56,7 @@ def sum_of_updates(backbone: Backbone, adapters: Sequence[Adapter], scale: float
 
 
 def sparse_updates(backbone: Backbone, adapter: Adapter) -> dict[str, SparseWeight]:
-    """An adapter's sparse updates by site.
+    """An adapter's sparse updates by site, on the CPU: a GPU adds up in another order each time.
 
     Raises:
         AdapterError: it has deltas of another kind.
@@ -65,14 +65,15 @@ def sparse_updates(backbone: Backbone, adapter: Adapter) -> dict[str, SparseWeig
     adapter.check_backbone(backbone)
     found: dict[str, SparseWeight] = {}
     with torch.no_grad():
-        for site, deltas in adapter.method.deltas(adapter.params, backbone).items():
+        params = {k: t.to(backbone.device) for k, t in adapter.params.items()}
+        for site, deltas in adapter.method.deltas(params, backbone).items():
             for delta in deltas:
                 if not isinstance(delta, SparseWeight) or site in found:
                     raise AdapterError(
                         f"adapter '{adapter.name}' ({adapter.method.title}) has a {delta.kind} at {site}, but only "
                         f"adapters made of one sparse update a site can be added up; train it with method='sotu'"
                     )
-                found[site] = delta
+                found[site] = delta.map(Tensor.cpu)
     return found
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pretrained
 from multitune import attention, hooks
 from multitune.errors import BackboneError
 from multitune.instrument import OWN_ATTENTION, attention_configs
+from multitune.placing import place
 
 if TYPE_CHECKING:
     from multitune.backbone import Backbone
@@ -46,19 +47,22 @@ def language_model(backbone: Backbone) -> PreTrainedModel:
     if backbone.decodes:
         model = _with_decoder(backbone, config)
     else:
-        model = AutoModelForCausalLM.from_config(config).to(backbone.dtype)
+        model = AutoModelForCausalLM.from_config(config)
+        place(model, "cpu", backbone.dtype)
         model.base_model.load_state_dict(backbone.model.state_dict())
     if head.linear is not None and not backbone.decodes:
         model.get_output_embeddings().load_state_dict(head.linear.state_dict())
     if backbone.eos_ids:
         model.generation_config.eos_token_id = list(backbone.eos_ids)
-    found: PreTrainedModel = model.to(device=backbone.device, dtype=backbone.dtype).eval()
+    place(model, backbone.device, backbone.dtype)
+    found: PreTrainedModel = model.eval()
     return found
 
 
 def _with_decoder(backbone: Backbone, config: PretrainedConfig) -> Any:
     """An encoder-decoder of transformers' with copies of the weights; its head is tied where the backbone's is."""
-    model: Any = AutoModelForSeq2SeqLM.from_config(config).to(backbone.dtype)
+    model: Any = AutoModelForSeq2SeqLM.from_config(config)
+    place(model, "cpu", backbone.dtype)
     head, decoder, base = backbone.lm_head, backbone.architecture.decoder, model.base_model
     weights = backbone.model.state_dict()
     if base is model:  # T5 keeps its stacks beside its head

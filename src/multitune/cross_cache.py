@@ -107,7 +107,7 @@ class CrossCache(Cache):
         layer, first = self.layers[layer_idx], self._rows.start
         starts = torch.tensor(layer.starts[self._rows], device=self.device)
         length = key_states.shape[2]
-        held = layer.make_room(int(starts.max()) + length, key_states, value_states)
+        held = layer.make_room(max(layer.starts[self._rows]) + length, key_states, value_states)
         slots = torch.arange(first, first + len(starts), device=self.device)
         columns = starts[:, None] + torch.arange(length, device=self.device)
         for which, (buffer, new) in enumerate(zip(held, (key_states, value_states), strict=True)):

@@ -150,10 +150,12 @@ def pool(backbone: Backbone, hidden: Tensor, mask: Tensor | None, pooling: str) 
         return hidden[:, -1] if mask is None else hidden[torch.arange(len(hidden), device=hidden.device), _last(mask)]
     if mask is None:
         return hidden.mean(1)
-    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    weights = mask.unsqueeze(-1)
     # where, not a product: padding may hold anything, and 0 times NaN is NaN.
     kept = hidden.masked_fill(weights == 0, 0)
-    return kept.sum(1) / weights.sum(1).clamp(min=1)
+    # In float32 at least, as torch's own mean adds up: bfloat16 has no number for 257 tokens.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (kept.sum(1, dtype=wide) / weights.sum(1, dtype=wide).clamp(min=1)).to(hidden.dtype)
 
 
 def _last(mask: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from multitune.errors import BackboneError, ConfigError, suggest, suggest_file
 from multitune.lsg import convert_to_lsg, split_name
 from multitune.masked import masked_head_of
 from multitune.packaged import PACKAGED, quietly, resolve
+from multitune.placing import place
 from multitune.pruned import prune, split_share
 from multitune.quantized import quantize_in_place, split_scheme
 
@@ -100,7 +101,9 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
         backbone.lm_linear = None
     if wanted is torch.float16:
         _ = backbone.fingerprint
-    model.to(device=device, dtype=wanted)
+    place(model, device, wanted)
+    if backbone.parts.bias is not None:  # a tensor of its own, which no module moves
+        backbone.parts = replace(backbone.parts, bias=backbone.parts.bias.to(device, wanted))
     return backbone
 
 

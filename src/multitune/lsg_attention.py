@@ -21,7 +21,8 @@ from multitune.lsg_sparse import Reduction, Tokens, reduce
 
 #: Dense attention: query `[B, H, Q, K]`, key and value `[B, H, S, K]`, mask added to the scores; `[B, Q, H, K]`.
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Memories = tuple[Tensor, Tensor, Tensor]
+#: Keys and values `[B, H, M, K]`, and which of them are open `[B, M]`; `None` where all are.
+Memories = tuple[Tensor, Tensor, Tensor | None]
 
 
 def lsg_attention(
@@ -41,7 +42,7 @@ def lsg_attention(
         query, key, value: `[B, H, G + T, K]`.
         is_open: bool `[B, T]`, which tokens may be attended to.
         layer: which layer's random projections to use, for `lsh`.
-        memory: keys and values `[B, H, M, K]` and which are open `[B, M]`.
+        memory: what stands in front of the global tokens.
 
     Returns:
         `[B, G + T, H, K]`.
@@ -65,7 +66,8 @@ def _split(
     if memory is not None:
         keys = torch.cat([memory[0].to(key.dtype), keys], dim=2)
         values = torch.cat([memory[1].to(value.dtype), values], dim=2)
-        seen = torch.cat([memory[2] > 0, seen], dim=1)
+        first = seen.new_ones(len(key), memory[0].shape[2]) if memory[2] is None else memory[2] > 0
+        seen = torch.cat([first, seen], dim=1)
     tokens = Tokens(key[:, :, num_global:], value[:, :, num_global:], is_open[:, None])
     return Tokens(keys, values, seen[:, None]), tokens
 

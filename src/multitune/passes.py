@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multitune.batch_checks import check_beside_ids, check_ids
+from multitune.batch_checks import check_batch, check_ids
 from multitune.call import Call, Section
 from multitune.current import active
 from multitune.errors import PlanError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def run(backbone: Backbone, plan: Plan, batch: Batch) -> Tensor:
     """`Backbone.run`: the last hidden states `[B, T, D]`."""
     backbone.check_attached()
-    check_beside_ids(backbone, batch)
+    check_batch(backbone, batch)
     if plan.parts:
         return _run_parts(backbone, plan, batch)
     call = Call(backbone, plan, batch)
@@ -74,7 +74,7 @@ def _call_in(backbone: Backbone, section: Section, plan: Plan, layer: int, batch
         raise PlanError(
             f"a pass cannot be cut at {problem}; cut between layer 1 and {backbone.num_layers - 1}, or run()"
         )
-    check_beside_ids(backbone, batch)
+    check_batch(backbone, batch)
     call = Call(backbone, plan, batch)
     call.section = section
     return call
@@ -85,7 +85,7 @@ def run_joint(backbone: Backbone, batches: Sequence[JointBatch]) -> list[Tensor]
     backbone.check_attached()
     backbone.refuse_decoder("batches are not joined", "train its adapters one by one: train")
     for b in batches:
-        check_beside_ids(backbone, b.batch)
+        check_batch(backbone, b.batch)
     call = JointCall(backbone, batches)
     with active(call):
         output = backbone.running(**call.inputs)

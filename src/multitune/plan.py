@@ -453,6 +453,15 @@ class Plan:
         return self.numbers[place if self.order is None else int(self.order[place])]
 
     @cached_property
+    def open_memories(self) -> frozenset[int]:
+        """Ids of the memories all of whose entries are open: one look at the values for all layers."""
+        memories = [s.delta for steps in self.steps.values() for s in steps if isinstance(s.delta, Memory)]
+        if not memories:
+            return frozenset()
+        is_open = torch.stack([(m.open > 0).all() for m in memories]).tolist()
+        return frozenset(id(m) for m, whole in zip(memories, is_open, strict=True) if whole)
+
+    @cached_property
     def inverse(self) -> Tensor | None:
         """Undoes `order`."""
         return None if self.order is None else self.order.argsort()

@@ -208,9 +208,10 @@ def _forward(backbone: Backbone, sequences: Sequence[_Sequence], workspace: Work
             pooled = heads.pool(backbone, hidden[bare], mask, "mean")
             for i, embedding in zip(bare, pooled, strict=True):
                 values[i] = embedding
-    for s, v in zip(sequences, values, strict=True):
-        assert v is not None
-        s.values = v.float().cpu()
+    found = [v for v in values if v is not None]
+    whole = torch.cat([v.flatten() for v in found]).float().cpu()  # one copy off the device for all
+    for s, v, piece in zip(sequences, found, whole.split([v.numel() for v in found]), strict=True):
+        s.values = piece.view(v.shape)
 
 
 def _log_probs(backbone: Backbone, sequences: Sequence[_Sequence], hidden: Tensor) -> list[Tensor]:

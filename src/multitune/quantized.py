@@ -210,7 +210,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.linear.dequantized(), None
+        # Under mixed precision the product was in another dtype than the weight is made in.
+        return grad @ ctx.linear.dequantized().to(grad.dtype), None
 
 
 def _int8(weight: Tensor) -> Tensor:

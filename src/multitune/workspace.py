@@ -79,9 +79,10 @@ class Workspace:
         """A buffer with room for `slots`, lent until `owner` is collected; of several, the one that holds most of them.
 
         Args:
-            key: equal for slots whose pieces have equal shapes, dtypes and devices.
+            key: equal for slots whose pieces have equal shapes, dtypes and devices. On a GPU a buffer stays with the
+                stream that it was first lent on: on another one, what still reads it might not have run yet.
         """
-        capacity = _round_up(len(slots))
+        key, capacity = (key, _stream(slots[0])), _round_up(len(slots))
         with self._lock:
             fits = [b for k, b in self._free if k == key and b.capacity == capacity]
             wanted = set(map(id, slots))
@@ -105,6 +106,18 @@ class Workspace:
                     break
                 kept.append(pair)
             self._free = kept[::-1]
+
+
+def _stream(slot: Stackable) -> int | None:
+    """The stream that works on a GPU's tensors now; `None` for those of a CPU, which has none."""
+    device = slot.pieces[0].device
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else None
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done what it was given on this thread's stream; for a CPU, at once."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _round_up(num_slots: int) -> int:

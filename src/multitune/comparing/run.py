@@ -78,7 +78,8 @@ def compare(
             or a table of your own rows, which gets a recipe that suits it.
         out: folder for the store and the recipe.
         runner: "packed" (all in this process), "processes" (several on this machine), or "ray" (a Ray cluster).
-        workers: processes of the last two; by default one for each core, or CPU of the cluster.
+        workers: processes of the last two; by default one for each core, or CPU of the cluster; on a GPU one, or one
+            for each GPU of the cluster.
         max_jobs: packed: so many trials share passes. 1, the default, makes each bit-equal to `train` with the same
             settings, and its time and memory its own; more are equal to it up to rounding.
         token_budget: packed, several at a time: most tokens of a pass, 512 by default; see `train_many`.

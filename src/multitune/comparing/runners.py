@@ -47,7 +47,8 @@ def make_runner(
 
     Args:
         load_as: the backbone's name, for processes that load it themselves.
-        workers: processes; by default one for each core or CPU of the cluster. Packed runs in one.
+        workers: processes; by default one for each core or CPU of the cluster, and on a GPU one for each of the
+            cluster's, or one in all, since each takes its share of the memory. Packed runs in one.
         max_jobs: packed: how many trials share passes; by default 1, for only then times and memory are a trial's own.
         token_budget: packed, several at a time: most tokens of a pass.
 
@@ -73,7 +74,8 @@ def make_runner(
     if max_jobs is not None and max_jobs > 1:
         raise ConfigError(f"max_jobs={max_jobs}: only the runner 'packed' lets trials share passes; leave it out")
     if name == "processes":
-        return Processes(load_as, str(backbone.device), workers or os.cpu_count() or 1)
+        default = os.cpu_count() or 1 if backbone.device.type == "cpu" else 1
+        return Processes(load_as, str(backbone.device), workers or default)
     return OnRay(load_as, str(backbone.device), workers)
 
 

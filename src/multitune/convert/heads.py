@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from multitune.errors import AdapterError, ConfigError, suggest
 from multitune.heads import Dense, Head
+from multitune.placing import place
 from multitune.pooling import Pooling
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def model_with_head(backbone: Backbone, task: str, num_outputs: int) -> nn.Modul
     config.num_labels = num_outputs
     config.pad_token_id = backbone.pad_id  # by which a decoder's classifier finds the last token
     implementation = str(backbone.model.config._attn_implementation).removeprefix("multitune_")
-    model = BUILDERS[task].from_config(config, attn_implementation=implementation)
+    model: Any = BUILDERS[task].from_config(config, attn_implementation=implementation)
     model.base_model.load_state_dict(backbone.model.state_dict(), strict=False)  # with or without the pooler
-    return model.to(backbone.device, backbone.dtype).eval()
+    place(model, backbone.device, backbone.dtype)
+    found: nn.Module = model.eval()
+    return found

@@ -39,6 +39,8 @@ class EmbeddingLowRank(Delta):
         else:
             rows = F.embedding(x, self.A)
         multiplier = getattr(module, "embed_scale", 1.0)  # a number or a tensor of one; Gemma and BART have it
+        if isinstance(multiplier, Tensor):
+            multiplier = multiplier.to(y.dtype)  # rounded as the model rounds it
         return y + rows @ self.B * (self.scale * multiplier)
 
     def merge(self, module: nn.Module) -> None:

@@ -252,14 +252,16 @@ class DecodingBatch:
         if deltas not in self._memories:
             found: dict[int, tuple[Tensor, Tensor]] = {}
             cross: dict[int, tuple[Tensor, Tensor]] = {}
-            for site, delta in deltas.of(Memory):
-                assert isinstance(delta, Memory)
-                keys, values, is_open = delta.keys, delta.values, delta.open > 0
-                count = int(is_open.sum())
-                if bool(is_open[:count].all()):
-                    keys, values = keys[:count], values[:count]
-                else:
-                    keys, values = keys[is_open], values[is_open]
+            memories = [(site, d) for site, d in deltas.of(Memory) if isinstance(d, Memory)]
+            # One look at the values for all layers, because a device is waited for at each.
+            flags = torch.cat([d.open > 0 for _, d in memories]).tolist() if memories else []
+            for site, delta in memories:
+                is_open, flags = flags[: len(delta.open)], flags[len(delta.open) :]
+                count = sum(is_open)
+                kept: slice | list[int] = slice(count)  # a view, but where entries between others are closed
+                if not all(is_open[:count]):
+                    kept = [i for i, whole in enumerate(is_open) if whole]
+                keys, values = delta.keys[kept], delta.values[kept]
                 for layers, into in ((self._attention, found), (self._cross, cross)):
                     if site in layers:
                         into[layers[site]] = keys.transpose(0, 1), values.transpose(0, 1)

@@ -165,10 +165,11 @@ class BeamSequence(Decoded):
         ends = len(self.eos_ids) if self.settings.stop_at_eos else 0
         best = total.topk(min(max(2, 1 + ends) * self.settings.num_beams, len(total)))
         found = []
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        own = logprobs.flatten()[best.indices]
+        for score, index, chance in zip(best.values.tolist(), best.indices.tolist(), own.tolist(), strict=True):
             source, token = divmod(index, logits.shape[1])
             tokens = (*self.running[source].tokens, token)
-            chances = (*self.running[source].logprobs, float(logprobs[source, token]))
+            chances = (*self.running[source].logprobs, chance)
             found.append(_Beam(tokens, chances, score, self._reason(tokens), source))
         return found
 

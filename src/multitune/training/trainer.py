@@ -261,7 +261,7 @@ class TuningTrainer(Trainer):
                 loss, count = loss + float(outputs["loss"]) * items, count + items
             if task.kind == "generation":
                 continue
-            for i, values in zip(picked, outputs["logits"], strict=True):
+            for i, values in zip(picked, outputs["logits"].cpu(), strict=True):
                 predictions[i] = heads.prediction(task, values, rows[i].sequences[0].word_starts)
         if task.kind == "generation":
             return perplexity_of(loss / count) | ({} if self.judge is None else self.judge.scores(tuned))

@@ -18,6 +18,7 @@ from multitune.convert.peft.bridge import split, task_of
 from multitune.convert.peft.family import Source, family_of_type
 from multitune.convert.peft.files import Checkpoint, read_checkpoint
 from multitune.convert.probe import Check, Outputs, compare
+from multitune.placing import place
 
 if TYPE_CHECKING:
     from multitune.adapter import Adapter
@@ -63,7 +64,8 @@ def _plain_model(backbone: Backbone, task: str | None, num_outputs: int) -> Any:
     config = copy.deepcopy(bare.model.config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
     model.base_model.load_state_dict(bare.model.state_dict())
-    return model.to(backbone.device, backbone.dtype).eval()
+    place(model, backbone.device, backbone.dtype)
+    return model.eval()
 
 
 def _num_outputs(checkpoint: Checkpoint) -> int:
@@ -98,8 +100,8 @@ def _by_folding(checkpoint: Checkpoint, backbone: Backbone, task: str | None) ->
     """What the model computes once changed by the checkpoint; `None` for a method that is no change of weights."""
     one = family_of_type(checkpoint.peft_type, str(checkpoint.folder))
     source, rest = split(checkpoint, one, backbone)
-    with torch.random.fork_rng():
-        model: Any = _plain_model(backbone, task, _num_outputs(checkpoint)).double()
+    with torch.random.fork_rng():  # on the CPU, where the checkpoint is, and where float64 is not slow
+        model: Any = _plain_model(backbone, task, _num_outputs(checkpoint)).cpu().double()
     num_vectors = one.fold(source, model.base_model)
     if num_vectors is None:
         return None
@@ -115,14 +117,15 @@ def _run_folded(model: Any, source: Source, num_vectors: int, backbone: Backbone
     assert isinstance(words, nn.Module)
 
     def outputs(ids: Tensor, mask: Tensor) -> Tensor:
+        device, ids, mask = ids.device, ids.cpu(), mask.cpu()
         if num_vectors:
             front = source.tensors["prompt_embeddings"].double().expand(len(ids), -1, -1)
-            inputs = torch.cat([front.to(ids.device), words(ids)], dim=1)
+            inputs = torch.cat([front, words(ids)], dim=1)
             longer = torch.cat([mask.new_ones(len(ids), num_vectors), mask], dim=1)
             out = model(inputs_embeds=inputs, attention_mask=longer)
         else:
             out = model(input_ids=ids, attention_mask=mask)
-        found: Tensor = out.logits if logits else out.last_hidden_state
+        found: Tensor = (out.logits if logits else out.last_hidden_state).to(device)
         return found[:, -ids.shape[1] :] if found.ndim == 3 else found
 
     return outputs
