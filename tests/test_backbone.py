@@ -195,6 +195,13 @@ def test_rotary_frequencies_are_not_rounded(checkpoint, name, dtype):
         assert all(torch.equal(buffers[k], t) for k, t in expected.items())  # of a row's position, which counts far
 
 
+def test_a_site_that_is_not_there_is_refused_with_the_nearest(make_backbone):
+    backbone = make_backbone("bert")
+    assert backbone.frozen("layer.0.query").weight.shape == (32, 32)
+    with pytest.raises(ConfigError, match="has no site 'layer.0.qeury'. Did you mean 'layer.0.query'"):
+        backbone.frozen("layer.0.qeury")
+
+
 def test_an_unknown_dtype_lists_the_known_ones(checkpoint):
     with pytest.raises(ConfigError, match="dtype 'int8' is unknown; choose one of float32, bfloat16, float16"):
         Backbone.load(checkpoint(), dtype="int8")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from multitune import copies, hooks, instrument, passes
 from multitune.architectures import Architecture, architecture_for
-from multitune.errors import BackboneError, ConfigError, PlanError
+from multitune.errors import BackboneError, ConfigError, PlanError, suggest
 from multitune.fingerprint import describe, fingerprint_of
 from multitune.frozen import frozen_view
 from multitune.inputs import Batch
@@ -119,9 +119,9 @@ class Backbone:
 
         Args:
             name: `"minilm"` or `"smollm2"` (ship as packages, need no network), a local folder, or a hub id; with
-                `+lsg` behind it, and perhaps settings, converted to LSG attention:
-                `"minilm+lsg:kind=pooling,block=64"`; with `+pruned:0.3` behind that, so many of its weights zero; with
-                `+int8` or `+nf4` at its end, quantised.
+                `+decoder` behind it, an encoder-decoder with its decoder, so that it writes; with `+lsg`, and perhaps
+                settings, converted to LSG attention: `"minilm+lsg:kind=pooling,block=64"`; with `+pruned:0.3` behind
+                that, so many of its weights zero; with `+int8` or `+nf4` at its end, quantised.
             dtype: `float32`, `bfloat16` or `float16`.
             device: where the weights live, as torch names devices.
             quantize: "int8" or "nf4" to hold the weights of the layers' linear maps in 8 or 4 bits, as `quantize` does.
@@ -134,7 +134,7 @@ class Backbone:
         return load(cls, str(name), dtype, device, quantize)
 
     def clone(self) -> Backbone:
-        """An independent copy of the model; only full fine-tuning and merging need one."""
+        """An independent copy of the model; only what changes weights needs one: tuning, merging or converting them."""
         return copies.clone(self)
 
     def language_model(self) -> PreTrainedModel:
@@ -411,8 +411,17 @@ class Backbone:
         return frozenset(s.name for s in self.sites)
 
     def frozen(self, site: str) -> nn.Module:
-        """The frozen module of a site by its name, in the form that deltas read and merge into."""
-        found = next(s for s in self.sites if s.name == site)
+        """The frozen module of a site by its name, in the form that deltas read and merge into.
+
+        Raises:
+            ConfigError: no site of this name; names the nearest.
+        """
+        found = next((s for s in self.sites if s.name == site), None)
+        if found is None:
+            raise ConfigError(
+                f"backbone '{self.name}' has no site '{site}'.{suggest(str(site), self.site_names)} All of them: "
+                f"[site.name for site in backbone.sites]"
+            )
         return frozen_view(self.model, found)
 
     def find_sites(
@@ -498,6 +507,7 @@ class Backbone:
                 limit is `torch._dynamo.config.recompile_limit` of the process.
 
         Raises:
+            BackboneError: an encoder-decoder whose decoder runs.
             ConfigError: gradient checkpointing is on, whose recomputed layers the compiler cannot be given; or
                 max_graphs is not at least 1.
         """
