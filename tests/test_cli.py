@@ -22,6 +22,7 @@ from multitune.cli.fields import fields_of
 from multitune.cli.options import OPTIONS
 from multitune.cli.recipe import read_recipe
 from multitune.cli.shared import COMMANDS, load_backbone, load_command, size
+from multitune.comparing.sources import suites
 from multitune.heads import Head
 from multitune.tasks import list_tasks, load_task
 from multitune.training import TrainConfig
@@ -123,6 +124,11 @@ def test_every_command_and_option_has_help(name: str, command: Any) -> None:
     assert answer.err == ""
     for option in (o for p in command.params for o in p.opts if o.startswith("--")):
         assert option in answer.out
+
+
+def test_the_help_of_compare_lists_the_suites() -> None:
+    (what,) = (p for p in load_command("compare").params if p.name == "what")
+    assert [name for name in suites() if name not in str(what.help)] == []
 
 
 def test_every_command_is_in_the_list() -> None:

@@ -52,8 +52,8 @@ def compare_command(
         str,
         typer.Argument(
             metavar="RECIPE|SUITE|TABLE",
-            help="YAML recipe, name of a suite that ships with multitune, or a table of your own rows (CSV, TSV, JSON "
-            "lines, Parquet).",
+            help=f"YAML recipe, name of a suite that ships with multitune ({', '.join(suites())}), or a table of your "
+            "own rows (CSV, TSV, JSON lines, Parquet).",
             show_default=False,
         ),
     ],

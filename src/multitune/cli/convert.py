@@ -67,7 +67,7 @@ def import_command(
     source: Annotated[
         str, typer.Option("--from", metavar="WORD", help=f"Library that wrote it: {', '.join(FORMATS['import'])}.")
     ] = "peft",
-    name: Annotated[str | None, typer.Option(help="What to call it; by default the folder's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call it; by default the name of the folder --out.")] = None,
     kind: Annotated[
         str | None, typer.Option(help="Kind of task; by default classification, or regression for one output.")
     ] = None,

@@ -69,8 +69,8 @@ OPTIONS: dict[str, Any] = {
     "overwrite": _option(TASK_PANEL, "Replace an adapter that is there already.", bool, "--overwrite"),
     "backbone": _option(
         TASK_PANEL,
-        "Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs, "
-        "+int8 or +nf4 to hold it in 8 or 4 bits. "
+        "Backbone: minilm (ships with multitune), smollm2 (a package), a folder, or a hub id; with +lsg behind it for "
+        "long inputs, +decoder for an encoder-decoder that writes, +int8 or +nf4 to hold it in 8 or 4 bits. "
         "\\[default: minilm]",
         metavar="NAME",
     ),

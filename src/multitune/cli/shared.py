@@ -163,8 +163,8 @@ BackboneName = Annotated[
     typer.Option(
         "--backbone",
         metavar="NAME",
-        help="Backbone: minilm (ships with multitune), a folder, or a hub id; with +lsg behind it for long inputs, "
-        "+int8 or +nf4 to hold it in 8 or 4 bits.",
+        help="Backbone: minilm (ships with multitune), smollm2 (a package), a folder, or a hub id; with +lsg behind it "
+        "for long inputs, +decoder for an encoder-decoder that writes, +int8 or +nf4 to hold it in 8 or 4 bits.",
     ),
 ]
 OptionalBackboneName = Annotated[
