@@ -38,7 +38,7 @@ class LayerNormTuning(SiteMethod):
 
     name: ClassVar[str] = "layernorm"
     title: ClassVar[str] = "LayerNorm tuning"
-    paper: ClassVar[str] = "Basu et al. 2023, arXiv 2304.01492 (LN-Tune); Zhao et al. 2023, arXiv 2312.11420"
+    paper: ClassVar[str] = "Basu et al. 2023, arXiv 2304.01917 (LN-Tune); Zhao et al. 2023, arXiv 2312.11420"
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3, source="sweep on small tasks (docs/results.md)")
 
     layers: Layers = None
