@@ -153,7 +153,7 @@ class Adapter:
         """The deltas for serving: fused, in the backbone's dtype, on its device.
 
         Args:
-            aot_store: where token rows come from: "factors" (computed per batch), "ram" or "mmap" (a table).
+            aot_store: where token rows come from: "factors" (computed per batch), "ram" or "mmap" (the fused table).
             drop_layers: layers in which the adapter is left out (AdapterDrop).
 
         Raises:

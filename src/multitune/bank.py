@@ -59,8 +59,8 @@ class Bank:
         """
         Args:
             aot_store: where the token rows of AoT adapters come from: "factors" (computed for the tokens of each
-                batch; smallest), "ram" (a table per adapter in memory; fastest) or "mmap" (a table per adapter
-                on disk, of which only the rows in use are read; needs `multitune fuse`).
+                batch; smallest), or the table that `multitune fuse` has written: "ram" (all of it in memory) or "mmap"
+                (of which only the rows in use are read).
             memory_budget: bytes of adapter tensors kept in memory; beyond it the adapter used longest ago is
                 dropped and read again from its folder when a row asks for it. `None` keeps all. Not counted: the
                 packed tensors of running plans, and backbones of fully tuned adapters.
@@ -350,7 +350,7 @@ class Bank:
 
         Raises:
             ConfigError: batch_size is not at least 1.
-            AdapterError, MixError, DataError, PlanError: before any forward pass, naming the row.
+            AdapterError, BackboneError, MixError, DataError, PlanError: before any forward pass, naming the row.
         """
         return self._predict(list(rows), batch_size, first=0)
 

@@ -74,7 +74,11 @@ def predict(
         int, typer.Option(help="Rows read ahead to batch those of similar length; 1 answers each line as it comes.")
     ] = 512,
     aot_store: Annotated[
-        str, typer.Option(help="Where the token rows of AoT adapters come from: factors, ram or mmap.")
+        str,
+        typer.Option(
+            help="Where the token rows of AoT adapters come from: factors, or the table of `multitune fuse`, in memory "
+            "(ram) or mapped from its file (mmap)."
+        ),
     ] = "factors",
     drop_layers: DropLayers = None,
     backbone: OptionalBackboneName = None,
