@@ -31,7 +31,11 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A head of C outputs over a pooled vector, or over each word for tagging; linear, or with one layer before."""
+    """A head of C outputs over a pooled vector, or over each word for tagging; linear, or with one layer before.
+
+    Raises:
+        ConfigError: an unknown pooling or activation, or a number that is not possible.
+    """
 
     kind: str
     """Kind of task: classification, regression, multilabel, multiple_choice, tagging; embedding has no outputs but

@@ -71,6 +71,7 @@ def choose_layers(
     Raises:
         DataError: no texts.
         ConfigError: the backbone has one layer only.
+        BackboneError: an encoder-decoder whose decoder runs.
     """
     sequences = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     return _choose(backbone, encode(backbone, sequences, max_length=max_length), batch_size)
@@ -85,6 +86,7 @@ def choose_layers_for(backbone: Backbone, task: Task, table: Any, *, max_length:
     Raises:
         DataError: no rows, or one that does not fit the task.
         ConfigError: the backbone has one layer only.
+        BackboneError: an encoder-decoder whose decoder runs.
     """
     every = -(-len(table) // NUM_ROWS) or 1
     examples = task.examples([table[i] for i in range(0, len(table), every)], labelled=False)

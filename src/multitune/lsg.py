@@ -39,7 +39,11 @@ _NAME = re.compile(r"(?P<base>.+)\+lsg(?::(?P<settings>.*))?", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class LSG:
-    """How a backbone was converted."""
+    """How a backbone was converted.
+
+    Raises:
+        ConfigError: a value that is not possible, or at odds with another.
+    """
 
     max_length: int = 4096
     """Longest sequence in tokens, the global ones not counted."""

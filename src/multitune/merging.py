@@ -36,8 +36,8 @@ class MergeReport:
     """Deltas folded into weights."""
     max_difference: float | None
     """Largest absolute difference, merged against attached, on probe inputs: of the logits of words where the
-    checkpoint is a language model, else of the last hidden states. `None` for full fine-tuning, whose weights are the
-    checkpoint's and have no attached form."""
+    checkpoint is a language model, else of the last hidden states. `None` where the weights themselves were trained
+    (full fine-tuning, tuning of layers): they are the checkpoint's and have no attached form."""
     max_magnitude: float | None
     """Largest absolute value of those logits or hidden states, to judge the difference by."""
 
@@ -109,13 +109,14 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
 
     Args:
         adapter: a trained adapter of this backbone.
-        output_dir: the folder to write; replaced atomically if it exists.
+        output_dir: the folder to write; an earlier checkpoint there is replaced atomically.
 
     Raises:
         AdapterError: the adapter's method does not merge, its backbone has LSG attention, it ranks texts by the head
             of a masked language model, or it writes with new words on a model whose head is tied to the old ones; says
             why.
         BackboneError: the adapter belongs to another backbone.
+        ConfigError: `output_dir` is a file, or a folder that holds something else.
     """
     adapter.check_backbone(backbone)
     if backbone.lsg is not None:

@@ -72,6 +72,13 @@ class DeltaSet:
     """The deltas of one adapter, by site. Immutable; identity is what tells two slots apart."""
 
     def __init__(self, by_site: Mapping[str, Sequence[Delta]]) -> None:
+        """
+        Args:
+            by_site: names of sites to their deltas, in any order; they apply in that of `deltas.ORDER`.
+
+        Raises:
+            ConfigError: several deltas of a kind of which a site has room for one.
+        """
         self.by_site: dict[str, tuple[Delta, ...]] = {
             site: tuple(sorted(deltas, key=lambda d: ORDER.index(type(d)))) for site, deltas in by_site.items()
         }

@@ -76,7 +76,9 @@ def import_adapter(
     Raises:
         AdapterError: the checkpoint is damaged, holds what our methods cannot express, or does not compute the same
             here; nothing is written.
-        ConfigError: a head whose outputs are not as many as the labels, or as the kind of task needs.
+        BackboneError: an encoder-decoder whose decoder runs.
+        ConfigError: an unknown library; a head whose outputs are not as many as the labels, or as the kind of task
+            needs; or an `output_dir` that holds something else.
         TaskError: labels, template and kind that do not fit one another.
     """
     _check_format("import", source, check_with)
@@ -136,8 +138,8 @@ def export_adapter(
 
     Raises:
         AdapterError: the library has no such method, or cannot express this one; says why. Nothing is written.
-        BackboneError: the adapter belongs to another backbone.
-        ConfigError: the folder holds something else.
+        BackboneError: the adapter belongs to another backbone, or one that runs an encoder and its decoder.
+        ConfigError: an unknown library, or the folder holds something, unless it is an earlier export and `overwrite`.
     """
     _check_format("export", target, check_with)
     _check_whole(backbone)

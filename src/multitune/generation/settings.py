@@ -14,7 +14,11 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "not_finite"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How one row is decoded; the rows of a batch may differ in all of it. By default greedy."""
+    """How one row is decoded; the rows of a batch may differ in all of it. By default greedy.
+
+    Raises:
+        ConfigError: a value that is not possible, or settings that would do nothing together.
+    """
 
     max_new_tokens: int = 128
     """Most tokens to generate."""

@@ -54,6 +54,9 @@ class Combined(Method):
     Each part trains with its own recipe's learning rate: that of the whole is the lowest, which the head has too, and
     `learning_rate_factor` makes up the difference; a rate given by the user moves all parts by one factor. Weight
     decay is the lowest of the parts', warm-up the longest.
+
+    Fewer than two methods, one that changes weights, or two that both need a site with room for one, are refused with a
+    `ConfigError`.
     """
 
     name: ClassVar[str] = "combined"

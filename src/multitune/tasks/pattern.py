@@ -24,7 +24,11 @@ _PLACE = re.compile(r"(?<!\{)\{" + MASK + r"\}(?!\})")
 
 @dataclass(frozen=True)
 class Pattern:
-    """How rows of a classification or a multiple choice are put to a language model (Schick and Schütze 2020)."""
+    """How rows of a classification or a multiple choice are put to a language model (Schick and Schütze 2020).
+
+    Raises:
+        TaskError: a prompt that names no column or has several `{mask}`, or a field of another form.
+    """
 
     prompt: str
     """A template over columns. `{mask}` says where the answer stands: anywhere for a masked language model, at the end

@@ -44,7 +44,10 @@ def train(
 
     Raises:
         ConfigError: an unknown or impossible setting; a folder that holds something else; a run that diverged.
-        DataError: a row that does not fit the task.
+        DataError: a row that does not fit the task, or no rows.
+        BackboneError: a backbone without the head that the task needs.
+        TaskError: a pattern that does not fit the backbone.
+        AdapterError: a checkpoint to go on from that is damaged; says what to remove.
     """
     start = time.perf_counter()
     check_backbone_and_method(backbone, method)

@@ -45,7 +45,11 @@ COSMETIC = ("progress", "keep_checkpoints")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. What is `None` here and has a value in `method.recipe` is taken from there."""
+    """How to train. What is `None` here and has a value in `method.recipe` is taken from there.
+
+    Raises:
+        ConfigError: a value that its field cannot hold; names the setting.
+    """
 
     learning_rate: float | None = None
     """Peak learning rate of AdamW; by default the method's own."""

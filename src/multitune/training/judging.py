@@ -40,6 +40,7 @@ def evaluate(
     Raises:
         ConfigError: an impossible number of rows, or layers in which there is nothing to leave out.
         DataError: no such split, no rows, or a row that does not fit the adapter's task.
+        AdapterError, BackboneError: as `Adapter.load`.
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, backbone)

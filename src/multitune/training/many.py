@@ -123,6 +123,7 @@ def train_many(
         ConfigError: an unknown or impossible setting, or two jobs of one name or folder; names the job.
         DataError: rows that do not fit their task; names the job.
         MixError: a job whose method cannot share a pass, unless `alone="queue"`.
+        BackboneError: an encoder-decoder whose decoder runs; or a backbone without the head that a job needs.
         TrainingInterrupted: Ctrl-C; holds the results so far.
     """
     shared = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
