@@ -45,9 +45,14 @@ def overview(minilm: Backbone, roberta: Backbone) -> str:
     lines = [
         NOTE,
         "# Methods\n",
+        "All tuning methods, as the code has them: what they cost, the settings they train with, and how they relate. "
+        "A method's page says when to use it, what to mind, and what was published of it; which to begin with is in "
+        "[practice.md](practice.md#which-method).\n",
         f"Trainable parameters with default hyper-parameters, heads excluded, on minilm ({minilm.num_parameters:,} "
-        f"parameters) and on RoBERTa-base's shape ({roberta.num_parameters:,}). *Merges*: can be folded into a "
-        f"checkpoint of its own. *Mixes*: shares a batch with every other method.\n",
+        f"parameters) and on RoBERTa-base's shape ({roberta.num_parameters:,}). *Deltas*: the kinds of change that it "
+        f"makes to a row ([design.md](design.md#the-one-idea)). *Merges*: can be folded into a checkpoint of its "
+        f"own, on these backbones. *Mixes*: shares a batch with every other method. *Identity*: an untrained adapter "
+        f"leaves the backbone's output as it was.\n",
         "| method | deltas | minilm | RoBERTa-base | merges | mixes | fresh one is the identity |",
         "|---|---|---:|---:|---|---|---|",
     ]
@@ -75,7 +80,7 @@ def recipes() -> str:
     for name in method_names():
         cls = get_method(name)
         own = cls.recipe
-        source = own.source.replace("(docs/results.md)", "([results](results.md))")
+        source = linked(own.source, "results.md")
         lines.append(
             f"| [{cls.title}](methods/{name}.md) | {own.learning_rate:g} | {own.weight_decay:g} | "
             f"{own.warmup_ratio:g} | {source} |"
@@ -136,7 +141,8 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
     lines[-2] += f"{large.parameters:,} on RoBERTa-base's shape"
     lines.insert(-1, f"- **Merges into the weights:** {merges(cls, deltas)}")
     lines.insert(-1, f"- **Mixes in a batch:** {mixes(cls)}")
-    lines.insert(-1, f"- **Default learning rate:** {cls.recipe.learning_rate:g} ({cls.recipe.source})")
+    source = linked(cls.recipe.source, "../results.md")
+    lines.insert(-1, f"- **Default learning rate:** {cls.recipe.learning_rate:g} ({source})")
     for name, text in said.texts.items():
         lines += [f"## {SECTIONS[name]}\n", text, ""]
     fields = fields_of(cls)
@@ -155,6 +161,11 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
     if stored:
         lines.append(f"\nStored with them while training, not trained: {len(stored)} tensors such as `{stored[0]}`.")
     return "\n".join(lines) + "\n"
+
+
+def linked(source: str, results: str) -> str:
+    """Where a recipe comes from, the page of results that it names as a link."""
+    return source.replace("(docs/results.md)", f"([results]({results}))")
 
 
 def merges(cls: type[Method], deltas: DeltaSet) -> str:
