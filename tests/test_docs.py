@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 import multitune as mt
 from multitune.cli import app
 from multitune.cli.sections import sections_of
+from multitune.cli.shared import COMMANDS, load_command
 from multitune.methods import Method, registry
 from multitune.methods.yielded import check_deltas
 from multitune.plan import DeltaSet, Plan
@@ -189,6 +192,89 @@ def test_no_document_links_to_a_file_that_is_not_there():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+HISTORY = ROOT / "CHANGELOG.md"
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind the # of a page: its headings, as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def written_commands(page: Path, program: str) -> list[list[str]]:
+    """The commands of a program that stand in a page, in blocks and in the text, as words."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    typed = [block.replace("\\\n", " ") for language, block in fenced if language in ("", "bash")]
+    lines = [line for block in typed for line in block.splitlines()]
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+    parts = [part.strip() for line in lines for part in line.split(" && ")]
+    return [shlex.split(part, comments=True) for part in parts if part.startswith(program)]
+
+
+def test_no_document_links_to_a_heading_that_is_not_there():
+    for page in PAGES:
+        for file, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", prose(page)):
+            place = page.parent / file if file else page
+            assert anchor in anchors(place), f"{page.name} links to {file}#{anchor}, where there are {anchors(place)}"
+
+
+def test_every_command_in_the_documents_has_the_options_it_is_given():
+    found = [(page.name, words) for page in PAGES if page != HISTORY for words in written_commands(page, "multitune ")]
+    assert len(found) > 60
+    for page, words in found:
+        if words[1].startswith("-"):
+            continue
+        assert words[1] in COMMANDS, f"{page}: there is no command {words[1]!r}"
+        known = {"--help", *(option for p in load_command(words[1]).params for option in p.opts)}
+        given = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+        assert given <= known, f"{page}: {' '.join(words)}"
+
+
+def test_every_benchmark_in_the_documents_has_the_options_it_is_given():
+    common = (ROOT / "benchmarks" / "_cells.py").read_text("utf-8")
+    found = [(page.name, words) for page in PAGES for words in written_commands(page, "python benchmarks/")]
+    assert len(found) > 15
+    for page, words in found:
+        code = (ROOT / words[1]).read_text("utf-8")
+        code += common if "from _cells import" in code else ""
+        given = {word for word in words[2:] if word.startswith("--")}
+        assert all(f'"{option}"' in code for option in given), f"{page}: {' '.join(words)}"
+
+
+def test_the_documents_name_what_exists():
+    own = re.findall(r"^class (\w+)", "".join(blocks("CONTRIBUTING.md", "python")), flags=re.MULTILINE)
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        used = set(re.findall(r"\bmt\.([A-Za-z]\w*)", text)) - set(own)
+        assert [name for name in sorted(used) if not hasattr(mt, name)] == [], page.name
+        for module, names in re.findall(r"^from (multitune[\w.]*) import (.+)$", text, flags=re.MULTILINE):
+            lacking = [n for n in names.split(", ") if not hasattr(importlib.import_module(module), n)]
+            assert lacking == [], f"{page.name}: {module}"
+
+
+def test_the_server_of_the_page_on_practice_answers_rows_and_refuses_wrong_ones(minilm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mt.Backbone, "load", lambda name, **settings: minilm)
+    monkeypatch.chdir(tmp_path)
+    mt.train(minilm, mt.load_task("demo/topic"), "layernorm", "adapters/topic", max_steps=1, progress=False)
+    (code,) = blocks("docs/practice.md", "python")
+    made = {}
+    exec(compile(code, "practice.md", "exec"), made)
+    assert capsys.readouterr().out.strip() in mt.load_task("demo/topic").task.labels
+    with pytest.raises(mt.AdapterError, match="no adapter 'topics'"):
+        made["ask"]("topics", "A text.")
+    batch = [((name, "A text."), Future()) for name in ("topic", "topics", None)]
+    made["answer"](batch)
+    assert [reply.exception() is None for _, reply in batch] == [True, False, True]
+    assert batch[0][1].result().adapter == "topic" and batch[2][1].result().embedding is not None
+    made["waiting"].put(None)
 
 
 @pytest.mark.parametrize("name", mt.method_names())
