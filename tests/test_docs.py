@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import multitune as mt
@@ -275,6 +276,56 @@ def test_the_server_of_the_page_on_practice_answers_rows_and_refuses_wrong_ones(
     assert [reply.exception() is None for _, reply in batch] == [True, False, True]
     assert batch[0][1].result().adapter == "topic" and batch[2][1].result().embedding is not None
     made["waiting"].put(None)
+
+
+def test_the_page_on_attaching_runs(make_model, tmp_path, monkeypatch):
+    rows = [{"input_ids": [i % 90 + 5] * 6, "labels": i % 2} for i in range(8)]
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=1, save_strategy="no", report_to="none", use_cpu=True
+    )
+    model = transformers.AutoModelForSequenceClassification.from_config(make_model("bert").config)
+    loads = transformers.AutoModelForSequenceClassification
+    monkeypatch.setattr(loads, "from_pretrained", lambda name, num_labels: model)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/attach.md", "python")
+    exec(compile(code, "attach.md", "exec"), {"args": args, "rows": rows})
+    assert mt.Adapter.load("adapters/mood").method == mt.LoRA(r=8)
+    assert not hasattr(model, "multitune")
+
+
+def test_the_page_on_few_bits_loads_and_converts_as_it_says(make_backbone, monkeypatch):
+    pytest.importorskip("torchao", reason="the extra [quant] is not installed")
+
+    def load(name, quantize=None):
+        return make_backbone("bert") if quantize is None else mt.quantize(make_backbone("bert"), quantize)
+
+    monkeypatch.setattr(mt.Backbone, "load", load)
+    made = {"mt": mt}
+    exec(compile(blocks("docs/backbones.md", "python")[0], "backbones.md", "exec"), made)
+    schemes = {name: made[name].quantized for name in ("backbone", "whole", "few")}
+    assert {name: q and q.scheme for name, q in schemes.items()} == {"backbone": "int8", "whole": None, "few": "nf4"}
+
+
+def test_the_page_on_generation_writes_as_it_says(make_backbone, tmp_path, monkeypatch, capsys):
+    tiny = make_backbone("gpt2", n_positions=256)
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }} {% endfor %}bot")
+    monkeypatch.chdir(tmp_path)
+    Path("facts.csv").write_text("name,facts,sentence\n" + "Aromi,a pub,Aromi is a pub.\n" * 10, "utf-8")
+    tasks = {"nlg/e2e_nlg": mt.load_table("facts.csv", text="{facts}", label="sentence", kind="generation")}
+    monkeypatch.setattr(mt, "load_task", tasks.__getitem__)
+    made = {"mt": mt, "backbone": tiny}
+    tables, training, generating, judging = (
+        next(b for b in blocks("docs/generation.md", "python") if word in b)
+        for word in ("mt.load_table", "epochs=2", "bank.generate_stream", "evaluate_texts")
+    )
+    for code in (tables, training.replace("epochs=2", "max_steps=1, progress=False")):
+        exec(compile(code, "generation.md", "exec"), made)
+    Path("adapters/summary").symlink_to("e2e")
+    exec(compile(generating, "generation.md", "exec"), made)
+    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[:3]} <= {"eos", "stop", "length"}
+    short = judging.replace('"max_new_tokens": 64', '"max_new_tokens": 4')
+    exec(compile(short, "generation.md", "exec"), made)
+    assert Path("written/e2e/predictions.html").exists()
 
 
 @pytest.mark.parametrize("name", mt.method_names())
