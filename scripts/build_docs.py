@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def recipes() -> str:
     for name in method_names():
         cls = get_method(name)
         own = cls.recipe
-        source = linked(own.source, "results.md")
+        source = linked(own.source)
         lines.append(
             f"| [{cls.title}](methods/{name}.md) | {own.learning_rate:g} | {own.weight_decay:g} | "
             f"{own.warmup_ratio:g} | {source} |"
@@ -141,10 +142,10 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
     lines[-2] += f"{large.parameters:,} on RoBERTa-base's shape"
     lines.insert(-1, f"- **Merges into the weights:** {merges(cls, deltas)}")
     lines.insert(-1, f"- **Mixes in a batch:** {mixes(cls)}")
-    source = linked(cls.recipe.source, "../results.md")
+    source = linked(cls.recipe.source, "../")
     lines.insert(-1, f"- **Default learning rate:** {cls.recipe.learning_rate:g} ({source})")
     for name, text in said.texts.items():
-        lines += [f"## {SECTIONS[name]}\n", text, ""]
+        lines += [f"## {SECTIONS[name]}\n", linked(text, "../"), ""]
     fields = fields_of(cls)
     if fields:
         lines += ["## Hyper-parameters\n", "| name | type | default | |", "|---|---|---|---|"]
@@ -163,9 +164,9 @@ def page(cls: type[Method], minilm: Backbone, roberta: Backbone) -> str:
     return "\n".join(lines) + "\n"
 
 
-def linked(source: str, results: str) -> str:
-    """Where a recipe comes from, the page of results that it names as a link."""
-    return source.replace("(docs/results.md)", f"([results]({results}))")
+def linked(text: str, folder: str = "") -> str:
+    """A text whose `(docs/PAGE.md)` are links, from a page that has those of docs/ in `folder`."""
+    return re.sub(r"\(docs/([\w-]+)\.md\)", rf"([\1]({folder}\1.md))", text)
 
 
 def merges(cls: type[Method], deltas: DeltaSet) -> str:

@@ -40,7 +40,7 @@ class DoRA(LowRankMethod):
     Pitfalls:
         - Every training step computes the norm of the updated weight; serving does not.
         - With `constant_norm` off the gradient is exact and takes more memory; the two runs are not the same.
-        - It reads the frozen weight, so a gain belongs to one backbone, and quantised weights do not suit it.
+        - It reads the frozen weight, so a gain belongs to one backbone; of a quantised one, the dequantised weight.
         - Unmerged it rescales the frozen output too: it is no longer a term that is added to it.
     Published:
         Hugging Face PEFT's method comparison (Llama-3.2-3B trained on MetaMathQA, accuracy on GSM8K): r=32 46.9 in

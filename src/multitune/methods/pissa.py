@@ -48,7 +48,7 @@ class PiSSA(SiteMethod):
         - Adapters of other libraries may hold A and B for a backbone from which `A₀B₀` was taken away; on the whole
           backbone they are wrong.
         - Weight decay pulls towards the start, which is the backbone, and not A and B towards zero.
-        - It decomposes the frozen weight, so quantised weights do not suit it.
+        - It decomposes the frozen weight; of a quantised backbone, the dequantised one.
     Published:
         No figure of Meng et al. 2024 could be verified; they claim faster convergence than LoRA's.
     """
