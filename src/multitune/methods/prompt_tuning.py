@@ -41,7 +41,7 @@ class PromptTuning(Method):
           `vocabulary` draws from all. `text` is a common start elsewhere, and not one of theirs.
         - The soft prompt of instruction prompt tuning (Singhal et al. 2022, arXiv 2212.13138) is this method with
           `length=100, start=uniform` at a rate of 3e-3 and a weight decay of 1e-5, in front of a text that already
-          holds instructions and examples: put those into the task's template.
+          holds instructions and examples, as `--examples` writes it (docs/instructions.md).
     Published:
         Lester et al. 2021: on SuperGLUE it equals full fine-tuning of T5-XXL (11B) and falls behind as models shrink;
         the start matters for small models (labels, then words, then uniform) and no longer at 11B; beyond 20 vectors
