@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -259,6 +260,8 @@ def test_the_documents_name_what_exists():
         for module, names in re.findall(r"^from (multitune[\w.]*) import (.+)$", text, flags=re.MULTILINE):
             lacking = [n for n in names.split(", ") if not hasattr(importlib.import_module(module), n)]
             assert lacking == [], f"{page.name}: {module}"
+        for dotted in re.findall(r"`(multitune(?:\.\w+)+)", text):
+            pkgutil.resolve_name(dotted)  # raises for what is not there
 
 
 def test_the_server_of_the_page_on_practice_answers_rows_and_refuses_wrong_ones(minilm, tmp_path, monkeypatch, capsys):
