@@ -29,6 +29,8 @@ class Encoded:
 
     decoder_ids: list[int] | None = None
     """Encoder-decoders: what the decoder reads, its start included, where it is known by then."""
+    cut: bool = False
+    """Whether the text had more tokens, as far as the tokenizer tells: a slow one does not."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -95,6 +97,7 @@ def _call(
             token_type_ids=None if types is None else types[i],
             word_starts=_word_starts(result.word_ids(i)) if words else (),
             slots=_slot_places(slots[i], result.sequence_ids(i), result["offset_mapping"][i]) if slotted else (),
+            cut=tokenizer.is_fast and len(ids) >= max_length and bool(result.encodings[i].overflowing),
         )
         for i, ids in enumerate(result["input_ids"])
     ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from multitune import DataError
+from multitune import DataError, TrainJob, train_many
 from multitune.heads import IGNORED
 from multitune.tasks import Task
 from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows
@@ -86,3 +86,24 @@ def test_errors_name_the_split(bert, make_data):
         TaskRows(bert, task, [], max_length=32, split="validation")
     with pytest.raises(DataError, match="train rows of task 'mood', row 2"):
         TaskRows(bert, task, [{"text": "a", "y": "bad"}, {"text": "a", "y": "worse"}], max_length=32, split="train")
+
+
+def test_rows_longer_than_what_a_run_reads_are_counted(tiny, make_data, quick):
+    data, lines = make_data(), []
+    numbers = [
+        [len(tiny.tokenizer(row["text"])["input_ids"]) for row in rows] for rows in (data.train, data.validation)
+    ]
+    long = [sum(number > 6 for number in of_split) for of_split in numbers]
+    assert min(long) > 0
+    says = (
+        f"{long[0]} of 20 training rows and {long[1]} of 8 validation rows are longer than 6 tokens, and what is "
+        f"beyond is not read; max_length (--max-length) raises that, up to the backbone's 40 positions"
+    )
+    quick(tiny, data, report=lines.append, max_length=6)
+    assert lines[0] == says
+    jobs = [TrainJob(data=data, method="lora", name="a")]
+    train_many(tiny, jobs, report=lines.append, max_length=6, max_steps=1, progress=False)
+    assert f"a: {says}" in lines
+    lines.clear()
+    quick(tiny, data, report=lines.append)
+    assert not any("longer than" in line for line in lines)

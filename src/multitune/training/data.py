@@ -106,6 +106,11 @@ class TaskRows(Dataset[Item]):
         return taught
 
     @property
+    def num_cut(self) -> int:
+        """Rows of which a text is longer than what is read of it; of prompts, which warn of it, none."""
+        return sum(any(s.cut for s in item.sequences) for item in self.items)
+
+    @property
     def sequences(self) -> list[Encoded]:
         """All sequences, row after row."""
         return [s for item in self.items for s in item.sequences]

@@ -51,6 +51,18 @@ class Opened:
     """What a recipe says beside the settings."""
     overwrite: bool
 
+    @property
+    def shortened(self) -> str | None:
+        """A line about rows that are longer than what the run reads of them, if there are any."""
+        named = {"train": "training"}
+        cut = [f"{r.num_cut:,} of {len(r):,} {named.get(s, s)} rows" for s, r in self.rows.items() if r.num_cut]
+        if not cut:
+            return None
+        return (
+            f"{' and '.join(cut)} are longer than {self.max_length:,} tokens, and what is beyond is not read; "
+            f"max_length (--max-length) raises that, up to the backbone's {self.model.backbone.max_length:,} positions"
+        )
+
     def claim(self) -> None:
         """Take the output folder, new or with the checkpoints of this very run.
 
