@@ -120,6 +120,20 @@ def test_heads_of_every_kind_are_saved_with_the_adapter(make_model, make_backbon
     torch.testing.assert_close(bank.predict([("a", "not bad")])[0].logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_saved_adapter_cuts_texts_where_it_was_told_the_loop_does(make_model, make_backbone, tmp_path):
+    with pytest.raises(mt.ConfigError, match="max_length=0 is not possible; give the tokens"):
+        mt.attach(classifier(make_model), mt.LoRA(r=2), max_length=0)
+    model = mt.attach(classifier(make_model), mt.LoRA(r=2), max_length=6)
+    model.save_pretrained(tmp_path)
+    bank = mt.Bank(make_backbone("bert"))
+    bank.add("a", tmp_path)
+    tokenizer = bank.backbone.tokenizer
+    text = "good film " * 8
+    with torch.no_grad():
+        expected = model(**tokenizer(text, truncation=True, max_length=6, return_tensors="pt")).logits[0]
+    torch.testing.assert_close(bank.predict([("a", text)])[0].logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpoints_of_the_trainer_resume_to_the_same_tensors(make_model, rows, tmp_path):
     settings = dict(num_train_epochs=2, save_strategy="epoch")
     whole = trainer(mt.attach(classifier(make_model), mt.LoRA(r=2)), rows, tmp_path / "whole", **settings)

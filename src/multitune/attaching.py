@@ -41,7 +41,9 @@ MODULE = "multitune"
 STATE_FILE = "model.safetensors"
 
 
-def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", seed: int = 0) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel, method: Method, *, name: str = "adapter", seed: int = 0, max_length: int = 128
+) -> PreTrainedModel:
     """Make `model` train `method` and its head alone, whatever loop trains it; the model itself is returned.
 
     Parameters of the base model are frozen, and so is a language model's head. A classifier's head stays trainable.
@@ -54,13 +56,14 @@ def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", see
             (`Combined`) all get the loop's one learning rate.
         name: what saved adapters are called.
         seed: seed of the fresh tensors.
+        max_length: tokens that a text is cut to where a saved adapter answers; the loop's own, which nothing here sees.
 
     Raises:
         BackboneError: an unsupported architecture, an encoder-decoder, a model converted to LSG attention, or a model
             that is attached already.
         ConfigError: full fine-tuning, which needs none of this; a method that chooses by gradients (SIFT), acts after
-            each step (AdaLoRA, DSEE with `pruned_heads`) or wants several learning rates (LoRA+); or one that does not
-            fit.
+            each step (AdaLoRA, DSEE with `pruned_heads`) or wants several learning rates (LoRA+); one that does not
+            fit; or a `max_length` below 1.
     """
     if MODULE in model._modules or hasattr(model, MODULE):
         raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
@@ -71,9 +74,13 @@ def attach(model: PreTrainedModel, method: Method, *, name: str = "adapter", see
             "this model was converted to LSG attention, whose global tokens its own heads do not know; train on its "
             "backbone: multitune.train(backbone, data, method)"
         )
+    if max_length < 1:
+        raise ConfigError(
+            f"max_length={max_length} is not possible; give the tokens that the loop cuts texts to, such as 128"
+        )
     _check_plain_loop(method)
     _check_one_stack(model)
-    attached = Attached(model, method, name, seed)
+    attached = Attached(model, method, name, seed, max_length)
     model.add_module(MODULE, attached.tensors)
     return model
 
@@ -159,10 +166,11 @@ class AttachedTensors(nn.Module):
 class Attached:
     """What `attach` did to one model, and how to undo it."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, name: str, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, name: str, seed: int, max_length: int) -> None:
         self.model = model
         self.method = method
         self.name = name
+        self.max_length = max_length
         base = model.base_model
         assert isinstance(base, PreTrainedModel)
         self.base = base
@@ -300,7 +308,7 @@ class Attached:
                 for k, p in self.tensors.by_name().items()
             }
             method, params = self.method.finish(params, self.backbone)  # type: ignore[assignment]
-        return adapter_of(self.model, self.backbone, method, params, self.name)
+        return adapter_of(self.model, self.backbone, method, params, self.name, self.max_length)
 
     def _saving(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -26,7 +26,12 @@ _KINDS = {
 
 
 def adapter_of(
-    model: PreTrainedModel, backbone: Backbone, method: Method, params: Mapping[str, Tensor], name: str
+    model: PreTrainedModel,
+    backbone: Backbone,
+    method: Method,
+    params: Mapping[str, Tensor],
+    name: str,
+    max_length: int,
 ) -> Adapter:
     """An adapter with the head of `model`; one that embeds texts where our heads cannot hold the model's head."""
     from multitune.adapter import Adapter
@@ -49,6 +54,7 @@ def adapter_of(
         head_params=tensors,
         task=task,
         backbone=backbone.describe(),
+        max_length=max_length,
         recipe={"trained_by": f"attached to {type(model).__name__}"},
     )
 
