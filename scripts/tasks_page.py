@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from multitune.tasks import TaskData, list_tasks, load_task
+from multitune.tasks.metrics import METRICS
 from multitune.tasks.specs import SPECS, find_spec
 
 INTRODUCTION = """\
@@ -34,6 +35,20 @@ the Hugging Face hub; its columns are those of the folder, its rows may be more.
 - Some tables get columns as they are read: `query_start` and `query_end` of ReCoRD, `marked` of WSC (the text with
   stars around the pronoun that is meant), `context` of PubMedQA, `right` of AQuA. Rows that such an adapter is to
   answer need them too.
+
+## A table of your own
+
+`multitune train --train FILE` and `mt.load_table(FILE)` read a CSV, TSV, JSONL, JSON or Parquet file, a folder with one
+such file a split (`train.csv`, `validation.csv`), or a data set of the hub; `multitune compare` a file or a folder.
+Columns of usual names are found; `--text`, `--text-pair` and `--label` name others, and a text may be a template over
+several columns, `--text "{title} {body}"`. Without validation rows a tenth is held out. Lists need JSONL or Parquet.
+
+{kinds}
+Label names are the values of the column, sorted, unless `--labels` gives them in an order; a whole number may stand
+for a name by its place, where no name is a number. `tag_f1` is for tags such as `B-PER`; others are judged by
+`token_accuracy`.
+
+### Choices that are a list
 
 A choice whose options differ from row to row is a `Task` whose one choice is a column of lists:
 
@@ -63,9 +78,35 @@ trains nothing and is the grid of `benchmarks/overhead.py`. `glue` and `superglu
 """
 
 
+#: Kind of task -> how its text and its label stand in a row, and the metric that judges it by default.
+KINDS = {
+    "classification": ("a text, or a pair", "a name, or a whole number", "accuracy"),
+    "regression": ("a text, or a pair", "a number (whole ones: `--kind regression`)", "pearson_spearman"),
+    "multilabel": ("a text, or a pair", "a list of names, or `a|b` in one text (`--kind multilabel`)", "micro_f1"),
+    "multiple_choice": (
+        "a text, and `--choices` with a column for each choice, or one column of lists",
+        "the number of the right choice from 0, or the name of its column",
+        "accuracy",
+    ),
+    "tagging": ("a list of words", "a list with a tag for each word", "tag_f1"),
+    "generation": ("a prompt; `--kind generation`", "a text, or a list of texts all of which are right", "perplexity"),
+}
+
+
+def kinds_table() -> str:
+    """What a row of each kind holds, and every metric that judges it, the usual one first."""
+    lines = ["| kind | text | label column | `--metric`, the usual one first |", "|---|---|---|---|"]
+    for kind, (text, label, usual) in KINDS.items():
+        others = [name for name, metric in METRICS.items() if kind in metric.kinds and name != usual]
+        metrics = ", ".join(f"`{name}`" for name in (usual, *others))
+        lines.append(f"| {kind} | {text} | {label} | {metrics} |".replace("a|b", "a\\|b"))
+    return "\n".join(lines) + "\n"
+
+
 def tasks_page() -> str:
     """The page, without the line that says that it is generated."""
-    lines = [INTRODUCTION, SUITES + "\n".join(map(_suite, _suites())) + "\n", "## Tasks\n"]
+    suites = SUITES + "\n".join(map(_suite, _suites())) + "\n"
+    lines = [INTRODUCTION.replace("{kinds}", kinds_table()), suites, "## Tasks\n"]
     for collection, names in groupby(_ordered(list_tasks()), key=lambda name: name.partition("/")[0]):
         lines += [f"### {collection}\n", "| task | kind | labels | rows | metric | source |"]
         lines.append("|---|---|---|---|---|---|")
