@@ -120,18 +120,20 @@ def test_heads_of_every_kind_are_saved_with_the_adapter(make_model, make_backbon
     torch.testing.assert_close(bank.predict([("a", "not bad")])[0].logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_adapter_cuts_texts_where_it_was_told_the_loop_does(make_model, make_backbone, tmp_path):
+def test_a_saved_adapter_reads_and_cuts_rows_as_it_was_told_the_loop_does(make_model, make_backbone, tmp_path):
     with pytest.raises(mt.ConfigError, match="max_length=0 is not possible; give the tokens"):
         mt.attach(classifier(make_model), mt.LoRA(r=2), max_length=0)
-    model = mt.attach(classifier(make_model), mt.LoRA(r=2), max_length=6)
+    with pytest.raises(mt.TaskError, match="a template has one or two parts, not 3"):
+        mt.attach(classifier(make_model), mt.LoRA(r=2), template=("a", "b", "c"))
+    model = mt.attach(classifier(make_model), mt.LoRA(r=2), template=("premise", "hypothesis"), max_length=6)
     model.save_pretrained(tmp_path)
     bank = mt.Bank(make_backbone("bert"))
     bank.add("a", tmp_path)
     tokenizer = bank.backbone.tokenizer
-    text = "good film " * 8
+    row = {"premise": "good film " * 8, "hypothesis": "bad"}
     with torch.no_grad():
-        expected = model(**tokenizer(text, truncation=True, max_length=6, return_tensors="pt")).logits[0]
-    torch.testing.assert_close(bank.predict([("a", text)])[0].logits, expected, rtol=1e-4, atol=1e-5)
+        expected = model(**tokenizer(*row.values(), truncation=True, max_length=6, return_tensors="pt")).logits[0]
+    torch.testing.assert_close(bank.predict([("a", row)])[0].logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_checkpoints_of_the_trainer_resume_to_the_same_tensors(make_model, rows, tmp_path):

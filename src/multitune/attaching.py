@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from multitune.lsg import LSG
 from multitune.methods import Combined, Method
 from multitune.methods.yielded import check_deltas, check_trainable
 from multitune.plan import DeltaSet, Plan
+from multitune.tasks import Template
 
 if TYPE_CHECKING:
     from multitune.adapter import Adapter
@@ -42,7 +43,13 @@ STATE_FILE = "model.safetensors"
 
 
 def attach(
-    model: PreTrainedModel, method: Method, *, name: str = "adapter", seed: int = 0, max_length: int = 128
+    model: PreTrainedModel,
+    method: Method,
+    *,
+    name: str = "adapter",
+    seed: int = 0,
+    template: str | Sequence[str] | None = None,
+    max_length: int = 128,
 ) -> PreTrainedModel:
     """Make `model` train `method` and its head alone, whatever loop trains it; the model itself is returned.
 
@@ -56,7 +63,10 @@ def attach(
             (`Combined`) all get the loop's one learning rate.
         name: what saved adapters are called.
         seed: seed of the fresh tensors.
-        max_length: tokens that a text is cut to where a saved adapter answers; the loop's own, which nothing here sees.
+        template: how a saved adapter reads a row, as `Template` takes it, such as ("premise", "hypothesis") for a pair;
+            by default one text, `{text}`, or for a token classifier a list of `words`. The loop has its own way, which
+            nothing here sees.
+        max_length: tokens that a saved adapter cuts a text to; those of the loop, likewise.
 
     Raises:
         BackboneError: an unsupported architecture, an encoder-decoder, a model converted to LSG attention, or a model
@@ -64,6 +74,7 @@ def attach(
         ConfigError: full fine-tuning, which needs none of this; a method that chooses by gradients (SIFT), acts after
             each step (AdaLoRA, DSEE with `pruned_heads`) or wants several learning rates (LoRA+); one that does not
             fit; or a `max_length` below 1.
+        TaskError: a malformed template.
     """
     if MODULE in model._modules or hasattr(model, MODULE):
         raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
@@ -78,9 +89,10 @@ def attach(
         raise ConfigError(
             f"max_length={max_length} is not possible; give the tokens that the loop cuts texts to, such as 128"
         )
+    read_as = None if template is None else Template((template,) if isinstance(template, str) else tuple(template))
     _check_plain_loop(method)
     _check_one_stack(model)
-    attached = Attached(model, method, name, seed, max_length)
+    attached = Attached(model, method, name, seed, read_as, max_length)
     model.add_module(MODULE, attached.tensors)
     return model
 
@@ -166,10 +178,13 @@ class AttachedTensors(nn.Module):
 class Attached:
     """What `attach` did to one model, and how to undo it."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, name: str, seed: int, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, method: Method, name: str, seed: int, template: Template | None, max_length: int
+    ) -> None:
         self.model = model
         self.method = method
         self.name = name
+        self.template = template
         self.max_length = max_length
         base = model.base_model
         assert isinstance(base, PreTrainedModel)
@@ -308,7 +323,9 @@ class Attached:
                 for k, p in self.tensors.by_name().items()
             }
             method, params = self.method.finish(params, self.backbone)  # type: ignore[assignment]
-        return adapter_of(self.model, self.backbone, method, params, self.name, self.max_length)
+        return adapter_of(
+            self.model, self.backbone, method, params, self.name, template=self.template, max_length=self.max_length
+        )
 
     def _saving(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from multitune.convert.heads import SEQUENCE, TOKEN, classifier_of, read_head
 from multitune.heads import Head
 from multitune.methods import Method
-from multitune.tasks import Task
+from multitune.tasks import Task, Template
 
 if TYPE_CHECKING:
     from multitune.adapter import Adapter
@@ -31,6 +31,8 @@ def adapter_of(
     method: Method,
     params: Mapping[str, Tensor],
     name: str,
+    *,
+    template: Template | None,
     max_length: int,
 ) -> Adapter:
     """An adapter with the head of `model`; one that embeds texts where our heads cannot hold the model's head."""
@@ -39,11 +41,10 @@ def adapter_of(
     head, tensors = _head(model, backbone, name)
     named: dict[Any, str] = dict(model.config.id2label or {})
     labels = tuple(str(named.get(i, f"LABEL_{i}")) for i in range(head.num_outputs))
-    template = "words" if head.kind == "tagging" else "{text}"
     task = Task(
         name=name,
         kind=head.kind,  # type: ignore[arg-type]  # the task checks it
-        template=(template,),  # type: ignore[arg-type]
+        template=template or Template(("words",) if head.kind == "tagging" else ("{text}",)),
         labels=labels if head.kind not in ("regression", "embedding") else (),
     )
     return Adapter(
