@@ -378,7 +378,8 @@ class Bank:
 
         Raises:
             ConfigError: batch_size or window is not at least 1; at the call.
-            AdapterError, MixError, DataError, PlanError: as `predict`, when the first answer of a window is asked for.
+            AdapterError, BackboneError, MixError, DataError, PlanError: as `predict`, when the first answer of a window
+                is asked for.
         """
         _check_at_least_one("batch_size", batch_size)
         _check_at_least_one("window", window)
