@@ -91,13 +91,14 @@ def _call(
             **({"return_offsets_mapping": True} if slotted else {}),
         )
     types = result.get("token_type_ids") if backbone.takes_token_types else None
+    whole = result.encodings
     return [
         Encoded(
             input_ids=ids,
             token_type_ids=None if types is None else types[i],
             word_starts=_word_starts(result.word_ids(i)) if words else (),
             slots=_slot_places(slots[i], result.sequence_ids(i), result["offset_mapping"][i]) if slotted else (),
-            cut=tokenizer.is_fast and len(ids) >= max_length and bool(result.encodings[i].overflowing),
+            cut=whole is not None and len(ids) >= max_length and bool(whole[i].overflowing),
         )
         for i, ids in enumerate(result["input_ids"])
     ]
