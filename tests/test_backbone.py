@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -262,6 +265,18 @@ def test_truncated_weights_are_refused(checkpoint, keep):
     file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(BackboneError, match="cannot load backbone"):
         Backbone.load(folder)
+
+
+def test_a_backbone_that_is_a_pickle_is_not_opened_and_the_line_of_the_refusal_converts_it(checkpoint):
+    folder = checkpoint()
+    before = Backbone.load(folder).fingerprint
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"pytorch_model\.bin is a pickle, .*convert it: python -c") as refused:
+        Backbone.load(folder)
+    line = str(refused.value).partition("convert it: ")[2]
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
+    assert Backbone.load(folder).fingerprint == before
 
 
 def test_weights_that_are_missing_or_misshapen_are_refused(checkpoint):

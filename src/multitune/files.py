@@ -130,3 +130,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refusal_of_pickle(pickled: Path, file: Path) -> str:
+    """What to say of tensors that are there as a pickle alone, with the command that makes the safetensors `file`."""
+    return (
+        f"{pickled} is a pickle, which can run code when it is opened. Where you trust it, convert it: "
+        f'python -c "import torch, safetensors.torch as s; '
+        f"s.save_file({{k: v.clone() for k, v in torch.load('{pickled}', weights_only=True).items()}}, "
+        f"'{file}', {{'format': 'pt'}})\""
+    )

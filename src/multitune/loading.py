@@ -25,6 +25,7 @@ from transformers import (
 
 from multitune.architectures import Architecture, Decoder, architecture_for
 from multitune.errors import BackboneError, ConfigError, suggest, suggest_file
+from multitune.files import refusal_of_pickle
 from multitune.lsg import convert_to_lsg, split_name
 from multitune.masked import masked_head_of
 from multitune.packaged import PACKAGED, quietly, resolve
@@ -39,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _WHAT_LOADS = (
     f"Give {', '.join(map(repr, PACKAGED))}, a folder with config.json, model.safetensors and the tokenizer, or a hub "
-    f"id that this machine can reach"
+    f"id that this machine can reach and that has safetensors (pickles are never opened)"
 )
 
 #: What stands behind a name to load an encoder-decoder with its decoder, and not its encoder alone.
@@ -88,7 +89,9 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
         load_as = torch.float32 if wanted is torch.float16 else wanted
         loader = _loader(config) if base == name else AutoModelForSeq2SeqLM
         with quietly():
-            model, report = loader.from_pretrained(source, config=config, dtype=load_as, output_loading_info=True)
+            model, report = loader.from_pretrained(
+                source, config=config, dtype=load_as, output_loading_info=True, use_safetensors=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except BackboneError:
         raise
@@ -108,9 +111,12 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
 
 
 def _cannot_load(name: str, source: Any, error: Exception) -> str:
-    place = Path(source)
-    near = suggest(name, PACKAGED) or suggest_file(place)
-    absent = "" if place.exists() else f"there is no folder '{name}'.{near} As a hub id: "
+    folder = Path(source)
+    pickled = folder / "pytorch_model.bin"
+    if pickled.is_file() and not list(folder.glob("*.safetensors")):
+        return f"cannot load backbone '{name}': {refusal_of_pickle(pickled, folder / 'model.safetensors')}"
+    near = suggest(name, PACKAGED) or suggest_file(folder)
+    absent = "" if folder.exists() else f"there is no folder '{name}'.{near} As a hub id: "
     return f"cannot load backbone '{name}': {absent}{str(error).splitlines()[0].rstrip('.')}. {_WHAT_LOADS}"
 
 

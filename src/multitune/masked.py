@@ -57,7 +57,7 @@ def _load(backbone: Backbone) -> tuple[PreTrainedModel, list[str]]:
     try:
         with quietly():
             model, report = AutoModelForMaskedLM.from_pretrained(
-                backbone.source, dtype=backbone.dtype, output_loading_info=True
+                backbone.source, dtype=backbone.dtype, output_loading_info=True, use_safetensors=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BackboneError(

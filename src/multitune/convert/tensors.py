@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multitune.errors import AdapterError
+from multitune.files import refusal_of_pickle
 
 
 def read_tensors(file: Path, pickled: Path) -> dict[str, Tensor]:
@@ -21,12 +22,7 @@ def read_tensors(file: Path, pickled: Path) -> dict[str, Tensor]:
         AdapterError: the file is missing or damaged, or there is only the pickle; says how to convert it.
     """
     if not file.is_file() and pickled.is_file():
-        raise AdapterError(
-            f"{pickled} is a pickle, which can run code when it is opened. Where you trust it, convert it: "
-            f'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.clone() for k, v in torch.load('{pickled}', weights_only=True).items()}}, "
-            f"'{file}')\""
-        )
+        raise AdapterError(refusal_of_pickle(pickled, file))
     if not file.is_file():
         raise AdapterError(f"{file} is missing: the checkpoint's tensors are lost")
     try:
