@@ -1,6 +1,7 @@
 """What text costs whose rows use many adapters: prompts and steps apart, by the bare model's time.
 
-    python benchmarks/generate.py [--quick] [--rows 32] [--tokens 48] [--new 16] [--rounds 3] [--json FILE]
+    python benchmarks/generate.py [--quick] [--rows 32] [--tokens 32] [--new 16] [--rounds 6] [--json FILE]
+    python benchmarks/generate.py --write docs/results.md    # the table between its markers there
 
 On the backbone `smollm2`, float32, greedy, in one process; `--quick` takes a tiny random model instead, to try the
 script. All systems generate from the same token ids, drawn evenly from the vocabulary, and share the bare model's
@@ -28,7 +29,8 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from _harness import machine, print_times, results, synchronise, write_json
+from _harness import Result, machine, print_times, results, synchronise, write_json
+from _store import check_markers, environment, write_between
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -42,6 +44,7 @@ from multitune.workspace import Workspace
 
 LORA = LoRA(r=8, alpha=16)
 FOUR: tuple[Method, ...] = (LORA, PrefixTuning(length=16), Houlsby(bottleneck=32), AoTFC(r=32))
+NAME = "generate"
 #: Largest decoding step of the mixed batch by the bare model's.
 LIMIT = 1.3
 #: Tokens that are compared before anything is timed.
@@ -216,17 +219,40 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (perf_counter() - start)
 
 
+def page(rows: Sequence[Result], arguments: argparse.Namespace, backbone: Backbone) -> str:
+    """The table that docs/results.md shows, with how it was measured."""
+    about = environment(torch.get_num_threads())
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    lines = [
+        f"{arguments.rows} rows, prompts of {arguments.tokens} tokens, {arguments.rounds} rounds of {arguments.new} "
+        f"new tokens; {backbone.name}, float32, greedy; {about['machine']}, {about['threads']} threads, "
+        f"Python {about['python']}, {versions}, {about['date']}.",
+        "",
+        "| | system | median ms | tokens/s | ratio to transformers | of rounds | limit we set |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        limit = "" if r.limit is None else f"{r.limit}{', **missed**' if r.verdict == 'MISSED' else ''}"
+        lines.append(
+            f"| {r.case} | {r.system} | {r.median_ms:.1f} | {r.note.removesuffix(' tokens/s')} | {r.ratio:.3f} "
+            f"| {r.median_of_ratios:.3f} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny random model, to try the script")
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=48, help="of every prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="of every prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens to generate per row and round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between this document's markers")
     arguments = parser.parse_args()
+    check_markers(arguments.write, NAME)
     if min(arguments.rounds, arguments.new) < 2:
         parser.error("quartiles need at least --rounds 2 and --new 2")
     torch.set_num_threads(arguments.threads)
@@ -274,6 +300,8 @@ def main() -> None:
         found += rows
     if arguments.json:
         write_json(arguments.json, found)
+    if arguments.write:
+        write_between(arguments.write, NAME, page(found, arguments, backbone))
 
 
 if __name__ == "__main__":

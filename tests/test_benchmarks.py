@@ -15,7 +15,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("sift", "results.md"), ("bug_detection", "lsg.md"), ("continual_intents", "continual.md"), ("lsg", "lsg.md")],
+    [
+        ("sift", "results.md"),
+        ("generate", "results.md"),
+        ("bug_detection", "lsg.md"),
+        ("continual_intents", "continual.md"),
+        ("lsg", "lsg.md"),
+    ],
 )
 def test_every_table_has_its_place_in_a_page(script, name, page):
     made = script(name)
