@@ -3,8 +3,6 @@
 import copy
 import inspect
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -274,9 +272,29 @@ def test_a_backbone_that_is_a_pickle_is_not_opened_and_the_line_of_the_refusal_c
     (folder / "model.safetensors").unlink()
     with pytest.raises(BackboneError, match=r"pytorch_model\.bin is a pickle, .*convert it: python -c") as refused:
         Backbone.load(folder)
-    line = str(refused.value).partition("convert it: ")[2]
-    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
+    program, option, code = shlex.split(str(refused.value).partition("convert it: ")[2])
+    assert (program, option) == ("python", "-c")
+    exec(code, {})  # in this process, which has torch already
     assert Backbone.load(folder).fingerprint == before
+
+
+@pytest.mark.parametrize("there", ["pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_hub_id_without_safetensors_is_refused_before_transformers_has_it_converted(make_model, monkeypatch, there):
+    def loads(*_, **__):
+        raise OSError("transformers was asked")
+
+    monkeypatch.setattr("multitune.loading.AutoConfig.from_pretrained", lambda source: make_model("bert").config)
+    monkeypatch.setattr("multitune.loading.AutoModel.from_pretrained", loads)
+
+    def fetched(source, file):
+        if file != there:
+            raise OSError(f"{source} has no {file}.")
+
+    monkeypatch.setattr("multitune.loading.cached_file", fetched)
+    no = r"no model.safetensors of .* \(org/old has no model.safetensors\).*: hf download org/old --local-dir"
+    expected = no if there.endswith("bin") else "transformers was asked"
+    with pytest.raises(BackboneError, match=rf"cannot load backbone 'org/old': .*{expected}"):
+        Backbone.load("org/old")
 
 
 def test_weights_that_are_missing_or_misshapen_are_refused(checkpoint):

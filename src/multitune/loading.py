@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from multitune.architectures import Architecture, Decoder, architecture_for
 from multitune.errors import BackboneError, ConfigError, suggest, suggest_file
@@ -89,6 +90,7 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
         load_as = torch.float32 if wanted is torch.float16 else wanted
         loader = _loader(config) if base == name else AutoModelForSeq2SeqLM
         with quietly():
+            _check_safetensors(base, source)
             model, report = loader.from_pretrained(
                 source, config=config, dtype=load_as, output_loading_info=True, use_safetensors=True
             )
@@ -108,6 +110,29 @@ def _load_plain(make: type[Backbone], name: str, dtype: str | torch.dtype, devic
     if backbone.parts.bias is not None:  # a tensor of its own, which no module moves
         backbone.parts = replace(backbone.parts, bias=backbone.parts.bias.to(device, wanted))
     return backbone
+
+
+def _check_safetensors(name: str, source: str) -> None:
+    """Raise BackboneError for a hub id without safetensors.
+
+    Asked for safetensors that are not there, transformers would have a service on the hub convert the pickle in a pull
+    request to that repository, wait for it, and load whatever lies in the request.
+    """
+    if Path(source).exists():
+        return
+    missing: list[OSError] = []
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # the latter of weights in several files
+        try:
+            cached_file(source, file)  # fetched here or a moment later by transformers, from the one cache
+            return
+        except OSError as error:
+            missing.append(error)
+    raise BackboneError(
+        f"cannot load backbone '{name}': there is no {SAFE_WEIGHTS_NAME} of this hub id within reach "
+        f"({str(missing[0]).splitlines()[0].rstrip('.')}). A pickle, which can run code when it is opened, is never "
+        f"opened. If there is one that you trust, fetch it: hf download {source} --local-dir FOLDER. Loading FOLDER "
+        f"then says how to convert it"
+    ) from missing[0]
 
 
 def _cannot_load(name: str, source: Any, error: Exception) -> str:
