@@ -125,6 +125,10 @@ def test_a_saved_adapter_reads_and_cuts_rows_as_it_was_told_the_loop_does(make_m
         mt.attach(classifier(make_model), mt.LoRA(r=2), max_length=0)
     with pytest.raises(mt.TaskError, match="a template has one or two parts, not 3"):
         mt.attach(classifier(make_model), mt.LoRA(r=2), template=("a", "b", "c"))
+    tagger = transformers.AutoModelForTokenClassification.from_config(make_model("bert").config)
+    with pytest.raises(mt.TaskError, match="the template of tagging is one column"):  # and not when it is saved
+        mt.attach(tagger, mt.LoRA(r=2), template=("premise", "hypothesis"))
+    mt.attach(tagger, mt.LoRA(r=2), template="tokens").detach()
     model = mt.attach(classifier(make_model), mt.LoRA(r=2), template=("premise", "hypothesis"), max_length=6)
     model.save_pretrained(tmp_path)
     bank = mt.Bank(make_backbone("bert"))

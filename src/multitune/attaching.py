@@ -74,7 +74,7 @@ def attach(
         ConfigError: full fine-tuning, which needs none of this; a method that chooses by gradients (SIFT), acts after
             each step (AdaLoRA, DSEE with `pruned_heads`) or wants several learning rates (LoRA+); one that does not
             fit; or a `max_length` below 1.
-        TaskError: a malformed template.
+        TaskError: a malformed template, or for a token classifier one that is not a single column of words.
     """
     if MODULE in model._modules or hasattr(model, MODULE):
         raise BackboneError("this model has an adapter attached; detach it first: model.detach()")
@@ -89,7 +89,7 @@ def attach(
         raise ConfigError(
             f"max_length={max_length} is not possible; give the tokens that the loop cuts texts to, such as 128"
         )
-    read_as = None if template is None else Template((template,) if isinstance(template, str) else tuple(template))
+    read_as = None if template is None else _template_for(model, template)
     _check_plain_loop(method)
     _check_one_stack(model)
     attached = Attached(model, method, name, seed, read_as, max_length)
@@ -107,6 +107,15 @@ def detach(model: PreTrainedModel) -> None:
     if not isinstance(tensors, AttachedTensors):
         raise BackboneError("nothing is attached to this model; attach a method first: attach(model, LoRA(r=8))")
     tensors.owner.detach()
+
+
+def _template_for(model: PreTrainedModel, template: str | Sequence[str]) -> Template:
+    """The template as one that the model's task can have; later, saving would refuse what has been trained."""
+    from multitune.convert.hugging_face import check_template
+
+    made = Template((template,) if isinstance(template, str) else tuple(template))
+    check_template(model, made)
+    return made
 
 
 def _check_plain_loop(method: Method) -> None:

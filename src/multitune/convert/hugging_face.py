@@ -39,13 +39,11 @@ def adapter_of(
     from multitune.adapter import Adapter
 
     head, tensors = _head(model, backbone, name)
-    named: dict[Any, str] = dict(model.config.id2label or {})
-    labels = tuple(str(named.get(i, f"LABEL_{i}")) for i in range(head.num_outputs))
     task = Task(
         name=name,
         kind=head.kind,  # type: ignore[arg-type]  # the task checks it
         template=template or Template(("words",) if head.kind == "tagging" else ("{text}",)),
-        labels=labels if head.kind not in ("regression", "embedding") else (),
+        labels=_labels(model, head.num_outputs) if head.kind not in ("regression", "embedding") else (),
     )
     return Adapter(
         name=name,
@@ -60,12 +58,35 @@ def adapter_of(
     )
 
 
-def _head(model: PreTrainedModel, backbone: Backbone, name: str) -> tuple[Head, dict[str, Tensor]]:
+def check_template(model: PreTrainedModel, template: Template) -> None:
+    """Raise `TaskError` for a template by which an adapter of `model` could not read rows.
+
+    For a check before training: `adapter_of` would refuse it after.
+    """
+    tags = _held(model)[0] == TOKEN
+    labels = _labels(model, model.config.num_labels) if tags else ()
+    Task(name="attached", kind="tagging" if tags else "embedding", template=template, labels=labels)
+
+
+def _labels(model: PreTrainedModel, number: int) -> tuple[str, ...]:
+    named: dict[Any, str] = dict(model.config.id2label or {})
+    return tuple(str(named.get(i, f"LABEL_{i}")) for i in range(number))
+
+
+def _held(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """transformers' task of a head that ours can hold, or `None`; and the kind of task, where the model says it."""
     ends = {"ForSequenceClassification": SEQUENCE, "ForTokenClassification": TOKEN}
     task = next((t for end, t in ends.items() if type(model).__name__.endswith(end)), None)
     kind = _KINDS.get(str(getattr(model.config, "problem_type", None))) if task == SEQUENCE else None
     several = kind == "regression" and model.config.num_labels != 1  # our regression is of one number
     if task is None or several or classifier_of(model.config, task) is None:
+        return None, None
+    return task, kind
+
+
+def _head(model: PreTrainedModel, backbone: Backbone, name: str) -> tuple[Head, dict[str, Tensor]]:
+    task, kind = _held(model)
+    if task is None:
         return Head(kind="embedding", num_outputs=0, pooling="mean"), {}
     inside = {id(p) for p in model.base_model.parameters()}
     own = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if id(p) not in inside}
