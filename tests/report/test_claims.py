@@ -214,6 +214,19 @@ def test_the_continual_claim_is_judged_by_the_last_stage_of_each_stream():
     assert few.ours.endswith("1 seed, backbone b, density 0.1, epochs 3.0, rows 60")
 
 
+def test_where_to_cut_is_judged_on_equal_rows():
+    """The benchmark draws as many rows as it is told, and a store keeps runs on all and on few."""
+    rows = [
+        {"cell": {"backbone": "b", "task": "t", "rows": n, "seed": seed, "trained": trained}, "score": score}
+        for n, found in ((400, {"semantic": 0.5, "upper half": 0.25}), (9000, {"semantic": 0.75, "upper half": 0.75}))
+        for trained, score in found.items()
+        for seed in (0, 1)
+    ]
+    few, full = judge([], of(stored("frozen_layers")), results={"frozen_layers": rows})
+    assert few.ours.startswith("50.0 against 25.0") and few.ours.endswith("rows 400")
+    assert full.ours.startswith("75.0 against 75.0") and full.ours.endswith("rows 9000")
+
+
 def test_a_quick_run_of_chains_leaves_the_claim_open():
     cell = {"backbone": "b", "questions": 4, "test_questions": 2, "k": [1, 2], "training": {"seed": 0}}
     cell |= {"settings": {}, "learnt": ["a"], "tested": ["a"]}

@@ -195,7 +195,7 @@ CLAIMS = (
                 store="frozen_layers",
                 one=Side(title="freezing below the layer that turns most", cell={"trained": "semantic"}, score="score"),
                 other=Side(title="freezing the lower half", cell={"trained": "upper half"}, score="score"),
-                alike=("backbone", "task"),
+                alike=("backbone", "task", "rows"),
                 command="python benchmarks/frozen_layers.py --cases choice",
             ),
             Stored(
