@@ -107,3 +107,10 @@ def test_rows_longer_than_what_a_run_reads_are_counted(tiny, make_data, quick):
     lines.clear()
     quick(tiny, data, report=lines.append)
     assert not any("longer than" in line for line in lines)
+    lines.clear()
+    data.train[0]["text"] *= 40
+    quick(tiny, data, report=lines.append, max_length=500)  # what no setting raises
+    assert lines[0] == (
+        "1 of 20 training rows are longer than 40 tokens, and what is beyond is not read; the backbone's 40 positions "
+        "leave no more"
+    )

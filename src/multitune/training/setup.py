@@ -58,10 +58,13 @@ class Opened:
         cut = [f"{r.num_cut:,} of {len(r):,} {named.get(s, s)} rows" for s, r in self.rows.items() if r.num_cut]
         if not cut:
             return None
-        return (
-            f"{' and '.join(cut)} are longer than {self.max_length:,} tokens, and what is beyond is not read; "
-            f"max_length (--max-length) raises that, up to the backbone's {self.model.backbone.max_length:,} positions"
-        )
+        positions = self.model.backbone.max_length
+        asked = self.settings["max_length"]  # of which the backbone and a prompt may leave less
+        if self.max_length < asked or asked == positions:
+            fix = f"the backbone's {positions:,} positions leave no more"
+        else:
+            fix = f"max_length (--max-length) raises that, up to the backbone's {positions:,} positions"
+        return f"{' and '.join(cut)} are longer than {self.max_length:,} tokens, and what is beyond is not read; {fix}"
 
     def claim(self) -> None:
         """Take the output folder, new or with the checkpoints of this very run.
