@@ -585,8 +585,9 @@ class Backbone:
             again.
 
         Raises:
-            PlanError: the plan does not fit the batch, the mask or the token types are not shaped as the ids, an id
-                is outside the vocabulary or a token type unknown, a row is too long, or the backbone is detached.
+            PlanError: the plan does not fit the batch, the batch is not on the backbone's device, the mask or the token
+                types are not shaped as the ids, an id is outside the vocabulary or a token type unknown, a row is too
+                long, or the backbone is detached.
         """
         batch = Batch(
             input_ids=input_ids,
