@@ -196,7 +196,10 @@ CLAIMS = (
                 one=Side(title="freezing below the layer that turns most", cell={"trained": "semantic"}, score="score"),
                 other=Side(title="freezing the lower half", cell={"trained": "upper half"}, score="score"),
                 alike=("backbone", "task", "rows"),
-                command="python benchmarks/frozen_layers.py --cases choice",
+                command=(
+                    "python benchmarks/frozen_layers.py --cases choice --choice-task intent/clinc_banking "
+                    "--choice-rows 400"
+                ),
             ),
             Stored(
                 store="dcot",
