@@ -64,7 +64,7 @@ def check_template(model: PreTrainedModel, template: Template) -> None:
     For a check before training: `adapter_of` would refuse it after.
     """
     tags = _held(model)[0] == TOKEN
-    labels = _labels(model, model.config.num_labels) if tags else ()
+    labels = _labels(model, model.config.num_labels or 0) if tags else ()
     Task(name="attached", kind="tagging" if tags else "embedding", template=template, labels=labels)
 
 
