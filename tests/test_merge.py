@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import multitune as mt
 from multitune.deltas import InputScale, LowRank, Scale
+from multitune.heads import mixed_logits
 from multitune.merging import _compare, merge_deltas
 from multitune.plan import DeltaSet, Plan
 
@@ -41,6 +44,48 @@ def test_a_half_precision_backbone_merges(make_backbone, random_adapter, tmp_pat
     backbone.model.to(torch.bfloat16)
     report = mt.merge(random_adapter(backbone, mt.LoRA(r=2), 1), backbone, tmp_path / "out")
     assert report.max_difference < 0.1 * report.max_magnitude
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "pooling", "end"),
+    [
+        ("bert", "classification", "pooler", "ForSequenceClassification"),
+        ("bert", "regression", "pooler", "ForSequenceClassification"),
+        ("bert", "tagging", "cls", "ForTokenClassification"),
+        ("llama", "multilabel", "last", "ForSequenceClassification"),
+    ],
+)
+def test_a_head_that_transformers_has_too_is_in_the_checkpoint(
+    name, kind, pooling, end, make_backbone, random_adapter, tmp_path
+):
+    backbone = make_backbone(name)
+    adapter = random_adapter(backbone, mt.LoRA(r=2), 1, kind=kind, pooling=pooling)
+    if name == "llama":  # a decoder's classifier has no bias
+        adapter.head_params["bias"].zero_()
+    report = mt.merge(adapter, backbone, tmp_path)
+    assert report.architecture.endswith(end) and not report.head_beside
+    model, loading = getattr(transformers, f"AutoModel{end}").from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not (tmp_path / "head.safetensors").exists()
+    if adapter.task.labels:
+        assert tuple(model.config.id2label.values()) == adapter.task.labels
+    ids = torch.randint(5, backbone.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0))
+    own = (adapter.head, adapter.head_params)
+    with torch.no_grad():
+        hidden = backbone.run(Plan([adapter.delta_set(backbone)] * 3), ids)
+        ours = torch.stack(mixed_logits(backbone, [own] * 3, hidden, None))
+        theirs = model.eval()(ids).logits
+    torch.testing.assert_close(theirs.view_as(ours), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_transformers_has_not_stands_beside_the_checkpoint(bert, random_adapter, tmp_path):
+    adapter = random_adapter(bert, mt.LoRA(r=2), 1, pooling="mean")
+    report = mt.merge(adapter, bert, tmp_path)
+    assert report.architecture == "BertModel" and report.head_beside
+    about = json.loads((tmp_path / "head.json").read_text())
+    assert (about["kind"], about["pooling"], about["labels"]) == ("classification", "mean", ["bad", "good", "mixed"])
+    assert load_file(tmp_path / "head.safetensors").keys() == adapter.head_params.keys()
+    mt.merge(random_adapter(bert, mt.LoRA(r=2), 1, pooling="pooler"), bert, tmp_path)  # its head is in the model
+    assert not (tmp_path / "head.json").exists() and not (tmp_path / "head.safetensors").exists()
 
 
 def test_other_files_are_not_replaced(bert, random_adapter, tmp_path):

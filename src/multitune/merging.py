@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from multitune.files import replace_folder
 from multitune.frozen import writable
 from multitune.plan import DeltaSet, Plan
 
-HEAD_FILE = "head.safetensors"
+HEAD_FILE, HEAD_CONFIG_FILE = "head.safetensors", "head.json"
 
 #: Files of an earlier merge, which a new one may replace.
 _MERGED = (
-    HEAD_FILE, "config.json", "generation_config.json", "model.safetensors",
+    HEAD_FILE, HEAD_CONFIG_FILE, "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "spm.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -40,6 +41,11 @@ class MergeReport:
     (full fine-tuning, tuning of layers): they are the checkpoint's and have no attached form."""
     max_magnitude: float | None
     """Largest absolute value of those logits or hidden states, to judge the difference by."""
+    architecture: str
+    """The class of transformers that the checkpoint is of."""
+    head_beside: bool
+    """Whether the adapter's head stands beside the model, in `head.safetensors` and `head.json`, because that class has
+    no place for it."""
 
 
 def why_not_mergeable(backbone: Backbone, deltas: DeltaSet, *, writes: bool = False) -> str | None:
@@ -101,11 +107,13 @@ def merge_deltas(backbone: Backbone, deltas: DeltaSet, *, writes: bool = False) 
 
 
 def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> MergeReport:
-    """Write the merged model as a plain transformers checkpoint, with tokenizer and head beside it.
+    """Write the merged model as a plain transformers checkpoint, with its tokenizer.
 
-    The folder holds `config.json`, `model.safetensors`, the tokenizer's files, and `head.safetensors` with the tensors
-    of the adapter's head as `Head.shapes` names them, which a base model has no place for. Of an adapter that writes,
-    or ranks texts, it is a language model with its head, causal or an encoder-decoder.
+    The folder holds `config.json`, `model.safetensors` and the tokenizer's files. Where transformers has a head that
+    computes what the adapter's does (`...ForSequenceClassification`, `...ForTokenClassification`), the model is of that
+    class, with the labels' names. Else it is the base model, and the head stands beside it: its tensors in
+    `head.safetensors` as `Head.shapes` names them, what it reads and its labels in `head.json`. Of an adapter that
+    writes, or ranks texts, it is a language model with its head, causal or an encoder-decoder.
 
     Args:
         adapter: a trained adapter of this backbone.
@@ -118,6 +126,8 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         BackboneError: the adapter belongs to another backbone.
         ConfigError: `output_dir` is a file, or a folder that holds something else.
     """
+    from multitune.convert.heads import classifier_with  # its package imports this module
+
     adapter.check_backbone(backbone)
     if backbone.lsg is not None:
         raise AdapterError(
@@ -150,16 +160,29 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
     folder = Path(output_dir)
     merged.detach()  # a checkpoint must not record the instrumented attention
 
+    labels = adapter.task.labels
+    whole = merged.language_model() if writes else classifier_with(adapter.head, adapter.head_params, labels, merged)
+    model = merged.model if whole is None else whole
+    beside = whole is None and bool(adapter.head_params)
+
     def write(temporary: Path) -> None:
-        model = merged.language_model() if writes else merged.model
         model.save_pretrained(temporary)
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
-        if adapter.head_params:
+        if beside:
             save_file({k: t.cpu().contiguous() for k, t in adapter.head_params.items()}, temporary / HEAD_FILE)
+            about = {**asdict(adapter.head), "labels": list(labels)}
+            (temporary / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
     replace_folder(folder, write, ours=_MERGED)
-    return MergeReport(path=folder, num_deltas=num_deltas, max_difference=difference, max_magnitude=magnitude)
+    return MergeReport(
+        path=folder,
+        num_deltas=num_deltas,
+        max_difference=difference,
+        max_magnitude=magnitude,
+        architecture=type(model).__name__,
+        head_beside=beside,
+    )
 
 
 def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone, *, writes: bool) -> tuple[float, float]:

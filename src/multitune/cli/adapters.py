@@ -18,6 +18,7 @@ from multitune.cli.shared import (
     OptionalBackboneName,
     app,
     count,
+    note,
     pairs,
     print_json,
     score,
@@ -142,10 +143,16 @@ def merge_command(
     report = merge(Adapter.load(folder, on), on, out)
     if as_json:
         values = {"num_deltas": report.num_deltas, "max_difference": report.max_difference}
-        print_json({"checkpoint": str(report.path), **values, "max_magnitude": report.max_magnitude})
+        values |= {"max_magnitude": report.max_magnitude, "architecture": report.architecture}
+        print_json({"checkpoint": str(report.path), **values, "head_beside": report.head_beside})
         return
-    columns = ("checkpoint", "deltas folded in", "largest difference", "of values up to")
+    columns = ("checkpoint", "class", "deltas folded in", "largest difference", "of values up to")
     difference = "not compared" if report.max_difference is None else f"{report.max_difference:.1e}"
     magnitude = "" if report.max_magnitude is None else f"{report.max_magnitude:.1f}"
-    cells = (report.path, report.num_deltas, difference, magnitude)
-    show(shared.table([cells], columns, right=columns[1:]))
+    cells = (report.path, report.architecture, report.num_deltas, difference, magnitude)
+    show(shared.table([cells], columns, right=columns[2:]))
+    if report.head_beside:
+        note(
+            f"transformers has no head like this adapter's, which reads {adapter.head.pooling}: it stands beside the "
+            f"model, in head.safetensors, and head.json says what it reads and its labels"
+        )

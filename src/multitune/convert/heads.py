@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
 from multitune.errors import AdapterError, ConfigError, suggest
 from multitune.heads import Dense, Head
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 SEQUENCE, TOKEN = "SEQ_CLS", "TOKEN_CLS"
+
+#: Our kinds of task -> how transformers calls them in a model's configuration.
+_PROBLEMS = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
 
 #: Task -> the class that builds the model of a configuration.
 BUILDERS: dict[str, Any] = {SEQUENCE: AutoModelForSequenceClassification, TOKEN: AutoModelForTokenClassification}
@@ -196,6 +203,28 @@ def write_head(head: Head, tensors: Mapping[str, Tensor], backbone: Backbone) ->
     if any(bool(have[k].any()) for k in set(tensors) - set(places.values())):  # a bias that theirs has no place for
         return None
     return task, {path: have[ours] for path, ours in places.items()}
+
+
+def classifier_with(
+    head: Head, tensors: Mapping[str, Tensor], labels: Sequence[str], backbone: Backbone
+) -> PreTrainedModel | None:
+    """transformers' model for a task, with the backbone's weights, our head and its labels' names in it.
+
+    `None` where transformers has no head that computes what ours does.
+    """
+    fits = write_head(head, tensors, backbone)
+    if fits is None:
+        return None
+    task, found = fits
+    model: Any = model_with_head(backbone, task, head.num_outputs)
+    unknown = model.load_state_dict(found, strict=False).unexpected_keys
+    assert not unknown, unknown
+    model.config.problem_type = _PROBLEMS.get(head.kind)
+    if labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+    whole: PreTrainedModel = model
+    return whole
 
 
 def _same_form(head: Head, form: Classifier) -> bool:
