@@ -247,6 +247,10 @@ def changed(path, value):
         (changed(["colour"], "red"), r": unknown keys 'colour'\. Copy the folder again, or put back"),
         (changed(["seed"], None), r": missing keys 'seed'\. Copy the folder again"),
         (changed(["method", "name"], "lroa"), "no method is called 'lroa'. Did you mean 'lora'"),
+        (
+            changed(["method", "name"], "lora+my_gain"),
+            "If it is a method of your own, import the module that defines it",
+        ),
         (changed(["method", "settings", "rank"], 3), "has no hyper-parameter 'rank'"),
         (changed(["method", "settings", "r"], 0), "r=0 is not possible"),
         (changed(["method", "name"], None), "'name'"),

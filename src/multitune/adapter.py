@@ -27,7 +27,7 @@ from multitune.errors import AdapterError, BackboneError, ConfigError, Multitune
 from multitune.files import left_aside, replace_file, replace_folder, sha256
 from multitune.heads import Head
 from multitune.layer_drop import without_layers
-from multitune.methods import Method, make_method
+from multitune.methods import Method, make_method, method_names
 from multitune.plan import DeltaSet
 from multitune.tasks import Task
 from multitune.version import __version__
@@ -327,7 +327,8 @@ class Adapter:
             )
             adapter.head.check_task(adapter.task)
         except (MultituneError, TypeError, KeyError) as error:
-            raise AdapterError(f"{folder / CONFIG_FILE}{_writer(config)}: {_ended(error)} {_MEND}") from error
+            mend = _unknown_method(config) or _MEND
+            raise AdapterError(f"{folder / CONFIG_FILE}{_writer(config)}: {_ended(error)} {mend}") from error
         if backbone is not None:
             adapter.check_backbone(backbone)
         tensors = _read_tensors(folder / TENSOR_FILE, config["tensors_sha256"])
@@ -437,6 +438,18 @@ def _writer(config: dict[str, Any]) -> str:
     if config.get("multitune", __version__) == __version__:
         return ""
     return f" (written by multitune {config['multitune']}, this is {__version__})"
+
+
+def _unknown_method(config: dict[str, Any]) -> str | None:
+    """What to do about a method that is not registered, or `None` where that is not what is wrong."""
+    named = config["method"].get("name") if isinstance(config["method"], dict) else None
+    if not isinstance(named, str) or set(named.split("+")) <= set(method_names()):
+        return None
+    return (
+        "If it is a method of your own, import the module that defines it first; for the command line register it by "
+        "an entry point, as CONTRIBUTING.md says. If not, a version that has more methods wrote the folder, or it is "
+        "damaged"
+    )
 
 
 def _ended(error: Exception) -> str:

@@ -45,7 +45,8 @@ class Prediction:
         """The prediction as JSON values."""
         out: dict[str, Any] = {"adapter": self.adapter}
         if self.embedding is not None:
-            return out | {"embedding": self.embedding.tolist()}
+            # Nine digits say any float32; those of the double that it becomes in Python would follow otherwise.
+            return out | {"embedding": [float(f"{value:.9g}") for value in self.embedding.tolist()]}
         label = list(self.label) if isinstance(self.label, tuple) else self.label
         return out | {"label": label, "probabilities": self.probabilities}
 

@@ -65,7 +65,8 @@ class Quantized:
         whole = name.removesuffix(f"+{self.scheme}")
         return (
             f"backbone '{name}' cannot {what}: it holds them as {self.scheme}, {SCHEMES[self.scheme]}, which cannot be "
-            f"written to or trained. Use the backbone that it was made from: Backbone.load({whole!r})"
+            f"written to or trained. Use the backbone that it was made from, Backbone.load({whole!r}); "
+            f"Adapter.moved_to(backbone) takes an adapter there"
         )
 
 

@@ -44,6 +44,8 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
     task, own, head = adapter.task, adapter.num_method_parameters, adapter.num_head_parameters
     settings = ", ".join(f"{k}={written(v)}" for k, v in adapter.method.settings().items())
     base, metric = adapter.backbone, task.metric
+    trained = adapter.recipe.get("trained_parameters", own)
+    kept = f"{count(own)} trained" if trained == own else f"{count(own)} made by the {count(trained)} that were trained"
     recipe = {k: v for k, v in adapter.recipe.items() if k != "layer_choice"}
     scores = {name: adapter.metrics[name] for name in sorted(adapter.metrics, key=lambda name: name != metric)}
     show(
@@ -55,7 +57,7 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
                 *([("labels", ", ".join(task.labels))] if task.labels else []),
                 ("method", f"{adapter.method.title} ({adapter.method.name})"),
                 ("settings", settings or "none"),
-                ("parameters", f"{count(own)} trained, {count(own + head)} with the head"),
+                ("parameters", f"{kept}, {count(own + head)} with the head"),
                 ("head", f"{adapter.head.num_outputs} outputs, pooling {adapter.head.pooling}"),
                 ("score", ", ".join(f"{k} {score(v)}" for k, v in scores.items()) or "not judged"),
                 ("backbone", f"{base['name']} ({base['architecture']}), fingerprint {base['fingerprint']}"),
@@ -142,7 +144,7 @@ def merge_command(
     on = shared.backbone_of(adapter, backbone, device)
     report = merge(Adapter.load(folder, on), on, out)
     if as_json:
-        values = {"num_deltas": report.num_deltas, "max_difference": report.max_difference}
+        values: dict[str, Any] = {"num_deltas": report.num_deltas, "max_difference": report.max_difference}
         values |= {"max_magnitude": report.max_magnitude, "architecture": report.architecture}
         print_json({"checkpoint": str(report.path), **values, "head_beside": report.head_beside})
         return
