@@ -605,6 +605,13 @@ def test_merge(adapters: Path, tmp_path: Path) -> None:
     assert "give --overwrite" in bad("merge", adapters / "topic", "--out", tmp_path / "m")
     assert "deltas folded in" in good("merge", adapters / "topic", "--out", tmp_path / "m", "--overwrite").out
     assert "depends on the token" in bad("merge", adapters / "urgency", "--out", tmp_path / "n")
+    moved = tmp_path / "moved"
+    shutil.copytree(adapters / "topic", moved)
+    about = json.loads((moved / "adapter.json").read_text())
+    about["backbone"]["name"] = str(tmp_path / "gone")
+    (moved / "adapter.json").write_text(json.dumps(about))
+    said = bad("merge", moved, "--out", tmp_path / "n")
+    assert "names the backbone it was trained on, which is not there by that name: give --backbone" in said
     assert not (tmp_path / "n").exists()
 
 

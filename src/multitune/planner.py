@@ -192,11 +192,11 @@ def problems_of(cost: Cost, workload: Workload) -> tuple[str, ...]:
     if workload.memory is not None:
         for what, needed in (("training", cost.training_bytes), ("serving", cost.serving_bytes)):
             if needed > workload.memory:
-                found.append(f"{what} needs {needed / 1e9:.2f} GB of {workload.memory / 1e9:.2f} GB")
+                found.append(f"{what} needs {needed / 1e9:.3f} GB of {workload.memory / 1e9:g} GB")
     if workload.tasks > 1 and not cost.mixes:
         found.append("changes the backbone's weights, so every task needs a backbone and batches of its own")
     if workload.latency is not None and cost.latency is not None and cost.latency > workload.latency:
-        found.append(f"a batch takes {cost.latency:.2f} times the bare backbone's time, limit {workload.latency:g}")
+        found.append(f"a batch takes {cost.latency:.3f} times the bare backbone's time, limit {workload.latency:g}")
     if workload.must_merge and not cost.merges:
         found.append("cannot be folded into a checkpoint")
     return tuple(found)

@@ -79,6 +79,8 @@ def plan(
         raise ConfigError("--latency needs measured batches, but --rounds 0 measures none; give --rounds 3")
     chosen = _methods(method or [], settings or [])
     loaded = shared.load_backbone(backbone, device, dtype)
+    times = f", timing {count(rounds)} batches of each; --rounds 0 times none" if rounds > 0 else ""
+    shared.note(f"looking at {count(len(chosen))} methods on {backbone}{times}")
     costs, misfits = planner.costs_of(loaded, chosen, workload, rounds=rounds)
     advice = planner.recommend(costs)
     if as_json:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from multitune.errors import ConfigError, DataWarning, MultituneError
+from multitune.errors import BackboneError, ConfigError, DataWarning, MultituneError
 from multitune.version import __version__
 
 if TYPE_CHECKING:  # torch and transformers take seconds to load, and --help needs neither
@@ -216,8 +216,20 @@ def load_backbone(name: str, device: str = "cpu", dtype: str = "float32") -> Bac
 
 
 def backbone_of(adapter: Adapter, name: str | None, device: str = "cpu", dtype: str = "float32") -> Backbone:
-    """The backbone asked for, or the one an adapter was trained on."""
-    return load_backbone(name or adapter.backbone["name"], device, dtype)
+    """The backbone asked for, or the one an adapter was trained on.
+
+    Raises:
+        BackboneError: it cannot be loaded; where the adapter named it, says so.
+    """
+    if name is not None:
+        return load_backbone(name, device, dtype)
+    try:
+        return load_backbone(adapter.backbone["name"], device, dtype)
+    except BackboneError as error:
+        raise BackboneError(
+            f"adapter '{adapter.name}' names the backbone it was trained on, which is not there by that name: give "
+            f"--backbone FOLDER. ({error})"
+        ) from error
 
 
 def layer_numbers(given: str | None) -> tuple[int, ...]:
