@@ -241,7 +241,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rate",
         type=float,
-        default=1e-4,
         help="learning rate of SoTU; by default that of sequential fine-tuning, so that entries move as far",
     )
     parser.add_argument("--full-rate", type=float, default=1e-4, help="learning rate of sequential fine-tuning")
@@ -260,6 +259,7 @@ def _arguments() -> argparse.Namespace:
     if args.tasks is not None and not 0 < args.tasks <= len(args.domains):
         parser.error(f"--tasks {args.tasks}: there are {len(args.domains)} domains")
     args.domains = args.domains[: args.tasks]
+    args.rate = args.full_rate if args.rate is None else args.rate
     return args
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from multitune.tasks import TaskData, list_tasks, load_task
 from multitune.tasks.metrics import METRICS
+from multitune.tasks.schema import usual_metric
 from multitune.tasks.specs import SPECS, find_spec
 
 INTRODUCTION = """\
@@ -78,25 +79,25 @@ trains nothing and is the grid of `benchmarks/overhead.py`. `glue` and `superglu
 """
 
 
-#: Kind of task -> how its text and its label stand in a row, and the metric that judges it by default.
+#: Kind of task -> how its text and its label stand in a row.
 KINDS = {
-    "classification": ("a text, or a pair", "a name, or a whole number", "accuracy"),
-    "regression": ("a text, or a pair", "a number (whole ones: `--kind regression`)", "pearson_spearman"),
-    "multilabel": ("a text, or a pair", "a list of names, or `a|b` in one text (`--kind multilabel`)", "micro_f1"),
+    "classification": ("a text, or a pair", "a name, or a whole number"),
+    "regression": ("a text, or a pair", "a number (whole ones: `--kind regression`)"),
+    "multilabel": ("a text, or a pair", "a list of names, or `a|b` in one text (`--kind multilabel`)"),
     "multiple_choice": (
         "a text, and `--choices` with a column for each choice, or one column of lists",
         "the number of the right choice from 0, or the name of its column",
-        "accuracy",
     ),
-    "tagging": ("a list of words", "a list with a tag for each word", "tag_f1"),
-    "generation": ("a prompt; `--kind generation`", "a text, or a list of texts all of which are right", "perplexity"),
+    "tagging": ("a list of words", "a list with a tag for each word"),
+    "generation": ("a prompt; `--kind generation`", "a text, or a list of texts all of which are right"),
 }
 
 
 def kinds_table() -> str:
     """What a row of each kind holds, and every metric that judges it, the usual one first."""
     lines = ["| kind | text | label column | `--metric`, the usual one first |", "|---|---|---|---|"]
-    for kind, (text, label, usual) in KINDS.items():
+    for kind, (text, label) in KINDS.items():
+        usual = usual_metric(kind, ("O", "B-PER"))  # labels matter to tags alone
         others = [name for name, metric in METRICS.items() if kind in metric.kinds and name != usual]
         metrics = ", ".join(f"`{name}`" for name in (usual, *others))
         lines.append(f"| {kind} | {text} | {label} | {metrics} |".replace("a|b", "a\\|b"))

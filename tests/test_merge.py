@@ -53,6 +53,8 @@ def test_a_half_precision_backbone_merges(make_backbone, random_adapter, tmp_pat
         ("bert", "regression", "pooler", "ForSequenceClassification"),
         ("bert", "tagging", "cls", "ForTokenClassification"),
         ("llama", "multilabel", "last", "ForSequenceClassification"),
+        ("t5", "tagging", "mean", "ForTokenClassification"),
+        ("deberta-v2/v3", "tagging", "mean", "ForTokenClassification"),
     ],
 )
 def test_a_head_that_transformers_has_too_is_in_the_checkpoint(

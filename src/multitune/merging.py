@@ -170,9 +170,7 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         if backbone.tokenizer is not None:
             backbone.tokenizer.save_pretrained(temporary)
         if beside:
-            save_file({k: t.cpu().contiguous() for k, t in adapter.head_params.items()}, temporary / HEAD_FILE)
-            about = {**asdict(adapter.head), "labels": list(labels)}
-            (temporary / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+            save_head_beside(adapter, temporary)
 
     replace_folder(folder, write, ours=_MERGED)
     return MergeReport(
@@ -183,6 +181,17 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
         architecture=type(model).__name__,
         head_beside=beside,
     )
+
+
+def save_head_beside(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter's head into the folder of a checkpoint that has no place for it.
+
+    Its tensors go to `head.safetensors` as `Head.shapes` names them, what it reads and its labels to `head.json`.
+    """
+    tensors = {k: t.detach().cpu().contiguous() for k, t in adapter.head_params.items()}
+    save_file(tensors, folder / HEAD_FILE)
+    about = {**asdict(adapter.head), "labels": list(adapter.task.labels)}
+    (folder / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 
 def _compare(attached: Backbone, deltas: DeltaSet, merged: Backbone, *, writes: bool) -> tuple[float, float]:

@@ -583,7 +583,9 @@ def test_a_head_that_the_library_lacks_is_written_beside(bert, random_adapter, t
     adapter = random_adapter(bert, mt.LoRA(r=2), 1, pooling="mean")
     done = mt.export_adapter(adapter, bert, tmp_path / "out", target="adapters")
     assert (done.task, done.head) == ("none", "beside")
-    assert {p.name for p in done.path.iterdir()} == {"adapter_config.json", "adapter.safetensors", "head.safetensors"}
+    written = {"adapter_config.json", "adapter.safetensors", "head.safetensors", "head.json"}
+    assert {p.name for p in done.path.iterdir()} == written
+    assert json.loads((done.path / "head.json").read_text())["pooling"] == "mean"
 
 
 def test_an_adapter_that_computes_something_else_is_not_written(bert, random_adapter, tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 
 from multitune.adapter import Adapter
 from multitune.convert.adapterhub import files
@@ -23,7 +22,7 @@ from multitune.convert.result import Exported, Imported, Taken
 from multitune.errors import AdapterError, ConfigError, suggest
 from multitune.files import replace_folder
 from multitune.heads import Head
-from multitune.merging import HEAD_FILE
+from multitune.merging import HEAD_CONFIG_FILE, HEAD_FILE, save_head_beside
 from multitune.tasks import Task
 
 if TYPE_CHECKING:
@@ -128,7 +127,8 @@ def export_adapter(
     """Write an adapter as another library's checkpoint.
 
     Where that library has no head that computes what ours does, the checkpoint holds the method alone, and
-    `head.safetensors` beside it the head's tensors as `Head.shapes` names them.
+    beside it `head.safetensors` the head's tensors as `Head.shapes` names them, `head.json` what it reads and its
+    labels.
 
     Args:
         output_dir: the folder to write.
@@ -160,10 +160,9 @@ def export_adapter(
             check = check_adapterhub(adapter, backbone, temporary, head=head, python=check_with)
         done.append((task, head, check))
         if not head and adapter.head_params:
-            tensors = {k: t.detach().cpu().contiguous() for k, t in adapter.head_params.items()}
-            save_file(tensors, temporary / HEAD_FILE)
+            save_head_beside(adapter, temporary)
 
-    replace_folder(path, write, ours=(*_FILES[target], HEAD_FILE))
+    replace_folder(path, write, ours=(*_FILES[target], HEAD_FILE, HEAD_CONFIG_FILE))
     ((task, inside, check),) = done
     head = "checkpoint" if inside else "beside" if adapter.head_params else "none"
     return Exported(path=path, task=task, head=head, check=check, unchecked="" if check else _UNCHECKED[target])

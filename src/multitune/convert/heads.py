@@ -253,7 +253,10 @@ def model_with_head(backbone: Backbone, task: str, num_outputs: int) -> nn.Modul
     config.pad_token_id = backbone.pad_id  # by which a decoder's classifier finds the last token
     implementation = str(backbone.model.config._attn_implementation).removeprefix("multitune_")
     model: Any = BUILDERS[task].from_config(config, attn_implementation=implementation)
-    model.base_model.load_state_dict(backbone.model.state_dict(), strict=False)  # with or without the pooler
+    loaded = model.base_model.load_state_dict(backbone.model.state_dict(), strict=False)  # with or without the pooler
+    # What the backbone has beyond that (T5's decoder) is not read; what it lacked would be random.
+    odd = [key for key in loaded.missing_keys if "pooler" not in key]
+    assert not odd, f"backbone '{backbone.name}' has no {odd} for {type(model).__name__}"
     place(model, backbone.device, backbone.dtype)
     found: nn.Module = model.eval()
     return found

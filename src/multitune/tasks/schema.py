@@ -1,6 +1,6 @@
 """A task: which columns are read, what is predicted from them, and how it is judged."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Real
@@ -30,6 +30,15 @@ _DEFAULT_METRIC = {
     "generation": "perplexity",
 }
 _LEAST_LABELS = {"classification": 2, "multilabel": 1, "tagging": 2}  # the other kinds have no label names
+
+
+def usual_metric(kind: str, labels: Sequence[str] = ()) -> str:
+    """What judges a kind of task unless it says otherwise; of an embedding nothing does."""
+    if kind == "embedding":
+        return ""
+    if kind == "tagging":
+        return "tag_f1" if is_bio(labels) else "token_accuracy"
+    return _DEFAULT_METRIC[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +111,7 @@ class Task:
         object.__setattr__(self, "template", template)
         for name in ("labels", "choices", "group"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
-        object.__setattr__(self, "metric", self.metric or self._usual_metric())
+        object.__setattr__(self, "metric", self.metric or usual_metric(self.kind, self.labels))
         self._check_format()
         self._check_labels()
         self._check_texts()
@@ -302,13 +311,6 @@ class Task:
                     f"reads the {part} of a row from {column!r}: rename the column in the table"
                 )
         return list(dict.fromkeys(read))
-
-    def _usual_metric(self) -> str:
-        if self.kind == "embedding":
-            return ""
-        if self.kind == "tagging":
-            return "tag_f1" if is_bio(self.labels) else "token_accuracy"
-        return _DEFAULT_METRIC[self.kind]
 
     def _check_format(self) -> None:
         for name in ("format", "system"):
