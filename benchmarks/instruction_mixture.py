@@ -146,9 +146,10 @@ def render(done: list[Row], missing: int) -> str:
     seconds = ", ".join(f"{_title(r['cell'])} {r['training_seconds']:.0f} + {r['judging_seconds']:.0f} s" for r in done)
     notes = [
         f"- `{cell['backbone']}`; {cell['mixture']['rows']} training rows of {len(done[0]['shares'])} tasks, one "
-        f"epoch, examples-proportional with a cap of {cell['mixture']['cap']}; {min(shown)} to {max(shown)} rows of "
-        f"each held-out task, {cell['wordings']} wording(s) of it, in percent. With so few rows a difference of some "
-        f"ten points is within chance.",
+        f"epoch, examples-proportional with a cap of {cell['mixture']['cap']}; {_span(shown)} rows of each "
+        f"held-out task, each put in {cell['wordings']} way{'s' * (cell['wordings'] > 1)}, in percent. With so few "
+        f"rows a difference of some ten points is within chance, which is one over the options; of WSC's rows most "
+        f"have the answer no, so that a model which always says so stands above it.",
         f"- Trained: {', '.join(done[0]['shares'])}.",
         f"- Training and judging took {seconds}.",
     ]
@@ -169,6 +170,11 @@ def _percent(score: Row) -> str:
 def _value(score: Row) -> float:
     """In percent; BLEU and chrF are already, and NIST is none."""
     return float(score["score"]) * (1 if score["metric"] in ("bleu", "chrf", "nist") else 100)
+
+
+def _span(numbers: list[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def main() -> None:
