@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from multitune.call import Call
@@ -48,12 +48,27 @@ def register_attention() -> None:
 
 
 def _mask(make: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
-    """The model's mask; none for LSG attention, which must never see one of Q times S entries, and with our own cache.
+    """The model's mask, in rows of several texts closed between them; none for LSG attention and with our own cache.
 
-    Both make their own.
+    Both make their own, and LSG attention must never see one of Q times S entries.
     """
     call = current_call()
-    return make(*args, **kwargs) if call.lsg_open is None and not call.reads_cache else None
+    if call.lsg_open is not None or call.reads_cache:
+        return None
+    if call.pieces is not None:
+        # Columns of a text lie side by side, so that a model's window holds of it what it holds of the text alone.
+        closed = and_masks(kwargs["mask_function"], _within(call.pieces))
+        kwargs |= {"mask_function": closed, "allow_is_causal_skip": False}
+    return make(*args, **kwargs)
+
+
+def _within(pieces: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """For transformers' masks: whether a query and a key are of the same text, by `pieces [B, T]`."""
+
+    def same_text(row: Any, head: Any, query: Any, key: Any) -> Tensor:
+        return pieces[row, query] == pieces[row, key]
+
+    return same_text
 
 
 def _attend(

@@ -358,16 +358,17 @@ class Backbone:
         return "position_ids" in inspect.signature(type(self.model).forward).parameters
 
     def position_ids(self, input_ids: Tensor, shift: Tensor) -> Tensor:
-        """Positions `[B, T]` as the model counts them, each row's `shift [B]` further on; those of padding may be any.
+        """Positions `[B, T]` as the model counts them, `shift` further on; those of padding may be any.
 
         Args:
             input_ids: int64 `[B, T]`.
-            shift: int64 `[B]`.
+            shift: int64 `[B]`, or `[B, T]` where it differs within a row.
         """
+        shift = shift if shift.ndim == 2 else shift.unsqueeze(1)
         if self.architecture.position_offset == "pad+1":  # these models count what is no padding
             real = (input_ids != self.pad_id).long()
-            return (real.cumsum(1) + shift.unsqueeze(1)) * real + self.pad_id
-        positions = torch.arange(input_ids.shape[1], device=shift.device) + shift.unsqueeze(1)
+            return (real.cumsum(1) + shift) * real + self.pad_id
+        positions = torch.arange(input_ids.shape[1], device=shift.device) + shift
         return self._position_offset + positions.clamp(0, self.max_length - 1)  # what is outside is padding
 
     @property
@@ -568,6 +569,7 @@ class Backbone:
         token_type_ids: Tensor | None = None,
         slots: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        pieces: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states of one batch under a plan.
 
@@ -579,6 +581,7 @@ class Backbone:
             slots: int64 `[B, S]`: the token in front of which each slot of a row stands, as in `Batch.slots`; needed by
                 prompts that stand in slots.
             decoder_input_ids: int64 `[B, U]` as `Batch.decoder_input_ids`; needed where a decoder runs.
+            pieces: int64 `[B, T]` as `Batch.pieces`, where rows hold several texts that see nothing of each other.
 
         Returns:
             `[B, T, D]`, or the decoder's `[B, U, D]`, rows and tokens as given; inserted prompt vectors are taken out
@@ -587,7 +590,7 @@ class Backbone:
         Raises:
             PlanError: the plan does not fit the batch, the batch is not on the backbone's device, the mask or the token
                 types are not shaped as the ids, an id is outside the vocabulary or a token type unknown, a row is too
-                long, or the backbone is detached.
+                long, rows of several texts have a prompt or a backbone that is not causal, or the backbone is detached.
         """
         batch = Batch(
             input_ids=input_ids,
@@ -595,6 +598,7 @@ class Backbone:
             token_type_ids=token_type_ids,
             slots=slots,
             decoder_input_ids=decoder_input_ids,
+            pieces=pieces,
         )
         return passes.run(self, plan, batch)
 

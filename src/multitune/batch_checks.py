@@ -26,7 +26,7 @@ def check_sites(plan: Plan, backbone: Backbone) -> None:
 
 def check_batch(backbone: Backbone, batch: Batch) -> None:
     """Raise `PlanError` for a batch whose tensors do not go together, or are not where the backbone is."""
-    for name in ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"):
+    for name in ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "pieces"):
         given = getattr(batch, name)
         if given is not None and given.device != backbone.device:
             raise PlanError(
@@ -34,6 +34,32 @@ def check_batch(backbone: Backbone, batch: Batch) -> None:
                 f"{name}.to(backbone.device)"
             )
     check_beside_ids(backbone, batch)
+    if batch.pieces is not None:
+        check_pieces(backbone, batch.pieces, batch.attention_mask)
+
+
+def check_pieces(backbone: Backbone, pieces: Tensor, mask: Tensor | None) -> None:
+    """Raise `PlanError` unless rows of several texts, `pieces [B, T]` of a batch with `mask [B, T]`, can be kept apart.
+
+    Names the row whose texts do not stand one behind the other, or whose padding is not behind them.
+    """
+    if not backbone.causal:
+        raise PlanError(
+            f"pieces puts several texts into one row, which needs a causal backbone, and '{backbone.name}' "
+            f"({backbone.model.config.model_type}) is none; give every text a row of its own"
+        )
+    for name, given, rises, fix in (
+        ("pieces", pieces, True, "number a row's texts in the order in which they stand, each one's tokens together"),
+        ("attention_mask", mask, False, "where a row holds several texts, put all of its padding behind the last one"),
+    ):
+        if given is None:
+            continue
+        steps = given.long().diff(dim=1)
+        wrong = steps < 0 if rises else steps > 0
+        if bool(wrong.any()):
+            row, column = (int(i) for i in wrong.nonzero()[0])
+            how = "falls" if rises else "rises"
+            raise PlanError(f"row {row}: {name} {how} from position {column} to {column + 1}; {fix}")
 
 
 def check_beside_ids(backbone: Backbone, batch: Batch) -> None:
@@ -42,7 +68,8 @@ def check_beside_ids(backbone: Backbone, batch: Batch) -> None:
     Not for a pass that continues from another library's cache, whose mask is longer than its ids.
     """
     shape, slots = tuple(batch.input_ids.shape), batch.slots
-    for name, given in (("attention_mask", batch.attention_mask), ("token_type_ids", batch.token_type_ids)):
+    for name in ("attention_mask", "token_type_ids", "pieces"):
+        given = getattr(batch, name)
         if given is not None and tuple(given.shape) != shape:
             raise PlanError(
                 f"{name} has shape {tuple(given.shape)}, but input_ids has shape {shape}; give it one entry per token, "

@@ -93,7 +93,9 @@ class Call:
         if backbone.lsg is not None:
             ids, mask, types = self._to_the_left(ids, mask, types)
         self.prompts: Prompts | None = None
+        self.pieces = batch.pieces
         if any(r is not None and r.prompt_length for r in plan.ordered):
+            _refuse_pieces(plan, batch.pieces)
             self.prompts = Prompts(plan, backbone.placeholder_id, ids, mask, types, batch.slots)
             ids, mask, types = (
                 self.prompts.input_ids,
@@ -118,7 +120,7 @@ class Call:
             inputs["token_type_ids"] = types
         if backbone.writes:
             inputs["use_cache"] = False
-        return inputs | position_inputs(self.plan, backbone, ids, mask)
+        return inputs | position_inputs(self.plan, backbone, ids, mask, self.pieces)
 
     def _begin(self, backbone: Backbone, plan: Plan, stream: Stream | None = None) -> None:
         """What every call starts with."""
@@ -134,6 +136,8 @@ class Call:
         """How often a module that runs as several layers has run, by those layers."""
         self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
         """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
+        self.pieces: Tensor | None = None
+        """Where rows hold several texts: int64 `[B, T]` in plan order, as `Batch.pieces`."""
         self.cache: RowCache | PairedCache | None = None
         """Where text is generated: keys and values of what came before, the rows' memories among them."""
         self.section: Section | None = None
@@ -330,6 +334,17 @@ def cache_inputs(cache: RowCache | PairedCache, input_ids: Tensor, position_ids:
         "past_key_values": cache,
         "use_cache": True,
     }
+
+
+def _refuse_pieces(plan: Plan, pieces: Tensor | None) -> None:
+    """Raise `PlanError` where rows whose adapters insert vectors hold several texts; names the row."""
+    if pieces is None:
+        return
+    place = next(i for i, r in enumerate(plan.ordered) if r is not None and r.prompt_length)
+    raise PlanError(
+        f"row {plan.number(place)}: its adapter inserts vectors into a row (a prompt), which have one place there, and "
+        f"pieces puts several texts into it; give every text a row of its own"
+    )
 
 
 def _in_order(t: Tensor, order: Tensor | None) -> Tensor:

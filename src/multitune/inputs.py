@@ -28,6 +28,11 @@ class Batch:
     decoder_input_ids: Tensor | None = None
     """Encoder-decoders: int64 `[B, U]`, what the decoder reads, padded on the right (its tokens see no later ones)."""
 
+    pieces: Tensor | None = None
+    """Causal backbones, rows that are padded on the right: int64 `[B, T]`, for each token the number of the text of its
+    row that it belongs to, which never falls along a row. A text sees nothing of the others, and its positions count
+    from 0. `None` where every row is one text."""
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor replaced."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -49,6 +49,8 @@ class JointBatch:
     """int64 `[K, W]` or `None`."""
     slots: Tensor | None = None
     """int64 `[K, S]` as `Backbone.run` takes them."""
+    pieces: Tensor | None = None
+    """int64 `[K, W]` as `Backbone.run` takes them."""
     stream: Stream | None = None
     """Where its random numbers come from; `None` where none are drawn."""
 
@@ -60,6 +62,7 @@ class JointBatch:
             attention_mask=self.attention_mask,
             token_type_ids=self.token_type_ids,
             slots=self.slots,
+            pieces=self.pieces,
         )
 
 
@@ -160,6 +163,7 @@ class JointCall(Call):
         self._begin(backbone, _JointPlan(self.parts))  # not Call.__init__: this call has no token ids of its own
         self.lsg_open = self.parts[0].call.lsg_open  # only says whether there are blocks
         self.inputs = _joint_inputs(backbone, [part.call.inputs for part in self.parts], self.lsg_open is None)
+        self.pieces = _joint_pieces([part.call for part in self.parts])
         self._mode: list[_Draws] = []
 
     def enter(self) -> None:
@@ -247,6 +251,15 @@ def _joint_inputs(backbone: Backbone, inputs: Sequence[dict[str, Any]], masked: 
     if backbone.causal:
         found["use_cache"] = False
     return found
+
+
+def _joint_pieces(calls: Sequence[Call]) -> Tensor | None:
+    """The texts of all calls' rows, `[B, T]`; one text in a row of a call that does not say."""
+    if all(call.pieces is None for call in calls):
+        return None
+    ids = [call.inputs["input_ids"] for call in calls]
+    own = [torch.zeros_like(i) if call.pieces is None else call.pieces for call, i in zip(calls, ids, strict=True)]
+    return _padded(own, max(i.shape[1] for i in ids), 0)
 
 
 def _padded(parts: Sequence[Tensor], width: int, fill: int) -> Tensor:

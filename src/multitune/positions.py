@@ -47,17 +47,30 @@ def check_length(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | Non
         )
 
 
-def position_inputs(plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def position_inputs(
+    plan: Plan, backbone: Backbone, ids: Tensor, mask: Tensor | None, pieces: Tensor | None = None
+) -> dict[str, Tensor]:
     """Positions where the model's own would not do.
 
     They count from each row's first real token, where padding on the left would shift them; padding on the right
-    shifts nothing. And they are shifted by a memory that counts as positions.
+    shifts nothing. In rows of several texts, `pieces [B, T]`, they count from each text's first token. And they are
+    shifted by a memory that counts as positions.
     """
     shift = _shift(plan, ids.device)
     if backbone.architecture.own_positions and mask is not None and not bool((mask[:, 0] > 0).all()):
         lead = ((mask > 0).cumsum(1) == 0).sum(1)
         shift = -lead if shift is None else shift - lead
+    if pieces is not None:
+        starts = text_starts(pieces)
+        shift = -starts if shift is None else shift.unsqueeze(1) - starts
     return {} if shift is None else {"position_ids": backbone.position_ids(ids, shift)}
+
+
+def text_starts(pieces: Tensor) -> Tensor:
+    """`pieces [B, T]` of `Batch` to `[B, T]`: where in its row the text of each token begins."""
+    columns = torch.arange(pieces.shape[1], device=pieces.device)
+    begins = pieces.diff(dim=1, prepend=pieces[:, :1]) != 0
+    return (begins * columns).cummax(1).values
 
 
 def row_ends(mask: Tensor) -> Tensor:
