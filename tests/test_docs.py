@@ -317,11 +317,12 @@ def test_the_page_on_generation_writes_as_it_says(make_backbone, tmp_path, monke
     tasks = {"nlg/e2e_nlg": mt.load_table("facts.csv", text="{facts}", label="sentence", kind="generation")}
     monkeypatch.setattr(mt, "load_task", tasks.__getitem__)
     made = {"mt": mt, "backbone": tiny}
-    tables, training, generating, judging = (
+    tables, training, packing, generating, judging = (
         next(b for b in blocks("docs/generation.md", "python") if word in b)
-        for word in ("mt.load_table", "epochs=2", "bank.generate_stream", "evaluate_texts")
+        for word in ("mt.load_table", "epochs=2", "packing=True", "bank.generate_stream", "evaluate_texts")
     )
-    for code in (tables, training.replace("epochs=2", "max_steps=1, progress=False")):
+    packing = packing.replace("packing=True", "packing=True, max_steps=1, progress=False")
+    for code in (tables, training.replace("epochs=2", "max_steps=1, progress=False"), packing):
         exec(compile(code, "generation.md", "exec"), made)
     Path("adapters/summary").symlink_to("e2e")
     exec(compile(generating, "generation.md", "exec"), made)

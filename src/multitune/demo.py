@@ -23,7 +23,6 @@ from multitune.methods import Method, get_method
 from multitune.prediction import Prediction
 from multitune.tasks import Task, compute, load_task
 from multitune.training import TrainConfig, evaluate, train
-from multitune.training.config import COSMETIC
 
 TOLERANCE = 1e-4
 """Largest difference between a row's answer in the mixed batch and its answer alone: float32 arithmetic."""
@@ -238,8 +237,7 @@ def _earlier(
         adapter = Adapter.load(path, backbone)
     except MultituneError:
         return None
-    settings = {k: v for k, v in config.resolve(method).to_dict().items() if k not in COSMETIC}
-    wanted = settings | {"num_train": num_train}
+    wanted = config.resolve(method).identity() | {"num_train": num_train}
     same = (adapter.task, adapter.method) == (task, method) and {k: adapter.recipe.get(k) for k in wanted} == wanted
     return adapter if same else None
 

@@ -20,7 +20,7 @@ from multitune.heads import Head
 from multitune.methods import Method
 from multitune.tasks import Task, TaskData, compute
 from multitune.tasks.metrics import judge_of_training
-from multitune.training.config import COSMETIC, TrainConfig
+from multitune.training.config import TrainConfig
 from multitune.training.data import warn_of_empty
 from multitune.training.idle import without_idle
 from multitune.training.setup import Setup, check_trains_something
@@ -165,7 +165,6 @@ class Plan:
     ) -> Job:
         """The trial of one choice of settings on one draw of rows with one seed."""
         method, config = self._made(cell.method, point, rows, seed)
-        training = {name: value for name, value in config.to_dict().items() if name not in COSMETIC}
         trial = Trial(
             task=rows.task,
             data=dict(rows.facts),
@@ -173,7 +172,7 @@ class Plan:
             backbone_fingerprint=self.backbone.fingerprint,
             method=cell.method.name,
             settings=method.settings(),
-            training=training,
+            training=config.identity(),
         )
         return Job(trial=trial, data=rows.data, purpose=purpose, budget=cell.budget)
 

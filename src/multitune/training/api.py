@@ -40,8 +40,8 @@ def train(
         config: training settings; `overrides` are fields of it.
         name: what to call the adapter; by default the task's name.
         overwrite: replace a finished adapter, or an unfinished run of other settings, in `output_dir`.
-        report: called with a line where rows are longer than what is read of them, when a run resumes, and after each
-            evaluation unless a progress bar shows it.
+        report: called with a line where rows are longer than what is read of them, on what packing saves, when a run
+            resumes, and after each evaluation unless a progress bar shows it.
 
     Raises:
         ConfigError: an unknown or impossible setting; a folder that holds something else; a run that diverged.
@@ -69,8 +69,9 @@ def train_setup(setup: Setup, start: float, report: Callable[[str], None] | None
     if done is not None:
         return done
     opened.claim()
-    if report is not None and opened.shortened is not None:
-        report(opened.shortened)
+    if report is not None:
+        for line in opened.remarks:
+            report(line)
     config, model = setup.config, opened.model
     if config.gradient_checkpointing:
         model.backbone.enable_gradient_checkpointing()

@@ -42,6 +42,9 @@ LOSS_NAMES = ("language", "unlikelihood", "choice")
 #: What neither changes the tensors nor the metrics of a run, so that a resumed run may change it.
 COSMETIC = ("progress", "keep_checkpoints")
 
+#: Settings that results are stored without, because they came later.
+LATER = ("packing",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -76,6 +79,10 @@ class TrainConfig:
     """Arithmetic of the forward pass; bf16 is mixed precision, the trained tensors stay float32."""
     length_grouped: bool = True
     """Put rows of similar length into one batch, which saves padding."""
+    packing: bool = False
+    """Generation, on a causal backbone: put the rows of a batch into as few rows of at most max_length tokens as they
+    fit into, which saves padding. None of them sees another, the optimizer steps see the rows that they see without,
+    and the loss is the same. Evaluations do not pack."""
     early_stopping: int | None = None
     """Stop after this many evaluations in a row without a better validation metric."""
     evaluations_per_epoch: int = 1
@@ -162,6 +169,14 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that tell runs apart, as JSON values: all but the cosmetic ones.
+
+        A later one stands there only where it is not as usual, so that runs and results from before it are found again.
+        """
+        usual = [name for name in LATER if getattr(self, name) == getattr(TrainConfig, name)]
+        return {name: value for name, value in self.to_dict().items() if name not in (*COSMETIC, *usual)}
 
     def resolve(self, method: Method) -> TrainConfig:
         """The settings with the method's own where none are given."""

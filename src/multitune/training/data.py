@@ -22,8 +22,10 @@ from multitune.errors import DataError, DataWarning
 from multitune.heads import IGNORED
 from multitune.ranked import RankedRow, encode_ranked, index_of
 from multitune.tasks import Example, Task
+from multitune.training.packing import together
 
 if TYPE_CHECKING:
+    from multitune.training.config import TrainConfig
     from multitune.training.frozen_states import FrozenStates
 
 #: Batches of one length-sorted pool; larger pools pad less, smaller ones mix more.
@@ -77,6 +79,8 @@ class TaskRows(Dataset[Item]):
             raise DataError(f"task '{task.name}' has no {split} rows; give a table with at least one")
         warn_of_empty(task, split, examples)
         self.task = task
+        self.max_length = max_length
+        """Most tokens of a row."""
         self.examples = examples
         self.items: list[Item]
         if task.kind == "generation":
@@ -129,21 +133,32 @@ class Collator:
     """Rows to one padded batch, the arguments of `TuningModel.forward`."""
 
     def __init__(
-        self, kind: str, pad_id: int, states: FrozenStates | None = None, start_ids: Sequence[int] = ()
+        self,
+        kind: str,
+        pad_id: int,
+        states: FrozenStates | None = None,
+        start_ids: Sequence[int] = (),
+        room: int | None = None,
     ) -> None:
         """
         Args:
             start_ids: what an encoder-decoder's decoder begins with.
             states: what the frozen layers give for each sequence, if it is kept.
+            room: generation on a causal backbone: items share rows of at most so many tokens; by default none does.
         """
         self.kind = kind
         self.pad_id = pad_id
         self.states = states
         self.start_ids = list(start_ids)
+        self.room = room
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         if self.start_ids and self.kind == "generation":
             return self._two_sided(items)
+        if self.room is not None:
+            rows = together([len(item) for item in items], self.room)
+            if len(rows) < len(items):
+                return self._packed([[items[i] for i in row] for row in rows])
         sequences = [s for item in items for s in item.sequences]
         batch = pad(sequences, self.pad_id)
         found: dict[str, Tensor | None] = {
@@ -153,12 +168,33 @@ class Collator:
             "slots": batch.slots,
             "decoder_input_ids": batch.decoder_input_ids,
             "targets": self._targets(items, batch.input_ids.shape[1]),
-            "states": None if self.states is None else self.states.batch(sequences),
+            "states": None if self.states is None else self.states.batch([[s] for s in sequences]),
         }
         ranked = [item.ranked for item in items if item.ranked is not None]
         if ranked:
             found["index"] = index_of(ranked)
             found["teacher"] = _taught(items)
+        return {name: t for name, t in found.items() if t is not None}
+
+    def _packed(self, rows: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
+        """Rows of several texts, one behind the other; padding counts to the last."""
+        sequences = [[item.sequences[0] for item in row] for row in rows]
+        batch = pad([Encoded(input_ids=[i for s in row for i in s.input_ids]) for row in sequences], self.pad_id)
+        targets, pieces = torch.full_like(batch.input_ids, IGNORED), torch.empty_like(batch.input_ids)
+        for place, row in enumerate(rows):
+            end = 0
+            for number, item in enumerate(row):
+                pieces[place, end:] = number
+                end += len(item)
+                answer = slice(end - item.target, end)
+                targets[place, answer] = batch.input_ids[place, answer]
+        found = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "pieces": pieces,
+            "targets": targets,
+            "states": None if self.states is None else self.states.batch(sequences),
+        }
         return {name: t for name, t in found.items() if t is not None}
 
     def _two_sided(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -255,6 +291,17 @@ class BatchOrder(Sampler[list[int]]):
             steps += [part[i : i + step] for i in range(0, len(part), step)]
         shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
         return [i for rows in shuffled for i in rows] + order[whole:]
+
+
+def order_of(rows: TaskRows, config: TrainConfig) -> BatchOrder:
+    """The batches of a run."""
+    return BatchOrder(
+        [len(item) for item in rows.items],
+        config.batch_size,
+        accumulation=config.gradient_accumulation,
+        seed=config.seed,
+        grouped=config.length_grouped,
+    )
 
 
 class RowLoader(DataLoader[Item]):

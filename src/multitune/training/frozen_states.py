@@ -83,12 +83,16 @@ class FrozenStates:
                 self._kept[first:stop] = own[: stop - first]
         self._first = self._first[:0]
 
-    def batch(self, sequences: Sequence[Encoded]) -> Tensor:
-        """`[B, S, D]`, zero where a shorter sequence is padded."""
-        ranges = [self._ranges[_key(s)] for s in sequences]
-        out = self._kept.new_zeros(len(ranges), max(stop - start for start, stop in ranges), self.shape[1])
-        for row, (start, stop) in zip(out, ranges, strict=True):
-            row[: stop - start] = self._kept[start:stop]
+    def batch(self, rows: Sequence[Sequence[Encoded]]) -> Tensor:
+        """`[B, S, D]` of rows of one sequence, or of several one behind the other; zero where a row is padded."""
+        ranges = [[self._ranges[_key(s)] for s in row] for row in rows]
+        width = max(sum(stop - start for start, stop in row) for row in ranges)
+        out = self._kept.new_zeros(len(rows), width, self.shape[1])
+        for place, row in zip(out, ranges, strict=True):
+            end = 0
+            for start, stop in row:
+                place[end : end + stop - start] = self._kept[start:stop]
+                end += stop - start
         return out
 
 

@@ -25,6 +25,8 @@ def idle_settings(backbone: Backbone, task: Task, config: TrainConfig) -> dict[s
     for name, (asks, what) in _PARTS_OF.items():
         if getattr(config, name) != getattr(TrainConfig, name) and not getattr(config, asks):
             idle[name] = f"{what}; give {asks} too, or leave it out"
+    if config.packing and (why := _no_packing(backbone, task, config)):
+        idle["packing"] = f"{why}; leave it out"
     head = Head.for_task(task)
     if config.pooling not in (None, backbone.default_pooling) and not head.pools:
         reads = "a head that reads every word by itself" if head.kind == "tagging" else "no head that reads one vector"
@@ -33,6 +35,15 @@ def idle_settings(backbone: Backbone, task: Task, config: TrainConfig) -> dict[s
     if config.head_dropout != TrainConfig.head_dropout and not head.drops:
         idle["head_dropout"] = f"is for what a head reads, and task '{task.name}' trains no head; leave it out"
     return idle
+
+
+def _no_packing(backbone: Backbone, task: Task, config: TrainConfig) -> str:
+    """Why packing has nothing to pack; empty where it has."""
+    if task.kind != "generation":
+        return f"puts rows of tasks of kind generation together, and task '{task.name}' is of kind {task.kind}"
+    if backbone.decodes:
+        return f"puts rows of a causal backbone together, and '{backbone.name}' is an encoder-decoder"
+    return "puts rows of one batch together, and batch_size=1 has one" if config.batch_size == 1 else ""
 
 
 def refuse_idle(backbone: Backbone, task: Task, config: TrainConfig, given: Collection[str] | None = None) -> None:

@@ -228,8 +228,8 @@ class _Crew:
                 self._report(f"{setup.name}: {line}")
 
         say(f"{setup.method.name} on {opened.facts['num_train']} rows")
-        if opened.shortened is not None:
-            say(opened.shortened)
+        for line in opened.remarks:
+            say(line)
         config = replace(setup.config, progress=False)  # the bars are those of all jobs together
         lines = None if self._report is None or self._progress.shown else say
         rows = opened.rows

@@ -87,6 +87,7 @@ class TuningModel(nn.Module):
         index: Tensor | None = None,
         teacher: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        pieces: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits, and with targets the mean loss.
 
@@ -98,6 +99,7 @@ class TuningModel(nn.Module):
                 and `index` are of the decoder's tokens.
             index: ranking: int64 `[N, 6]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
             teacher: ranking: float32 `[R, choices]`, the scores to distil.
+            pieces: generation: int64 `[B, T]` as `Backbone.run` takes them; no text's first token is a target.
 
         Returns:
             `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; ranking the scores per token
@@ -105,15 +107,16 @@ class TuningModel(nn.Module):
             `[B, T, V]` without targets, and with them `loss` alone, the mean over all tokens that count.
         """
         backbone, device = self.backbone, self.backbone.device
-        ids, mask, types = (None if t is None else t.to(device) for t in (input_ids, attention_mask, token_type_ids))
+        given = (input_ids, attention_mask, token_type_ids, pieces)
+        ids, mask, types, pieces = (None if t is None else t.to(device) for t in given)
         assert ids is not None
         with self.arithmetic():
             plan = self.plan(len(ids))
             if states is None:
                 slots, written = (None if t is None else t.to(device) for t in (slots, decoder_input_ids))
-                hidden = backbone.run(plan, ids, mask, types, slots, written)
+                hidden = backbone.run(plan, ids, mask, types, slots, written, pieces)
             elif self.frozen_layers < backbone.num_layers:
-                batch = Batch(input_ids=ids, attention_mask=mask, token_type_ids=types)
+                batch = Batch(input_ids=ids, attention_mask=mask, token_type_ids=types, pieces=pieces)
                 hidden = backbone.run_above(plan, self.frozen_layers, states.to(device), batch)
             else:
                 hidden, mask = states.to(device), None if self.keeps_one_state else mask

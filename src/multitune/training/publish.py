@@ -19,7 +19,6 @@ from multitune.errors import ConfigError
 from multitune.files import replace_file
 from multitune.tables import TABLE_FILE
 from multitune.training.checkpoints import FOLDER, Checkpoints
-from multitune.training.config import COSMETIC
 from multitune.training.curve import write_curve
 from multitune.training.model import TuningModel
 from multitune.training.trainer import TuningTrainer
@@ -82,7 +81,7 @@ def best_adapter(
         params = {k: t for k, t in params.items() if not torch.equal(t, before[k].detach().float().cpu())}
     with torch.no_grad():
         method, params = model.method.finish(params, backbone)
-    recipe = {k: v for k, v in trainer.config.to_dict().items() if k not in COSMETIC} | facts
+    recipe = trainer.config.identity() | facts
     recipe |= {"steps": trainer.state.global_step, "best_step": trainer.state.best_global_step}
     return Adapter(
         name=name,

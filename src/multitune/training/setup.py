@@ -25,11 +25,12 @@ from multitune.quantized import check_trains
 from multitune.ranked import PatternReader
 from multitune.tasks import Task, TaskData
 from multitune.training.checkpoints import Checkpoints, differences
-from multitune.training.config import COSMETIC, LOSS_NAMES, TrainConfig, parse_losses
-from multitune.training.data import Item, TaskRows
+from multitune.training.config import LOSS_NAMES, TrainConfig, parse_losses
+from multitune.training.data import Item, TaskRows, order_of
 from multitune.training.distill import teacher_scores
 from multitune.training.idle import refuse_idle
 from multitune.training.model import TuningModel
+from multitune.training.packing import check_packing, saving
 from multitune.training.publish import HISTORY_FILE, JOB_FILE, best_adapter, check_folder, publish
 from multitune.training.results import TrainResult, history_of, peak_memory
 from multitune.training.trainer import TuningTrainer
@@ -50,6 +51,13 @@ class Opened:
     facts: dict[str, int]
     """What a recipe says beside the settings."""
     overwrite: bool
+    packed: str | None = None
+    """A line about what packing saves, if the run packs."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is said of the rows before the first step."""
+        return [line for line in (self.shortened, self.packed) if line is not None]
 
     @property
     def shortened(self) -> str | None:
@@ -142,12 +150,18 @@ class Setup:
         backbone, data = self.backbone, self.data
         model = _model(backbone, data, self.method, self.config)
         max_length = _room(model, self.config)
+        if self.config.packing:
+            check_packing(self.method, model.delta_set())
         read = read or partial(read_rows, backbone)
         rows = {
             split: read(data.task, table, split, max_length)
             for split, table in (("train", data.train), ("validation", data.validation))
         }
         _check_prompts(model, rows.values())
+        packed = None
+        if self.config.packing:
+            order = order_of(rows["train"], self.config)
+            packed = saving(order.lengths, order, max_length, self.config.batch_size)
         if self.config.distill_examples is not None:
             scores = teacher_scores(backbone, data.task, data.train, self.config)
             rows["train"] = rows["train"].with_teacher(scores)
@@ -165,6 +179,7 @@ class Setup:
             settings=settings,
             facts=facts,
             overwrite=self.overwrite,
+            packed=packed,
         )
 
     def close(self, opened: Opened, trainer: TuningTrainer, start: float, *, job: bool = False) -> TrainResult:
@@ -414,7 +429,7 @@ def _settings(
     backbone: Backbone, data: TaskData, method: Method, config: TrainConfig, rows: dict[str, TaskRows]
 ) -> dict[str, Any]:
     """What a resumed run must share with the run it resumes, flat, so that a difference can be named."""
-    values = {k: v for k, v in config.to_dict().items() if k not in COSMETIC}
+    values = config.identity()
     values |= {"method": method.name} | {f"method.{k}": v for k, v in method.settings().items()}
     values |= {f"task.{k}": v for k, v in data.task.to_dict().items()}
     values |= {"backbone": backbone.fingerprint, "backbone_dtype": str(backbone.dtype)}

@@ -103,11 +103,17 @@ def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[Steppe
 def _joint_batch(run: SteppedRun) -> JointBatch:
     tuned, inputs = run.trainer.tuned, run.batch
     device = tuned.backbone.device
-    given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "slots"))
-    ids, mask, types, slots = (None if t is None else t.to(device) for t in given)
+    given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "slots", "pieces"))
+    ids, mask, types, slots, pieces = (None if t is None else t.to(device) for t in given)
     assert ids is not None
     with tuned.arithmetic(), run.stream.drawing():
         plan = tuned.plan(len(ids))
     return JointBatch(
-        plan=plan, input_ids=ids, attention_mask=mask, token_type_ids=types, slots=slots, stream=run.stream
+        plan=plan,
+        input_ids=ids,
+        attention_mask=mask,
+        token_type_ids=types,
+        slots=slots,
+        pieces=pieces,
+        stream=run.stream,
     )

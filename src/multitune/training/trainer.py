@@ -21,7 +21,7 @@ from multitune.tasks import higher_is_better, judge
 from multitune.training.callbacks import Bar, callbacks_of
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
-from multitune.training.data import BatchOrder, Collator, RowLoader, TaskRows, num_targets
+from multitune.training.data import Collator, RowLoader, TaskRows, num_targets, order_of
 from multitune.training.frozen_states import FrozenStates, keep_frozen_states
 from multitune.training.gradients import BatchGradients
 from multitune.training.model import TuningModel
@@ -66,15 +66,13 @@ class TuningTrainer(Trainer):
         self.report = report
         self.best: dict[str, Tensor] | None = None
         self.best_metrics: dict[str, float] = {}
-        self.collator = Collator(train.task.kind, model.backbone.pad_id, states, model.backbone.start_ids)
+        kind, backbone = train.task.kind, model.backbone
+        self.judged_collator = Collator(kind, backbone.pad_id, states, backbone.start_ids)
+        """Of evaluations, whose batches are not packed."""
+        room = train.max_length if config.packing else None
+        self.collator = Collator(kind, backbone.pad_id, states, backbone.start_ids, room)
         self.cached_bytes = 0 if states is None else states.nbytes
-        order = BatchOrder(
-            [len(item) for item in train.items],
-            config.batch_size,
-            accumulation=config.gradient_accumulation,
-            seed=config.seed,
-            grouped=config.length_grouped,
-        )
+        order = order_of(train, config)
         self.loader = RowLoader(train, order, self.collator)
         steps_per_epoch = max(1, math.ceil(len(order) / config.gradient_accumulation))
         self.steps_per_epoch = steps_per_epoch
@@ -253,7 +251,7 @@ class TuningTrainer(Trainer):
         tuned.eval()
         for start in range(0, len(order), self.config.eval_batch_size):
             picked = order[start : start + self.config.eval_batch_size]
-            batch = self.collator([rows[i] for i in picked])
+            batch = self.judged_collator([rows[i] for i in picked])
             with torch.no_grad():
                 outputs = tuned(**batch)
             items = num_targets(task.kind, batch["targets"])
