@@ -1,16 +1,18 @@
 """`multitune compare`: what it says before, while and after."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from multitune.cli.compare import duration
+from multitune.cli.compare import duration, in_words
 from multitune.cli.shared import app, load_command
 from multitune.comparing import Recipe, Store, execute
-from multitune.comparing.estimate import Cost, _each, _run, estimate
+from multitune.comparing import estimate as timing
+from multitune.comparing.estimate import Cost, Spent, _each, _run, estimate
 from multitune.comparing.run import load
 from multitune.comparing.sources import recipe_of, suites
 from multitune.comparing.store import FILE
@@ -160,7 +162,7 @@ def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_f
     assert line["score"] == pytest.approx(sum(scores) / 2)
 
 
-COST = Cost(fixed=3.0, step=0.5, row=0.01)
+COST = Cost(fixed=3.0, step=0.5, batch_size=16, row=0.01)
 
 
 def test_the_estimate_grows_with_the_steps(recipe):
@@ -169,8 +171,35 @@ def test_the_estimate_grows_with_the_steps(recipe):
         return estimate(plan), _run(TrainConfig(max_steps=steps), COST, plan.cells[0].draws[0].data, 2.0)
 
     (timed, few), (_, many) = seconds(10), seconds(4000)
-    assert 0 < timed < 60
+    assert 0 < timed.processor < 60 and timed.seconds > 0
     assert few >= 3 + 10 and many - few >= 2 * 0.5 * 3990
+    data = load(recipe(methods=["bitfit"], seeds=1)).cells[0].draws[0].data
+    small, large = (_run(TrainConfig(max_steps=100, batch_size=n), replace(COST, row=0.0), data, 1.0) for n in (8, 32))
+    assert (small, large) == (3 + 25, 3 + 100)  # a step of a grid's own batch size, in proportion
+
+
+def test_others_on_the_machine_lengthen_the_wall_time_and_not_the_processor_time(recipe, monkeypatch):
+    plan = load(recipe(methods=["bitfit"], seeds=1, training={"max_steps": 100, "batch_size": 8}))
+    first, waits = [9.0], iter([0.0, 5.0, 0.1, 0.1])  # the first run warms up; the shortest that counts waits longest
+
+    def timed(backbone, rows, steps, judged):
+        processor = 1.0 + 0.1 * steps + 0.005 * judged + (first.pop() if first else 0.0)
+        return Spent(seconds=processor + next(waits), processor=processor)
+
+    monkeypatch.setattr(timing, "_time", timed)
+    found, data = estimate(plan), plan.cells[0].draws[0].data
+    evaluations = math.ceil(100 / math.ceil(len(data.train) / 8))
+    judged = (evaluations + 1) * len(data.validation)
+    assert found.processor == pytest.approx(1.0 + 0.1 * 100 + 0.005 * judged, rel=0.05)
+    assert found.is_waiting and found.seconds > 2 * found.processor
+
+
+def test_an_estimate_says_how_much_of_it_is_waiting():
+    assert in_words(Spent(seconds=7200, processor=7200)) == "about 2.0 hours in one process"
+    assert in_words(Spent(seconds=7200, processor=14000)) == "about 2.0 hours in one process"  # two threads
+    assert in_words(Spent(seconds=72000, processor=7200) * 0.5) == (
+        "about 10.0 hours in one process while this machine is as busy as now, 60 minutes of processor time"
+    )
 
 
 def test_a_longer_run_that_was_quicker_says_what_a_step_takes_at_most():

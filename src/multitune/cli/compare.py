@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 
 from multitune.cli import shared
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
-from multitune.comparing.estimate import estimate
+from multitune.comparing.estimate import Spent, estimate
 from multitune.comparing.gathering import that_count
 from multitune.comparing.records import Record, Trial
 from multitune.comparing.run import (
@@ -244,7 +244,7 @@ def _dry(plan: Plan, as_json: bool) -> None:
             f"with {_several(len(plan.recipe.seeds), 'seed')}"
         )
     most = " at most" if plan.recipe.search is not None else ""
-    print(f"{_several(total, 'trial')}{most}; about {duration(estimate(plan))} in one process")
+    print(f"{_several(total, 'trial')}{most}; {in_words(estimate(plan))}")
 
 
 def _finals(plan: Plan) -> list[Job]:
@@ -274,12 +274,20 @@ def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
     if known:
         what += f"; {count(known)} are in the store"
     if known < total:
-        what += f"; about {duration(estimate(plan) * (1 - known / total))} in one process"
+        what += f"; {in_words(estimate(plan) * (1 - known / total))}"
     note(f"{_several(total, 'trial')}: {what}; results go to {folder}")
 
 
 def _several(number: int, what: str) -> str:
     return f"{count(number)} {what}" + ("" if number == 1 else "s")
+
+
+def in_words(spent: Spent) -> str:
+    """An estimate; where others use the machine too, what it would be without them stands beside it."""
+    about = f"about {duration(spent.seconds)} in one process"
+    if not spent.is_waiting:
+        return about
+    return f"{about} while this machine is as busy as now, {duration(spent.processor)} of processor time"
 
 
 def duration(seconds: float) -> str:
