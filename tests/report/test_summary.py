@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
@@ -32,6 +34,17 @@ def test_budgets_and_backbones_stand_in_the_name():
     records = [record("lora", budget=b, backbone=m) for b in ("0.1%", None) for m in ("minilm", "roberta")]
     names = {c.name for c in summarise(records).candidates}
     assert names == {f"lora{b} on {m}" for b in (", 0.1%", "") for m in ("minilm", "roberta")}
+
+
+def test_weights_that_changed_under_a_name_are_a_backbone_of_their_own():
+    one = [record("lora", seed=s, score=0.5 + 0.01 * s) for s in (0, 1)]
+    other = [replace(r, trial=replace(r.trial, backbone_fingerprint="f00dcafe")) for r in one]
+    found = {c.name: c for c in summarise([*one, *other]).candidates}
+    assert set(found) == {"lora on minilm (weights beef)", "lora on minilm (weights f00dca)"}
+    assert {c.overall.n for c in found.values()} == {2} and {c.backbone for c in found.values()} == {"minilm"}
+    assert [c.name for c in summarise(one).candidates] == ["lora"]
+    elsewhere = summarise([*one, *other, record("lora", backbone="small")])
+    assert {c.name for c in elsewhere.candidates} == {*found, "lora on small"}
 
 
 def test_few_rows_are_tasks_of_their_own_and_draws_are_what_is_counted():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,7 +62,21 @@ def _cell(record: Record) -> str:
     """What a search looks for settings for: task with its number of rows, method, budget; whichever draw of rows."""
     trial = record.trial
     conditions = {k: trial.data.get(k) for k in _CONDITIONS}
-    return _json([trial.task, conditions, trial.backbone, trial.method, record.budget])
+    return _json([trial.task, conditions, *weights_of(record), trial.method, record.budget])
+
+
+def weights_of(record: Record) -> tuple[str, str]:
+    """Name and fingerprint of the backbone: a new revision on the hub, or a folder written anew, keeps its name."""
+    return record.trial.backbone, record.trial.backbone_fingerprint
+
+
+def backbone_names(records: Iterable[Record]) -> dict[tuple[str, str], str]:
+    """What to call the backbones of these records, by name and fingerprint of the weights: by their names, and where a
+    name stands for several by their fingerprints too.
+    """
+    known = sorted({weights_of(r) for r in records})
+    times = Counter(name for name, _ in known)
+    return {(name, of): f"{name} (weights {of[:6]})" if times[name] > 1 else name for name, of in known}
 
 
 def _task_names(records: Sequence[Record]) -> dict[str, str]:
@@ -116,10 +130,10 @@ def _candidates(records: Sequence[Record], tasks: Mapping[str, str]) -> dict[str
     What differs *within* a task tells candidates apart. What differs only between tasks does not: a search chooses the
     learning rate of each task for itself, and the candidate is then the method with its search.
     """
-    backbones = {r.trial.backbone for r in records}
-    groups: dict[tuple[str, str, str | None], list[Record]] = defaultdict(list)
+    backbones = backbone_names(records)
+    groups: dict[tuple[tuple[str, str], str, str | None], list[Record]] = defaultdict(list)
     for r in records:
-        groups[r.trial.backbone, r.trial.method, r.budget].append(r)
+        groups[weights_of(r), r.trial.method, r.budget].append(r)
     found: dict[str, list[Record]] = defaultdict(list)
     for (backbone, method, budget), of in groups.items():
         differing = _differing(of, tasks)
@@ -127,7 +141,7 @@ def _candidates(records: Sequence[Record], tasks: Mapping[str, str]) -> dict[str
             settings = _settings(r)
             said = [method] + ([budget] if budget is not None else [])
             said += [f"{k}={settings.get(k, 'unset').strip(chr(34))}" for k in differing]
-            found[", ".join(said) + (f" on {backbone}" if len(backbones) > 1 else "")].append(r)
+            found[", ".join(said) + (f" on {backbones[backbone]}" if len(backbones) > 1 else "")].append(r)
     return found
 
 
