@@ -13,6 +13,7 @@ from multitune.comparing.gathering import summarise
 from multitune.comparing.overhead import OverheadRow
 from multitune.comparing.recipe import Recipe
 from multitune.comparing.records import Record
+from multitune.comparing.report.content import how_to_read
 from multitune.comparing.report.rerun import recipes_of
 from multitune.comparing.summary import paired_runs
 from multitune.comparing.trials import Plan
@@ -134,6 +135,17 @@ def test_overhead_is_the_mean_over_shapes_that_every_method_has():
     assert found["lora"].overhead_alone == pytest.approx((1.1 * 1.2) ** 0.5)
     assert (found["lora"].overhead_mixed, found["ia3"].overhead_mixed) == (2.0, None)
     assert found["head"].overhead_alone is None
+
+
+def test_times_of_serving_are_of_one_place():
+    def row(method, length, ratio, threads):
+        return OverheadRow(method=method, form="alone", rows=1, length=length, ratio=ratio, milliseconds=1.0, rounds=5,
+                           environment={"machine": "m", "threads": threads, "device": "cpu"})  # fmt: skip
+
+    overhead = [row(m, n, 1.5, 2) for m in ("lora", "ia3") for n in (16, 64)] + [row("lora", 16, 9.0, 1)]
+    summary = summarise([record("lora"), record("ia3")], overhead)
+    assert [c.overhead_alone for c in summary.candidates] == pytest.approx([1.5, 1.5])
+    assert any("several places; Alone and Mixed are of m, threads 2, cpu." in said for said in how_to_read(summary))
 
 
 def test_a_search_that_found_nothing_stands_among_the_failed_runs():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from multitune.comparing.overhead import OverheadRow, mean_ratio
+from multitune.comparing.overhead import OverheadRow, mean_ratio, usual_places
 from multitune.comparing.records import Record
 from multitune.comparing.statistics import mean_over_tasks
 from multitune.comparing.summary import Candidate, Cell, Summary, draw_of
@@ -25,7 +25,9 @@ def summarise(records: Sequence[Record], overhead: Sequence[OverheadRow] = ()) -
     found = _candidates(counted, tasks)
     order = tuple(dict.fromkeys(tasks[r.trial.key] for r in sorted(counted, key=lambda r: tasks[r.trial.key])))
     metrics = {tasks[r.trial.key]: r.outcome.metric for r in counted}
-    candidates = [_candidate(name, of, order, tasks, overhead) for name, of in found.items()]
+    places = usual_places(overhead)
+    here = [row for row in overhead if row.place == places[row.backbone]]
+    candidates = [_candidate(name, of, order, tasks, here) for name, of in found.items()]
     candidates.sort(key=lambda c: (c.overall is None, -c.overall.mean if c.overall else 0.0, c.name))
     return Summary(
         tasks=order,

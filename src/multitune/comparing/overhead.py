@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -45,6 +46,14 @@ class OverheadRow:
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Machine, versions, threads and date."""
 
+    @property
+    def place(self) -> str:
+        """Where it was measured, in words: ratios of different places are not compared with each other."""
+        of = self.environment
+        threads = of.get("threads")
+        said = [of.get("machine"), None if threads is None else f"threads {threads}", of.get("device")]
+        return ", ".join(str(part) for part in said if part is not None)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
@@ -67,7 +76,8 @@ class OverheadRow:
 
 
 def read_overhead(file: Path) -> list[OverheadRow]:
-    """The rows of a file of JSON lines, as `benchmarks/overhead.py` writes it; the last of each measurement counts.
+    """The rows of a file of JSON lines, as `benchmarks/overhead.py` writes it; of each measurement in a place the last
+    counts.
 
     Raises:
         DataError: a line is no such row; names it. A last line that was cut off by a kill is left out.
@@ -82,8 +92,18 @@ def read_overhead(file: Path) -> list[OverheadRow]:
             raise DataError(f"{file}, line {number} is no JSON: {error}; remove the line, or measure again") from error
         except (DataError, TypeError) as error:
             raise DataError(f"{file}, line {number}: {error}") from error
-        found[row.method, row.form, row.rows, row.length, row.backbone, json.dumps(row.settings, sort_keys=True)] = row
+        settings = json.dumps(row.settings, sort_keys=True)
+        found[row.method, row.form, row.rows, row.length, row.backbone, settings, row.place] = row
     return list(found.values())
+
+
+def usual_places(rows: Iterable[OverheadRow]) -> dict[str, str]:
+    """By backbone the place where most was measured, of equals the later one."""
+    numbers: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in rows:
+        of = numbers[row.backbone]
+        of[row.place] = of.pop(row.place, 0) + 1
+    return {backbone: max(reversed(of), key=of.__getitem__) for backbone, of in numbers.items()}
 
 
 def mean_ratio(rows: Sequence[OverheadRow], cells: Iterable[tuple[int, int]]) -> float | None:

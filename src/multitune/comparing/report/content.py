@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from multitune.comparing.overhead import usual_places
 from multitune.comparing.records import Record
 from multitune.comparing.report.tables import ALL_TASKS, Row
 from multitune.comparing.statistics import ALPHA
@@ -122,6 +123,10 @@ def how_to_read(summary: Summary) -> list[str]:
             f"Times are given only for runs that had their process to themselves on one kind of machine; without one: "
             f"{listed(incomparable, most=6)}."
         )
+    if len({row.place for row in summary.overhead}) > 1:
+        usual = usual_places(summary.overhead)
+        said = dict.fromkeys(usual[backbone] or "a place not known" for backbone in sorted(usual))
+        found.append(f"Serving was timed in several places; Alone and Mixed are of {'; '.join(said)}.")
     measured = {(row.method, row.backbone) for row in summary.overhead}
     otherwise = [
         c.name

@@ -141,10 +141,11 @@ def _overhead(summary: Summary) -> dict[str, Any] | None:
     if not rows:
         return None
     shapes = sorted({(row.rows, row.length) for row in rows})
-    several = len({row.backbone for row in rows}) > 1
+    several, places = len({row.backbone for row in rows}) > 1, len({row.place for row in rows}) > 1
     lines: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
-    for row in sorted(rows, key=lambda r: (r.method, r.backbone, list(FORMS).index(r.form))):
+    for row in sorted(rows, key=lambda r: (r.method, r.backbone, r.place, list(FORMS).index(r.form))):
         name = _with_settings(row, rows) + (f" on {row.backbone}" if several else "")
+        name += f" ({row.place or 'place not known'})" if places else ""
         lines.setdefault((name, row.form), {})[row.rows, row.length] = row.ratio
     forms = [form for form in FORMS if any(form == f for _, f in lines)]
     return {
