@@ -185,6 +185,22 @@ def test_rows_of_another_list_are_not_pooled_and_told_apart():
     assert other.ours.endswith("1 seed, backbone b, questions 10 (2 of 2, which differ in learnt)")
 
 
+def test_two_rows_of_one_seed_are_no_two_seeds():
+    rows = [chains("many", s, {"x": 8}, 3) for s in (0, 1)] + [chains("single", s, {"x": 4}, 1) for s in (0, 1)]
+    longer = [{**row, "cell": {**row["cell"], "training": {**row["cell"]["training"], "steps": 9}}} for row in rows[:2]]
+    one, other = judge([], of(CHAINS), results={"chains": [*rows, *longer]})
+    assert one.ours.endswith("2 seeds, backbone b, questions 10 (1 of 2, which differ in training)")
+    assert other.ours.endswith("2 seeds, backbone b, questions 10 (2 of 2, which differ in training)")
+
+
+def test_the_tasks_of_a_benchmark_are_named():
+    part = replace(CHAINS, alike=("backbone", "task"))
+    rows = [chains(side, s, {"x": n}, k) for side, n, k in (("many", 8, 3), ("single", 4, 1)) for s in (0, 1)]
+    rows = [{**row, "cell": {**row["cell"], "task": task}} for row in rows for task in ("one", "two")]
+    (finding,) = judge([], of(part), results={"chains": rows})
+    assert finding.ours.endswith(", one and two, 2 seeds, backbone b")
+
+
 def test_rows_that_lack_a_field_are_not_alike():
     stale = [chains(rows, s, {"x": 4}, k) for rows, k in (("many", 3), ("single", 1)) for s in (0, 1)]
     for row in stale:

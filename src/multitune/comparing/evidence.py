@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,19 +46,48 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def pairs_of(rows: Sequence[Row], part: Stored) -> list[tuple[str, Pairs]]:
-    """Scores of both sides on equal conditions: for each group of rows that are alike its conditions, and the pairs."""
+    """Scores of both sides on equal conditions: for each group of rows that are alike its conditions, and the pairs.
+
+    Two rows of one side, task and seed were run with other settings, and are no two seeds: they are of two groups.
+    """
     found: dict[str, tuple[Row, Pairs]] = {}
-    for one in (r for r in rows if _fits(r, part, part.one)):
-        for other in (r for r in rows if _fits(r, part, part.other)):
-            seeds = {_seed(r, part) for r in (one, other)} - {None}
-            if len(seeds) > 1 or _conditions(one, part) != _conditions(other, part):
-                continue
-            group = json.dumps({k: v for k, v in _conditions(one, part).items() if k != "task"}, sort_keys=True)
-            task = str(one["cell"]["task"]) if "task" in part.alike else ""
-            by_task = found.setdefault(group, (one, {}))[1]
-            by_task.setdefault(task, []).append((_score(one, part.one), _score(other, part.other)))
-    titles = _titles([row for row, _ in found.values()], part)
+    left, right = ([r for r in rows if _fits(r, part, side)] for side in (part.one, part.other))
+    varied = _varied(left, part, part.one), _varied(right, part, part.other)
+    for one, other in itertools.product(left, right):
+        seeds = {_seed(r, part) for r in (one, other)} - {None}
+        if len(seeds) > 1 or _conditions(one, part) != _conditions(other, part):
+            continue
+        alike = {k: v for k, v in _conditions(one, part).items() if k != "task"}
+        own = [{k: _unseeded(r, part).get(k) for k in of} for r, of in zip((one, other), varied, strict=True)]
+        task = str(one["cell"]["task"]) if "task" in part.alike else ""
+        by_task = found.setdefault(json.dumps([alike, *own], sort_keys=True), (one, {}))[1]
+        by_task.setdefault(task, []).append((_score(one, part.one), _score(other, part.other)))
+    in_what = dict.fromkeys([*part.same, *varied[0], *varied[1]])
+    titles = _titles([row for row, _ in found.values()], part, list(in_what))
     return [(title, pairs) for title, (_, pairs) in zip(titles, found.values(), strict=True)]
+
+
+def _varied(rows: Sequence[Row], part: Stored, side: Side) -> list[str]:
+    """Fields of the cells in which rows of one side differ though task, seed and all that is known to matter agree."""
+    known = {*part.alike, *part.same, *side.cell}
+    alike: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        own = {k: v for k, v in _unseeded(row, part).items() if k not in known}
+        alike[json.dumps([_conditions(row, part), _seed(row, part)], sort_keys=True)].append(own)
+    names = dict.fromkeys(name for of in alike.values() for own in of for name in own)
+    texts = {
+        name: [{json.dumps(own.get(name), sort_keys=True) for own in of} for of in alike.values()] for name in names
+    }
+    return [name for name in names if any(len(values) > 1 for values in texts[name])]
+
+
+def _unseeded(row: Row, part: Stored) -> Row:
+    """A row's cell without its seed."""
+    above, _, name = part.seed.rpartition(".")
+    if not above:
+        return {k: v for k, v in row["cell"].items() if k != name}
+    inner = row["cell"].get(above)
+    return {**row["cell"], above: {k: v for k, v in inner.items() if k != name}} if inner else row["cell"]
 
 
 def _fits(row: Row, part: Stored, side: Side) -> bool:
@@ -70,7 +100,7 @@ def _conditions(row: Row, part: Stored) -> Row:
     return {k: row["cell"][k] for k in (*part.alike, *part.same)}
 
 
-def _titles(rows: Sequence[Row], part: Stored) -> list[str]:
+def _titles(rows: Sequence[Row], part: Stored, in_what: Sequence[str]) -> list[str]:
     """What the rows of each group have in common, a row of each given; numbered where it is the same to the eye."""
     shown = [k for k in part.alike if k != "task"]
     said = [", ".join(f"{k} {r['cell'][k]}" for k in shown if r["cell"][k] is not None) for r in rows]
@@ -78,7 +108,7 @@ def _titles(rows: Sequence[Row], part: Stored) -> list[str]:
     titles = []
     for text in said:
         number[text] += 1
-        which = f" ({number[text]} of {count[text]}, which differ in {' or '.join(part.same)})"
+        which = f" ({number[text]} of {count[text]}, which differ in {' or '.join(in_what)})"
         titles.append(text + (which if count[text] > 1 else ""))
     return titles
 
