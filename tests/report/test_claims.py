@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from invented import record
+from invented import failed, record
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -16,7 +16,7 @@ from multitune import method_names
 from multitune.cli import app
 from multitune.comparing.claims import judge
 from multitune.comparing.evidence import read_results
-from multitune.comparing.overhead import FORMS, OverheadRow
+from multitune.comparing.overhead import FORMS, OverheadRow, read_overhead
 from multitune.comparing.papers import CLAIMS, Claim
 from multitune.comparing.parts import COLLECTIONS, Part, Side, Size, Stored, Timed, Untested
 from multitune.comparing.sources import recipe_of
@@ -65,7 +65,35 @@ def test_the_figure_is_the_paired_difference_with_scipys_interval():
     ends = stats.ttest_rel(mine, other).confidence_interval(0.95)
     text = verdict("beats", mine, other).ours
     assert f"difference 5.7 ({100 * ends.low:.1f} to {100 * ends.high:.1f})" in text
-    assert "71.7 against 66.0" in text and "1 task, 3 seeds, minilm" in text
+    assert "71.7 against 66.0" in text and "1 of 9 tasks, 3 seeds, minilm" in text
+
+
+def test_what_failed_is_counted_and_what_failed_altogether_is_not_called_not_run():
+    part = Part(method="ia3", other="full", relation="beats")
+    records = [*runs({"ia3": HIGH[:2], "full": [*LOW[:2], 0.9]}), failed("ia3", seed=2)]
+    (finding,) = judge(records, of(part))
+    assert finding.ours.endswith("1 of 9 tasks, 2 seeds, minilm, 1 run of ia3 failed")
+    assert finding.ours.startswith("80.1 against 60.")  # both over the two seeds that both have
+    for purpose in ("final", "search"):
+        gone = [replace(records[-1], purpose=purpose), *runs({"full": LOW})]
+        (finding,) = judge(gone, of(part))
+        assert (finding.verdict, finding.ours) == (
+            "cannot be told here",
+            "every run of ia3 on glue/rte failed, minilm",
+        )
+
+
+def test_a_whole_suite_is_counted_without_the_number_it_could_have():
+    tasks = [entry.task for entry in recipe_of("glue").tasks]
+    records = [r for task in tasks for r in runs({"ia3": HIGH, "full": LOW}, task)]
+    (finding,) = judge(records, of(Part(method="ia3", other="full", relation="beats")))
+    assert f", {len(tasks)} tasks, 3 seeds, minilm" in finding.ours
+
+
+def test_weights_that_changed_under_a_name_are_judged_apart():
+    later = [replace(r, trial=replace(r.trial, backbone_fingerprint="f00dcafe")) for r in runs({"full": LOW})]
+    found = judge(runs({"ia3": HIGH}) + later, of(Part(method="ia3", other="full", relation="beats")))
+    assert [f.verdict for f in found] == ["not run yet"] * 2 and "minilm (weights beef)" in found[0].ours
 
 
 def of(part, suites=("glue",)):
@@ -132,6 +160,18 @@ def test_times_of_two_methods_are_compared_on_the_shapes_that_both_have():
     )
     (turned,) = judge([], of(Timed(method="lora", form="alone", other=("aot_fc", "fused"))), overhead=rows)
     assert turned.verdict == "does not hold here"
+
+
+def test_times_of_two_machines_are_judged_apart(tmp_path):
+    slow = times("lora", [1.2, 1.21, 1.22], "merged", environment={"machine": "slow", "threads": 1, "device": "cpu"})
+    fast = times("lora", [1.0, 1.01, 1.02], "merged", environment={"machine": "fast", "threads": 1, "device": "cpu"})
+    file = tmp_path / "overhead.jsonl"
+    file.write_text("".join(json.dumps(row.to_dict()) + "\n" for row in [*slow, *fast, *slow[:1]]), "utf-8")
+    rows = read_overhead(file)
+    assert len(rows) == 6
+    found = judge([], of(Timed(method="lora", form="merged")), overhead=rows)
+    assert [f.verdict for f in found] == ["holds here", "does not hold here"]
+    assert [f.ours.partition("minilm")[2] for f in found] == [f", {m}, threads 1, cpu" for m in ("fast", "slow")]
 
 
 # ------------------------------------------------------------------- rows of benchmarks

@@ -3,18 +3,21 @@
 A claim is read as parts, each decided by one kind of result (`parts`). Scores of suites are compared as the paired
 difference of official scores with Student's interval over seeds, averaged over tasks; both methods are on the same
 backbone, and each backbone that was run is judged by itself. Rows of benchmarks are compared in the same way. Times of
-serving are compared as ratios, with Student's interval over the shapes of the batches.
+serving are compared as ratios, with Student's interval over the shapes of batches; each machine is judged by itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import Literal
 
 from multitune.comparing.evidence import Row, pairs_of
-from multitune.comparing.gathering import summarise
+from multitune.comparing.gathering import backbone_names, summarise, that_count, weights_of
 from multitune.comparing.overhead import OverheadRow
 from multitune.comparing.papers import CLAIMS, Claim
 from multitune.comparing.parts import (
@@ -33,6 +36,7 @@ from multitune.comparing.records import Record
 from multitune.comparing.statistics import Estimate, estimate, mean_over_tasks
 from multitune.comparing.summary import Candidate, Summary
 from multitune.comparing.wording import count, interval, listed, points, ratio
+from multitune.yaml_file import read_yaml
 
 Verdict = Literal["holds here", "does not hold here", "cannot be told here", "cannot be tested here", "not run yet"]
 
@@ -89,11 +93,14 @@ def _suites(part: AnyPart, claim: Claim) -> tuple[str, ...]:
 
 def _on_suite(records: Sequence[Record], part: Part | Size, suite: str) -> Iterator[Finding]:
     """A finding for each backbone that has runs of the two methods, or one that says that there is none."""
+    of_suite = [r for r in records if r.trial.task.startswith(f"{COLLECTIONS[suite]}/")]
+    # what a search lost counts as failed, and a search that is not through as nothing
+    counted = that_count(of_suite) if any(r.purpose == "final" for r in of_suite) else []
+    names = backbone_names(counted)
     by_backbone: dict[str, list[Record]] = {}
-    for r in records:
-        of_suite = r.trial.task.startswith(f"{COLLECTIONS[suite]}/") and r.purpose == "final"
-        if of_suite and r.trial.method in (part.method, _other(part)) and _in_budget(r, part):
-            by_backbone.setdefault(r.trial.backbone, []).append(r)
+    for r in counted:
+        if r.trial.method in (part.method, _other(part)) and _in_budget(r, part):
+            by_backbone.setdefault(names[weights_of(r)], []).append(r)
     command = f"multitune compare {suite}{part.options} --out compare-{suite} && multitune claims compare-{suite}"
     for backbone, of in sorted(by_backbone.items()) or [("", [])]:
         verdict, ours = _on_backbone(backbone, of, part, suite)
@@ -111,19 +118,20 @@ def _in_budget(record: Record, part: Part | Size) -> bool:
 def _on_backbone(backbone: str, records: Sequence[Record], part: Part | Size, suite: str) -> tuple[Verdict, str]:
     summary = summarise(records)
     one, other = (_best(summary, name) for name in (part.method, _other(part)))
-    lacking = [name for name, c in ((part.method, one), (_other(part), other)) if c is None]
     if one is None or other is None:
-        where = f"every task of {suite} that was run on {backbone}" if summary.tasks else f"any task of {suite}"
-        return "not run yet", f"no score of {listed(lacking, most=2)} on {where}"
+        lacking = [name for name, c in ((part.method, one), (_other(part), other)) if c is None]
+        return _lacking(summary, lacking, backbone, suite)
     if isinstance(part, Size):
         return _size(one, other, part, backbone)
-    difference = _difference(summary, one, other, MOST if part.relation == "most of" else 1.0)
-    if difference is None:
+    paired = _paired(summary, one, other, MOST if part.relation == "most of" else 1.0)
+    if paired is None:
         return "cannot be told here", "the two have no two seeds in common on some task, so no interval"
-    assert one.overall is not None and other.overall is not None
-    tasks = f"{len(summary.tasks)} task{'s' if len(summary.tasks) > 1 else ''}"
-    ours = _in_points(part, one.overall.mean, other.overall.mean, difference)
-    return _verdict(part, difference), f"{ours}, {tasks}, {difference.n} seeds, {backbone}"
+    mine, theirs, difference = paired
+    said = [_in_points(part, mine, theirs, difference), _how_many(summary, suite), f"{difference.n} seeds", backbone]
+    for c in (one, other):
+        failed = sum(len(cell.failed) for cell in c.cells.values())
+        said += [f"{failed} run{'s' if failed > 1 else ''} of {c.name} failed"] if failed else []
+    return _verdict(part, difference), ", ".join(said)
 
 
 def _best(summary: Summary, method: str) -> Candidate | None:
@@ -131,15 +139,50 @@ def _best(summary: Summary, method: str) -> Candidate | None:
     return next((c for c in summary.complete if c.method == method), None)
 
 
-def _difference(summary: Summary, one: Candidate, other: Candidate, factor: float) -> Estimate | None:
-    """Paired difference of official scores, the other's times `factor`; none where a task lacks two common units."""
+def _lacking(summary: Summary, methods: Sequence[str], backbone: str, suite: str) -> tuple[Verdict, str]:
+    """Why methods have no mean: runs are missing, or on some task all failed, which running again does not mend."""
+    for c in summary.candidates:
+        for task, cell in c.cells.items():
+            if c.method in methods and cell.failed and not cell.finished:
+                return "cannot be told here", f"every run of {c.name} on {task} failed, {backbone}"
+    where = f"every task of {suite} that was run on {backbone}" if summary.tasks else f"any task of {suite}"
+    return "not run yet", f"no score of {listed(methods, most=2)} on {where}"
+
+
+def _how_many(summary: Summary, suite: str) -> str:
+    """On how many tasks a difference stands, and of how many where it is part of a suite."""
+    run, all_of_it = {r.trial.task for r in summary.records}, _tasks_of(suite)
+    if not all_of_it <= run:
+        return f"{len(run)} of {len(all_of_it | run)} tasks"
+    return f"{len(summary.tasks)} tasks"
+
+
+@cache
+def _tasks_of(suite: str) -> frozenset[str]:
+    """The tasks of a suite; read without what a recipe needs, which takes seconds to load."""
+    file = Path(str(resources.files("multitune.comparing"))) / "suites" / f"{suite}.yaml"
+    entries = read_yaml(file, "suite")["tasks"]
+    return frozenset(entry if isinstance(entry, str) else entry["task"] for entry in entries)
+
+
+def _paired(summary: Summary, one: Candidate, other: Candidate, factor: float) -> tuple[float, float, Estimate] | None:
+    """Both means and the paired difference of official scores, the other's times `factor`, on the units that both have;
+    none where a task lacks two of them.
+    """
     of_tasks = []
     for task in summary.tasks:
         left, right = one.cells[task].scores, other.cells[task].scores
-        of_tasks.append([left[unit] - factor * right[unit] for unit in left if unit in right])
-    if any(len(values) < 2 for values in of_tasks):
+        of_tasks.append([(left[unit], right[unit]) for unit in left if unit in right])
+    if any(len(pairs) < 2 for pairs in of_tasks):
         return None
-    return mean_over_tasks([estimate(values) for values in of_tasks])
+    mine, theirs = _means(of_tasks)
+    return mine, theirs, mean_over_tasks([estimate([a - factor * b for a, b in pairs]) for pairs in of_tasks])
+
+
+def _means(of_tasks: Collection[Sequence[tuple[float, float]]]) -> tuple[float, float]:
+    """Means of both sides over the tasks, each with the same weight."""
+    one, other = (math.fsum(math.fsum(p[i] for p in of) / len(of) for of in of_tasks) for i in (0, 1))
+    return one / len(of_tasks), other / len(of_tasks)
 
 
 def _size(one: Candidate, full: Candidate, part: Size, backbone: str) -> tuple[Verdict, str]:
@@ -167,25 +210,25 @@ def _stored(rows: Sequence[Row], part: Stored) -> Iterator[Finding]:
     factor = MOST if part.relation == "most of" else 1.0
     for alike, by_task in groups:
         difference = mean_over_tasks([estimate([a - factor * b for a, b in of]) for of in by_task.values()])
-        one, other = (math.fsum(math.fsum(p[i] for p in of) / len(of) for of in by_task.values()) for i in (0, 1))
-        ours = _in_points(part, one / len(by_task), other / len(by_task), difference)
+        ours = _in_points(part, *_means(by_task.values()), difference)
+        ours += f", {listed(list(by_task), most=4)}" if any(by_task) else ""
         ours += f", {difference.n} seed{'s' if difference.n > 1 else ''}, {alike}"
         yield Finding(part=part, runs=part.store, verdict=_verdict(part, difference), ours=ours, command=command)
 
 
 def _timed(rows: Sequence[OverheadRow], part: Timed) -> Iterator[Finding]:
-    """A finding for every backbone that was timed."""
+    """A finding for every backbone that was timed, in every place where it was."""
     command = "python benchmarks/overhead.py && multitune claims --overhead benchmarks/results/overhead.jsonl"
-    for backbone in sorted({row.backbone for row in rows}) or [""]:
-        here = [row for row in rows if row.backbone == backbone]
+    places = {row.place for row in rows}
+    for backbone, place in sorted({(row.backbone, row.place) for row in rows}) or [("", "")]:
+        here = [row for row in rows if (row.backbone, row.place) == (backbone, place)]
         mine, bound = _ratios(here, part.method, part.form), None
         if part.other is not None:
             bound = _ratios(here, *part.other)
         shapes = sorted(mine) if bound is None else sorted(set(mine) & set(bound))
         verdict, ours = _by_time([mine[s] for s in shapes], None if bound is None else [bound[s] for s in shapes])
-        yield Finding(
-            part=part, runs="overhead", verdict=verdict, ours=f"{ours}{backbone and ', '}{backbone}", command=command
-        )
+        ours = ", ".join(said for said in (ours, backbone, place if len(places) > 1 else "") if said)
+        yield Finding(part=part, runs="overhead", verdict=verdict, ours=ours, command=command)
 
 
 def _ratios(rows: Sequence[OverheadRow], method: str, form: str) -> dict[tuple[int, int], float]:

@@ -60,6 +60,10 @@ CLAIMS = (
             Timed(method="aot_fc", form="fused", other=("lora", "alone")),
             Timed(method="aot_fc", form="fused", other=("houlsby", "alone")),
             Timed(method="aot_fc", form="fused", other=("prefix", "alone")),
+            Timed(method="aot_fc", form="factors"),
+            Timed(method="aot_fc", form="factors", other=("lora", "alone")),
+            Timed(method="aot_fc", form="factors", other=("houlsby", "alone")),
+            Timed(method="aot_fc", form="factors", other=("prefix", "alone")),
         ),
     ),
     Claim(
