@@ -81,6 +81,25 @@ def test_errors_count_negative_and_rows_of_numbers_have_squared_errors(recipe, t
     assert math.isclose(sum(outcome.row_scores) / len(outcome.row_scores), outcome.score, rel_tol=1e-4)
 
 
+@pytest.mark.parametrize("max_jobs", [1, 2])
+def test_mixed_precision_makes_other_trials_and_judges_rows_as_it_does_the_score(recipe, tmp_path, max_jobs):
+    rows = tmp_path / "numbers.csv"
+    lines = [f"good film {'very ' * (i % 4)},{i % 4 / 2}" for i in range(40)]
+    rows.write_text("\n".join(["text,grade", *lines]), "utf-8")
+    task = {"data": str(rows), "label": "grade", "kind": "regression", "metric": "mse"}
+
+    def ran_in(precision):
+        training = {"max_steps": 3, "learning_rate": 0.01, "precision": precision}
+        given = recipe(tasks=[task], methods=["lora", "prompt", "full"], seeds=1, training=training)
+        return compare(given, tmp_path / "out", max_jobs=max_jobs).records
+
+    for rounded, exact in zip(ran_in("bf16"), ran_in("fp32"), strict=True):
+        assert rounded.trial.key != exact.trial.key and rounded.outcome.score != exact.outcome.score
+        assert {r.outcome.together for r in (rounded, exact)} == {1 if rounded.trial.method == "full" else max_jobs}
+        judged = rounded.outcome.row_scores
+        assert math.isclose(sum(judged) / len(judged), rounded.outcome.score, rel_tol=1e-6)
+
+
 def test_a_row_is_right_wrong_or_so_far_off(tasks):
     assert row_score(tasks["classification"], 2, 2) == 1.0
     assert row_score(tasks["classification"], 2, 1) == 0.0

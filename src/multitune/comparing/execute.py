@@ -244,7 +244,9 @@ def _scores(backbone: Backbone, adapter: Adapter, job: Job) -> _Scores:
         return scores | evaluate_texts(bank, "trial", rows, _writing(job), batch_size=batch_size).scores, None
     if task.kind not in _ROW_KINDS:
         return scores, None
-    predictions, examples = predict_rows(backbone, adapter, rows, batch_size=batch_size)
+    bf16 = job.trial.training["precision"] == "bf16"  # as the scores were taken, or their mean would be another
+    with torch.autocast(backbone.device.type, dtype=torch.bfloat16, enabled=bf16):
+        predictions, examples = predict_rows(backbone, adapter, rows, batch_size=batch_size)
     return scores, tuple(row_score(task, p, e.target) for p, e in zip(predictions, examples, strict=True))
 
 
