@@ -112,7 +112,9 @@ def compare_command(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the trials again that failed in an earlier run.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and their number, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the trials, their number and about how long they take, and stop.")
+    ] = False,
     print_recipe: Annotated[
         bool,
         typer.Option("--print-recipe", help="Print the recipe as YAML, to edit and to give instead, and stop."),
