@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from invented import comparison, failed, record
+from invented import ENVIRONMENT, comparison, failed, record
 from markdown_it import MarkdownIt
 from PIL import Image
 
@@ -175,7 +175,8 @@ def test_names_and_messages_are_text_whatever_they_hold(tmp_path):
     assert len(named) >= 6 and all(HOSTILE in cell for cell in named)  # no name ends its cell
 
 
-MARKDOWN_TAGS = {"h1", "h2", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "code"}
+MARKDOWN_TAGS = {"h1", "h2", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "code",
+                 "details", "summary"}  # fmt: skip
 
 
 def test_runs_that_failed_are_listed_with_their_message_and_marked(tmp_path):
@@ -268,6 +269,27 @@ def test_the_recipe_of_a_row_holds_all_that_its_trials_depend_on():
     assert first["methods"] == {"lora": {"r": 4, "targets": [targets]}}  # a list would be a grid
     assert first["training"] == {"learning_rate": 1e-3, "epochs": 3.0, "batch_size": 16}
     assert other["tasks"] == [{"data": "mine.csv", "label": "intent"}]
+
+
+def test_page_and_document_have_the_recipe_of_every_row(tmp_path):
+    files = write_report(comparison(METHODS, TASKS, num_rows=20), tmp_path)
+    rendered = MarkdownIt("commonmark").render(files.markdown.read_text("utf-8"))
+    for text in (rendered, files.html.read_text("utf-8")):
+        blocks = re.findall(r"(?s)<details><summary>([^<]*)</summary>\s*<pre>(?:<code[^>]*>)?(.*?)</", text)
+        recipes = {name: yaml.safe_load(unescape(recipe)) for name, recipe in blocks}
+        assert {name: list(r["methods"]) for name, r in recipes.items()} == {name: [name] for name in METHODS}
+        assert "multitune compare again.yaml --out again" in text
+
+
+def test_a_row_runs_again_on_the_kind_of_device_it_had():
+    cards = {"cpu": ["cpu"], "mps:0": ["mps"], "NVIDIA H100 80GB HBM3": ["cuda"]}
+    for device, expected in cards.items():
+        (candidate,) = summarise([record(environment={**ENVIRONMENT, "device": device})]).candidates
+        assert [yaml.safe_load(text)["device"] for text in recipes_of(candidate)] == expected
+    both = [record(seed=s, environment={**ENVIRONMENT, "device": d}) for s, d in enumerate(cards)]
+    (candidate,) = summarise(both).candidates
+    found = [yaml.safe_load(text) for text in recipes_of(candidate)]
+    assert {r["device"]: r["seeds"] for r in found} == {"cpu": [0], "mps": [1], "cuda": [2]}
 
 
 def test_every_draw_of_a_task_is_in_the_recipes_of_a_row():

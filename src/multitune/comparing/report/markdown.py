@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from html import escape
 
 from multitune.comparing.recommend import Recommendation
 from multitune.comparing.report import content
+from multitune.comparing.report.rerun import recipes_of
 from multitune.comparing.report.tables import ALL_TASKS, Row
 from multitune.comparing.summary import Summary
 from multitune.comparing.wording import MISSING, points
 from multitune.version import __version__
+
+_AGAIN = (
+    "Each recipe runs the trials of one row again, with every setting written out: save it as `again.yaml` and run "
+    "`multitune compare again.yaml --out again`. A file of your own is named without its folder; put the path back."
+)
 
 
 def as_markdown(
@@ -35,10 +42,19 @@ def as_markdown(
     parts += ["## How it was run", _items([f"{name}: {said}" for name, said in ran])]
     parts += [_table(("task", "score", "rows"), content.rows_of_tasks(summary))]
     if recipe_text:
-        fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", recipe_text)), default=0))
-        parts += ["The recipe:", f"{fence}yaml\n{recipe_text.strip()}\n{fence}"]
-    parts += [f"multitune {__version__}. Figures, and a recipe that runs each row again, are in `report.html`."]
+        parts += ["The recipe:", _fenced(recipe_text)]
+    parts += ["## Run a row again", _AGAIN]
+    for c in summary.candidates:
+        name = escape(" ".join(c.name.split()))  # in a block of HTML nothing is read as Markdown
+        parts += [f"<details><summary>{name}</summary>", *map(_fenced, recipes_of(c)), "</details>"]
+    parts += [f"multitune {__version__}. Figures are in `report.html`."]
     return "\n\n".join(parts) + "\n"
+
+
+def _fenced(recipe: str) -> str:
+    """A recipe as a block of code, whatever it holds."""
+    fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", recipe)), default=0))
+    return f"{fence}yaml\n{recipe.strip()}\n{fence}"
 
 
 def plain(text: str) -> str:

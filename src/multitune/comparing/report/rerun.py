@@ -12,10 +12,13 @@ import yaml
 from multitune.comparing.records import Record
 from multitune.comparing.summary import Candidate, draw_of
 
+#: Devices that a record names as torch does.
+_KINDS = ("cpu", "mps", "xpu")
+
 
 def recipes_of(candidate: Candidate) -> list[str]:
     """Recipes for `multitune compare` that run every trial of a candidate again, one for each group of tasks that
-    have settings, training and seeds in common.
+    have settings, training, seeds and device in common.
 
     A recipe has a task once with so many rows to learn from; of the same with other rows each has a recipe of its own.
     """
@@ -36,7 +39,14 @@ def recipes_of(candidate: Candidate) -> list[str]:
 
 def _common(record: Record) -> str:
     """What the trials of one recipe have in common."""
-    return _json([record.trial.settings, _training(record), record.trial.data.get("per_class"), record.budget])
+    trial = record.trial
+    return _json([trial.settings, _training(record), trial.data.get("per_class"), record.budget, _device(record)])
+
+
+def _device(record: Record) -> str:
+    """The kind of device a run had, as a recipe calls it; a GPU stands in a record by its own name."""
+    kind = str(record.outcome.environment.get("device", "cpu")).partition(":")[0]
+    return kind if kind in _KINDS else "cuda"
 
 
 def _draws(records: Sequence[Record]) -> list[int]:
@@ -49,6 +59,7 @@ def _recipe(records: Sequence[Record]) -> str:
     recipe: dict[str, Any] = {
         "name": "again",
         "backbone": first.backbone,
+        "device": _device(records[0]),
         "tasks": list(tasks.values()),
         "methods": {first.method: _as_grid(first.settings)},
         "seeds": sorted({r.trial.seed for r in records}),
