@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from multitune import DataError
 from multitune.comparing import Outcome, Record, Store, Trial
+from multitune.comparing.records import digest
+from multitune.training import TrainConfig
+from multitune.training.config import COSMETIC
 
 
 def record(seed=0, *, task="demo/topic", method="lora", purpose="final", budget=None, **outcome):
@@ -143,3 +146,21 @@ def test_every_field_of_a_trial_makes_another_one(tmp_path, field):
     store = Store(tmp_path / "store.sqlite")
     store.add(one)
     assert not store.has(other.trial.key)
+
+
+def test_a_later_version_knows_the_trials_of_a_store_again():
+    """A key that changes runs every stored trial again. So a new setting of training is left out of `Trial.training`
+    where it has the value under which runs are what they were before; then its name may join these.
+    """
+    settings = set(TrainConfig.names()) - set(COSMETIC)
+    assert digest({"settings": sorted(settings)}) == "a080611312ce2bf5de52"
+    trial = Trial(
+        task="t",
+        data={"task": "t", "train_rows": None},
+        backbone="b",
+        backbone_fingerprint="f",
+        method="lora",
+        settings={"r": 8, "targets": ["query"]},
+        training={"seed": 0, "learning_rate": 1e-3},
+    )
+    assert (trial.key, trial.group) == ("bddcbbc180677b398a1c", "1894be0fecbc7cc95c36")
