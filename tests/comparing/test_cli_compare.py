@@ -197,9 +197,21 @@ def test_others_on_the_machine_lengthen_the_wall_time_and_not_the_processor_time
 def test_an_estimate_says_how_much_of_it_is_waiting():
     assert in_words(Spent(seconds=7200, processor=7200)) == "about 2.0 hours in one process"
     assert in_words(Spent(seconds=7200, processor=14000)) == "about 2.0 hours in one process"  # two threads
-    assert in_words(Spent(seconds=72000, processor=7200) * 0.5) == (
+    assert in_words(Spent(seconds=72000, processor=7200), 0.5) == (
         "about 10.0 hours in one process while this machine is as busy as now, 60 minutes of processor time"
     )
+
+
+def test_a_run_that_cannot_be_timed_stops_no_comparison(recipe, monkeypatch):
+    plan = load(recipe(methods=["head"], seeds=1))
+
+    def fails(backbone, *_, **__):
+        backbone.model.train()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(timing, "train", fails)
+    assert estimate(plan) is None and not plan.backbone.model.training
+    assert in_words(None) == "how long is not known, for the runs that would tell it failed"
 
 
 def test_a_longer_run_that_was_quicker_says_what_a_step_takes_at_most():

@@ -276,7 +276,7 @@ def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:
     if known:
         what += f"; {count(known)} are in the store"
     if known < total:
-        what += f"; {in_words(estimate(plan) * (1 - known / total))}"
+        what += f"; {in_words(estimate(plan), 1 - known / total)}"
     note(f"{_several(total, 'trial')}: {what}; results go to {folder}")
 
 
@@ -284,8 +284,11 @@ def _several(number: int, what: str) -> str:
     return f"{count(number)} {what}" + ("" if number == 1 else "s")
 
 
-def in_words(spent: Spent) -> str:
-    """An estimate; where others use the machine too, what it would be without them stands beside it."""
+def in_words(spent: Spent | None, share: float = 1.0) -> str:
+    """A share of an estimate; where others use the machine too, what it would be without them stands beside it."""
+    if spent is None:
+        return "how long is not known, for the runs that would tell it failed"
+    spent = spent * share
     about = f"about {duration(spent.seconds)} in one process"
     if not spent.is_waiting:
         return about

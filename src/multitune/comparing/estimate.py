@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from multitune.backbone import Backbone
+from multitune.comparing.execute import OF_A_TRIAL, tidy
 from multitune.comparing.trials import Plan, Rows
+from multitune.errors import DataWarning, MultituneError
 from multitune.tasks import TaskData
 from multitune.training import TrainConfig, train
 
@@ -62,14 +65,20 @@ class Spent:
         return Spent(seconds=factor * self.seconds, processor=factor * self.processor)
 
 
-def estimate(plan: Plan) -> Spent:
-    """Estimated time of all trials of a plan in one process.
+def estimate(plan: Plan) -> Spent | None:
+    """Estimated time of all trials of a plan in one process; none where the runs that are timed fail.
 
     Rough: the methods differ by a third, and text that is written to be judged is not counted.
     """
     costs = {id(cell.draws[0]): cell.draws[0] for cell in plan.cells}
     spent: list[Spent] = []
-    timed = {key: _cost(plan.backbone, rows, spent) for key, rows in costs.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # the plan has warned of the rows, once
+            timed = {key: _cost(plan.backbone, rows, spent) for key, rows in costs.items()}
+    except (MultituneError, *OF_A_TRIAL):  # the fault of what is timed; trials of other methods may well run
+        tidy(plan.backbone)
+        return None
     processor = _processor(plan, timed)
     pace = math.fsum(s.seconds for s in spent) / max(1e-9, math.fsum(s.processor for s in spent))
     return Spent(seconds=pace * processor, processor=processor)

@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 _Scores = tuple[dict[str, float], tuple[float, ...] | None]
 
 #: What is the fault of one trial, and no reason to give up the others: too little memory is a RuntimeError of torch.
-_OF_A_TRIAL = (RuntimeError, MemoryError)
+OF_A_TRIAL = (RuntimeError, MemoryError)
 _ROW_KINDS = ("classification", "multiple_choice", "multilabel", "regression", "tagging")
 
 
@@ -93,7 +93,7 @@ def _together(
         outcome = outcome_of(backbone, job, result, together=company, facts=facts)
         try:
             done(job, outcome)
-        except _OF_A_TRIAL as error:
+        except OF_A_TRIAL as error:
             of_the_caller.append(error)
             raise
 
@@ -107,13 +107,13 @@ def _together(
             report=say,
             ended=ended,
         )
-    except _OF_A_TRIAL as error:
+    except OF_A_TRIAL as error:
         if any(error is own for own in of_the_caller):
             raise
         said = _message(error)
     else:
         return
-    _tidy(backbone)
+    tidy(backbone)
     say(f"a shared pass failed ({said}); what is left runs one by one")
 
 
@@ -138,13 +138,13 @@ def _trained(backbone: Backbone, job: Job, say: Say) -> TrainResult | FailedJob:
             progress=False,
             **own.settings,
         )
-    except (MultituneError, *_OF_A_TRIAL) as error:
+    except (MultituneError, *OF_A_TRIAL) as error:
         failed = FailedJob(name=name, error=_as_ours(error), step=0, history=[])
-    _tidy(backbone)
+    tidy(backbone)
     return failed
 
 
-def _tidy(backbone: Backbone) -> None:
+def tidy(backbone: Backbone) -> None:
     """Leave nothing of a trial that failed to the next one; when its error is gone, whose frames hold its tensors."""
     backbone.model.eval()
     if backbone.device.type == "cuda":
@@ -226,9 +226,9 @@ def _judged(backbone: Backbone, adapter: Adapter, job: Job) -> _Scores | str:
     """What `_scores` gives, or why it could not."""
     try:
         return _scores(backbone, adapter, job)
-    except (MultituneError, *_OF_A_TRIAL) as error:
+    except (MultituneError, *OF_A_TRIAL) as error:
         said = f"judging failed: {_as_ours(error)}"
-    _tidy(backbone)
+    tidy(backbone)
     return said
 
 
