@@ -137,6 +137,10 @@ def test_overhead_is_the_mean_over_shapes_that_every_method_has():
     assert found["head"].overhead_alone is None
 
 
+def test_a_report_says_that_steps_were_chosen_by_the_rows_of_the_scores():
+    assert any("keeps the step that was best on these very rows" in said for said in how_to_read(summarise([record()])))
+
+
 def test_times_of_serving_are_of_one_place():
     def row(method, length, ratio, threads):
         return OverheadRow(method=method, form="alone", rows=1, length=length, ratio=ratio, milliseconds=1.0, rounds=5,

@@ -103,6 +103,7 @@ def how_to_read(summary: Summary) -> list[str]:
     found.append(
         f"Scores are points of 100 on the validation rows, higher is better ({listed(list(metrics), most=9)})"
         + (", and the mean over tasks gives each task the same weight." if len(summary.tasks) > 1 else ".")
+        + " Each run keeps the step that was best on these very rows, which flatters every method a little."
     )
     if numbers[:1] == [1] and numbers[-1:] == [1]:
         found.append("There is one seed, so there are no intervals: how much another seed would change is not known.")
