@@ -202,6 +202,13 @@ def test_an_estimate_says_how_much_of_it_is_waiting():
     )
 
 
+def test_a_setting_that_another_kind_of_task_shares_stops_no_estimate(recipe, monkeypatch):
+    plan = load(recipe(methods=["head"], seeds=1, training={"max_steps": 1, "batch_size": 8, "packing": True}))
+    given = []
+    monkeypatch.setattr(timing, "train", lambda *_, config: given.append(config))
+    assert estimate(plan) is not None and {config.packing for config in given} == {False}
+
+
 def test_a_run_that_cannot_be_timed_stops_no_comparison(recipe, monkeypatch):
     plan = load(recipe(methods=["head"], seeds=1))
 

@@ -20,6 +20,7 @@ from multitune.comparing.trials import Plan, Rows
 from multitune.errors import DataWarning, MultituneError
 from multitune.tasks import TaskData
 from multitune.training import TrainConfig, train
+from multitune.training.idle import without_idle
 
 #: The method that is timed: neither the lightest nor the heaviest.
 _METHOD = "lora"
@@ -30,7 +31,7 @@ _MUCH = 1.3
 _STEPS = 3
 _ROWS = 32
 #: Settings that the time of a step depends on.
-_OF_A_STEP = ("batch_size", "eval_batch_size", "max_length", "precision", "gradient_checkpointing")
+_OF_A_STEP = ("batch_size", "eval_batch_size", "max_length", "precision", "gradient_checkpointing", "packing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,7 @@ def _each(long: float, short: float, more: int) -> float:
 def _time(backbone: Backbone, rows: Rows, steps: int, judged: int) -> Spent:
     """What a run of so many steps takes that is judged by so many rows."""
     config = TrainConfig.from_dict({**_of_a_step(rows), "max_steps": steps, "progress": False})
+    config = without_idle(backbone, rows.data.task, config)  # tasks of several kinds share settings
     data = _few(rows.data, config.batch_size * (1 + _STEPS), judged)
     start, processor = time.perf_counter(), time.process_time()
     train(backbone, data, _METHOD, config=config)
