@@ -101,7 +101,9 @@ def _on_suite(records: Sequence[Record], part: Part | Size, suite: str) -> Itera
     for r in counted:
         if r.trial.method in (part.method, _other(part)) and _in_budget(r, part):
             by_backbone.setdefault(names[weights_of(r)], []).append(r)
-    command = f"multitune compare {suite}{part.options} --out compare-{suite} && multitune claims compare-{suite}"
+    # other methods or budgets have a folder of their own: a comparison's recipe and report are of what it ran last
+    folder = f"compare-{suite}-{part.method}" if part.options else f"compare-{suite}"
+    command = f"multitune compare {suite}{part.options} --out {folder} && multitune claims {folder}"
     for backbone, of in sorted(by_backbone.items()) or [("", [])]:
         verdict, ours = _on_backbone(backbone, of, part, suite)
         yield Finding(part=part, runs=suite, verdict=verdict, ours=ours, command=command)
