@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multitune import Bank, ConfigError, DataError, Head, Plan, Task, TaskError, get_method, train
-from multitune.prompting import InstructedTask, Mixture, Pattern, by_pattern, instructed, save_scores, score_tasks
+from multitune.prompting import (
+    InstructedTask,
+    Mixture,
+    Pattern,
+    by_pattern,
+    by_template,
+    instructed,
+    save_scores,
+    score_tasks,
+)
 from multitune.prompting.exemplars import prompt_task
 from multitune.prompting.mixture import rows_of
 from multitune.tasks.p3 import Asked, P3Template, p3_templates
@@ -83,6 +92,29 @@ def test_every_wording_is_used_and_one_that_does_not_fit_is_passed_over():
     assert set(begins) == {"say", "SHOUT"} and min(begins.values()) > 3 and len(rows) == 20
     with pytest.raises(DataError, match="task 'one' has no row that can be learnt from"):
         Mixture(tasks=(made("one", wordings=(never,)),)).data()
+
+
+def test_a_task_of_ones_own_is_put_by_several_templates():
+    """Every pass over its rows draws their wordings anew, by the seed."""
+    task = Task(name="say", kind="generation", template=("say {text}",), label="y")
+    wordings = (by_template(task), by_template(task, "{text}, once more:", instruction="Repeat."))
+    own = made("one", 12, wordings=wordings)
+    assert own.asked(own.test[1], 1) == Asked(prompt="Repeat.\n\none b, once more:", answers=("1",))
+    rows = Mixture(tasks=(own,), rows=36).data().train
+    passes = [
+        {r["prompt"].split("one ")[1][0]: r["prompt"].startswith("say") for r in rows.select(range(i, i + 12))}
+        for i in (0, 12, 24)
+    ]
+    assert all(len(of) == 12 for of in passes) and passes[0] != passes[1] != passes[2]
+    assert (
+        rows[:]
+        == Mixture(tasks=(own,), rows=36).data().train[:]
+        != Mixture(tasks=(own,), rows=36, seed=1).data().train[:]
+    )
+    with pytest.raises(TaskError, match=r"of kind classification.*by_pattern\(task"):
+        by_template(MOOD, "{text}")
+    with pytest.raises(TaskError, match="has no slots"):
+        by_template(task, "{text} {|}")
 
 
 def test_tasks_are_held_out_by_name_and_by_cluster_and_when_for_testing_only():

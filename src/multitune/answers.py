@@ -151,7 +151,13 @@ class PromptFormat:
 
 
 def encode_answered(
-    backbone: Backbone, task: Task, examples: Sequence[Example], *, max_length: int, split: str
+    backbone: Backbone,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    split: str,
+    answers: Sequence[Sequence[int]] | None = None,
 ) -> list[Answered]:
     """Every row with every one of its answers.
 
@@ -160,17 +166,18 @@ def encode_answered(
         max_length: most tokens of prompt, answer and end of text together; of an encoder-decoder, of prompt and of
             answer.
         split: what messages call the rows.
+        answers: the token ids of one answer per row, in place of those that the rows hold.
 
     Raises:
         DataError: answers that leave no room for a word of their prompt; says which, and how much they need.
     """
     writer = PromptFormat(backbone, task)
     prompts = writer.prompts([e.texts[0][0] for e in examples])
-    pairs = [(row, str(text)) for row, e in enumerate(examples) for text in _references(e)]
+    pairs = _references(writer, examples) if answers is None else list(enumerate(answers))
     found: list[Answered] = []
     too_long: list[tuple[int, int]] = []
     shortened: list[tuple[int, int]] = []
-    for (row, _), answer in zip(pairs, writer.answers([text for _, text in pairs]), strict=True):
+    for row, answer in pairs:
         prompt: list[int] | None = prompts[row]
         assert prompt is not None
         beside = 0 if backbone.decodes else len(answer)
@@ -195,9 +202,11 @@ def encode_answered(
     return found
 
 
-def _references(example: Example) -> tuple[Any, ...]:
-    assert isinstance(example.target, tuple)
-    return example.target
+def _references(writer: PromptFormat, examples: Sequence[Example]) -> list[tuple[int, Sequence[int]]]:
+    """Every answer that the rows hold: the row's number, and the answer's token ids."""
+    targets = [e.target for e in examples]
+    texts = [(row, str(text)) for row, t in enumerate(targets) if isinstance(t, tuple) for text in t]
+    return list(zip([row for row, _ in texts], writer.answers([text for _, text in texts]), strict=True))
 
 
 def _warn_of_cut(task: Task, split: str, cut: list[tuple[int, int]], count: int, max_length: int) -> None:

@@ -1,11 +1,12 @@
 """How likely a language model finds given tokens; logits are made for these tokens only.
 
-Legend: B rows, T tokens, D width, N tokens that count, V words.
+Legend: B rows, T tokens, D width, N tokens that count, V words, K words of a distribution that are kept.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,15 +52,91 @@ def losses_of(head: AnyLanguageHead, states: Tensor, wanted: Tensor, label_smoot
     Returns:
         float32 `[N]`; differentiable.
     """
-    step = max(1, MOST_LOGITS // head.weight.shape[0])
 
     def piece(states_N: Tensor, wanted_N: Tensor) -> Tensor:
         return F.cross_entropy(head(states_N).float(), wanted_N, reduction="none", label_smoothing=label_smoothing)
 
-    if len(wanted) <= step:
-        return piece(states, wanted)
-    parts = zip(states.split(step), wanted.split(step), strict=True)
-    return torch.cat([checkpoint(piece, s, w, use_reentrant=False) for s, w in parts])
+    return _by_piece(head, piece, states, wanted)
+
+
+def _by_piece(head: AnyLanguageHead, piece: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`piece(*tensors)`, whose logits are too many at once where the tensors, each of N rows, are long."""
+    step = max(1, MOST_LOGITS // head.weight.shape[0])
+    if len(tensors[0]) <= step:
+        return piece(*tensors)
+    parts = zip(*(t.split(step) for t in tensors), strict=True)
+    return torch.cat([checkpoint(piece, *part, use_reentrant=False) for part in parts])
+
+
+def likeliest_words(head: LanguageHead, hidden: Tensor, targets: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """What a teacher says at every token that counts: its likeliest words, all others as one.
+
+    Args:
+        hidden, targets: as `token_losses` takes them.
+        num_words: K, most words to keep of each distribution.
+
+    Returns:
+        The words int64 `[N, K]`, and float32 `[N, K + 1]` their log-probabilities and behind them that of all other
+        words together; `[N, V]` both where the head has at most K words. No gradient.
+    """
+    kept = min(num_words, head.weight.shape[0])
+    step = max(1, MOST_LOGITS // head.weight.shape[0])
+    words: list[Tensor] = []
+    shares: list[Tensor] = []
+    with torch.no_grad():
+        for part in hidden[:, :-1][targets[:, 1:] != IGNORED].split(step):
+            logits = head(part).float()
+            words.append(logits.topk(kept).indices)
+            shares.append(_shares(logits, words[-1]))
+    return torch.cat(words), torch.cat(shares)
+
+
+def distilled_losses(
+    head: LanguageHead,
+    hidden: Tensor,
+    targets: Tensor,
+    words: Tensor,
+    taught: Tensor,
+    weight: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """How far the tokens that count are from a teacher's distributions, and from the tokens themselves.
+
+    Semantics: for every such token `weight * Σ_w p_T(w) (log p_T(w) - log p_S(w)) + (1 - weight) * cross-entropy`,
+    where w is one of the K words or the rest, and `p_S` the softmax of `token_losses`' logits.
+
+    Args:
+        hidden, targets, label_smoothing: as `token_losses` takes them.
+        words, taught: int64 `[N, K]` and float32 `[N, K + 1]` or `[N, V]`, as `likeliest_words` gives them.
+
+    Returns:
+        float32 `[N]`, row after row; differentiable.
+    """
+    counts = targets[:, 1:] != IGNORED
+
+    def piece(states_ND: Tensor, wanted_N: Tensor, words_NK: Tensor, taught_NK: Tensor) -> Tensor:
+        logits = head(states_ND).float()
+        away = F.kl_div(_shares(logits, words_NK), taught_NK, reduction="none", log_target=True).sum(-1)
+        if weight == 1:
+            return away
+        own = F.cross_entropy(logits, wanted_N, reduction="none", label_smoothing=label_smoothing)
+        return weight * away + (1 - weight) * own
+
+    return _by_piece(head, piece, hidden[:, :-1][counts], targets[:, 1:][counts], words, taught)
+
+
+def _shares(logits: Tensor, words: Tensor) -> Tensor:
+    """Log-probabilities of words `[N, K]` under logits `[N, V]`, and of all others together.
+
+    Returns:
+        `[N, K + 1]`; `[N, V]` where there are no others.
+    """
+    shares = logits.gather(1, words)
+    if words.shape[1] < logits.shape[1]:
+        # Summed, and not what the words leave of one: where the others are unlikely, rounding would leave nothing.
+        others = logits.scatter(1, words, -math.inf).logsumexp(1, keepdim=True)
+        shares = torch.cat([shares, others], dim=1)
+    return shares - logits.logsumexp(1, keepdim=True)
 
 
 def per_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

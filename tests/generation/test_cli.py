@@ -99,6 +99,20 @@ def test_a_column_that_is_called_like_a_setting_is_the_column(made, tmp_path):
     assert one == other
 
 
+def test_a_teacher_is_asked_for_by_flags_and_writes_the_answers_that_rows_lack(tmp_path, made):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "taught"
+    rows = [{**row, "said": row["said"] if number < 4 else None} for number, row in enumerate(ROWS)]
+    file.write_text(lines(*rows), "utf-8")
+    texts = ("--train", file, "--kind", "generation", "--text", "{facts} :", "--label", "said", "--format", "plain")
+    short = ("--max-steps", "1", "--batch-size", "2", "--max-length", "24", "--progress", "false", "--json")
+    teacher = ("--distill-examples", "1", "--distill-instruction", "the film", "--distill-weight", "0.5")
+    common = (*texts, *short, *teacher, "--method", "lora", "--out", out, "--backbone", made / "model")
+    refused = run("train", *common, code=1).stderr
+    assert "the answer is empty" in refused and "--distill-new-tokens 64" in refused
+    done = run("train", *common, "--distill-new-tokens", "3")
+    assert "judged by distillation on" in done.stderr and json.loads(done.stdout)["metric"] == "distillation"
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

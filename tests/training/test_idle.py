@@ -15,7 +15,7 @@ TAG = Task(name="tag", kind="tagging", template=("words",), label="y", labels=("
     [
         ({"cache_bytes": 10**6}, "give cache_frozen too, or leave it out"),
         ({"eval_new_tokens": 5}, "give eval_texts too, or leave it out"),
-        ({"distill_weight": 0.5}, "give distill_examples too, or leave it out"),
+        ({"distill_weight": 0.5}, "give distill_examples or distill_instruction too, or leave it out"),
     ],
 )
 def test_a_part_of_what_was_not_asked_for_is_refused(tiny, make_data, quick, setting, why):

@@ -572,7 +572,7 @@ def test_what_cannot_be_trained_is_refused(gpt2, masked, bert, make_backbone, da
         (gpt2, data, {"losses": "chioce"}, ConfigError, "Did you mean 'choice'"),
         (gpt2, data, {"distill_examples": 6}, DataError, "5 rows are too few for 6"),
         (masked, data.with_pattern(CLOZE.pattern), {"distill_examples": 2}, ConfigError, "needs a causal one"),
-        (gpt2, data, {"distill_weight": 0.5}, ConfigError, "give distill_examples too"),
+        (gpt2, data, {"distill_weight": 0.5}, ConfigError, "give distill_examples or distill_instruction too"),
         (gpt2, make_data(), {"distill_weight": 0.5}, ConfigError, "none was asked for"),
         (gpt2, data, {"label_smoothing": 0.1}, ConfigError, "is for generation"),
     ]:

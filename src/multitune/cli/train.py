@@ -15,9 +15,9 @@ from multitune.cli.recipe import chosen_options, flat_settings, read_method
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, size
 from multitune.methods import Method, make_method
 from multitune.tasks import TaskData
-from multitune.tasks.metrics import judge_of_training
 from multitune.training import TrainConfig, TrainResult, train
 from multitune.training.checkpoints import Checkpoints
+from multitune.training.written import judge_of_run
 
 #: Under so many rows to judge by, training says how much one of them moves the score.
 FEW_ROWS = 50
@@ -74,7 +74,7 @@ def _announce(chosen: Mapping[str, Any], data: TaskData, method: Method, config:
         note(f"reading the text from {' | '.join(task.template.parts)} and the answer from {task.label}{labels}")
     note(
         f"training {method.name} for {task.name} ({task.kind}) on {count(len(data.train))} rows, judged by "
-        f"{judge_of_training(task.metric, by_texts=bool(config.eval_texts))} on {count(len(data.validation))}"
+        f"{judge_of_run(task, config)} on {count(len(data.validation))}"
     )
     judged = len(data.validation)
     if task.kind in ("classification", "multiple_choice") and 0 < judged < FEW_ROWS:

@@ -18,7 +18,7 @@ from multitune.prompting.chains import (
     vote,
 )
 from multitune.prompting.exemplars import ExemplarPrompts, as_generation, with_examples
-from multitune.prompting.instructions import InstructedTask, by_pattern, instructed
+from multitune.prompting.instructions import InstructedTask, by_pattern, by_template, instructed
 from multitune.prompting.judged import JudgedRow
 from multitune.prompting.mixture import Mixture
 from multitune.prompting.ranking import Ranking, rank
@@ -42,6 +42,7 @@ __all__ = [
     "answer",
     "as_generation",
     "by_pattern",
+    "by_template",
     "chain_data",
     "cot_rows",
     "dcot_rows",

@@ -36,7 +36,7 @@ class ExemplarPrompts:
     def __init__(
         self,
         task: Task,
-        examples: Examples,
+        examples: Examples | None,
         *,
         instruction: str = "",
         separator: str = "\n\n",
@@ -46,7 +46,8 @@ class ExemplarPrompts:
         """
         Args:
             task: of kind generation.
-            examples: the pool, rows of the task with their answers; of several answers the first is shown.
+            examples: the pool, rows of the task with their answers; of several answers the first is shown. `None` for
+                an instruction alone.
             instruction: what stands in front of everything.
             separator: what stands between the instruction, the exemplars and the row.
             backbone, max_prompt: leave the least similar exemplars out until the prompt has at most so many tokens on
@@ -70,8 +71,9 @@ class ExemplarPrompts:
         self._instruction = [instruction] if instruction else []
         self._reader = _TaskText(task=task)
         self._limit = None if backbone is None else _Counter(backbone, task, max_prompt or 0)
-        task.examples(examples.rows)  # every row of the pool has an answer, or is named here
-        examples.prepare(self._reader)
+        if examples is not None:
+            task.examples(examples.rows)  # every row of the pool has an answer, or is named here
+            examples.prepare(self._reader)
 
     def text(self, row: Row, shuffled: random.Random | None = None) -> str:
         """The row's prompt.
@@ -84,7 +86,7 @@ class ExemplarPrompts:
     def texts(self, rows: Sequence[Row], shuffled: random.Random | None = None) -> list[str]:
         """`text` of several rows, whose exemplars are looked up together."""
         own = [self._reader.text(row) for row in rows]
-        chosen = self.examples.choose_all(own)
+        chosen: list[list[Row]] = [[] for _ in own] if self.examples is None else self.examples.choose_all(own)
         return [self._written(text, shown, shuffled) for text, shown in zip(own, chosen, strict=True)]
 
     def _written(self, own: str, chosen: list[Row], shuffled: random.Random | None) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from multitune.errors import DataError, TaskError
-from multitune.tasks import Task, list_splits, load_task, read_table
+from multitune.tasks import Task, Template, list_splits, load_task, read_table
 from multitune.tasks.p3 import Asked, P3Template, p3_templates
 from multitune.tasks.pattern import Pattern
 from multitune.tasks.suites import data_root
@@ -162,6 +162,24 @@ def by_pattern(task: Task, pattern: Pattern) -> Wording:
         return Asked(prompt=prompt, answers=(options[pattern.target(task, row)],), options=options)
 
     return put
+
+
+def by_template(task: Task, template: str = "", instruction: str = "") -> Wording:
+    """Rows of a task that writes by a template of yours, such as "Question: {question}\\nAnswer:".
+
+    Args:
+        template: by default the task's own.
+        instruction: what stands in front, with an empty line between.
+
+    Raises:
+        TaskError: a task of another kind, or a template that is none.
+    """
+    if task.kind != "generation":
+        raise TaskError(
+            f"task '{task.name}' is of kind {task.kind}; a template puts rows of tasks that write. "
+            f"by_pattern(task, Pattern(...)) puts those of a classification or a multiple choice"
+        )
+    return _defined(replace(task, template=Template((template,))) if template else task, instruction, ())
 
 
 def _by_labels(task: Task) -> Wording:

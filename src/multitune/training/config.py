@@ -29,6 +29,7 @@ _AT_LEAST = {
     "eval_texts": 0,
     "eval_new_tokens": 1,
     "distill_examples": 1,
+    "distill_new_tokens": 1,
     "seed": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -43,7 +44,7 @@ LOSS_NAMES = ("language", "unlikelihood", "choice")
 COSMETIC = ("progress", "keep_checkpoints")
 
 #: Settings that results are stored without, because they came later.
-LATER = ("packing",)
+LATER = ("packing", "distill_instruction", "distill_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,18 @@ class TrainConfig:
     T-Few's language+unlikelihood+choice on a causal backbone or an encoder-decoder, and on a masked one choice,
     pattern-based fine-tuning."""
     distill_examples: int | None = None
-    """Tasks with a pattern, on a causal backbone or an encoder-decoder: context distillation. The frozen backbone reads
-    so many other training rows, drawn by seed, in front of each, and the adapter learns to choose as it does without
-    reading them."""
+    """Generation and tasks with a pattern, on a causal backbone or an encoder-decoder: context distillation. The frozen
+    backbone reads so many other training rows, drawn by seed, in front of each, and the adapter learns to say or to
+    choose as it does without reading them. Where texts are distilled, the best tensors are those with the lowest loss
+    on the validation rows, unless eval_texts judges them."""
+    distill_instruction: str | None = None
+    """Context distillation too: a text that the frozen backbone reads in front of every row, before the examples if
+    there are any, and the adapter does not."""
+    distill_new_tokens: int | None = None
+    """Generation: distil at the tokens of texts that the frozen backbone writes with its context, one for each row,
+    drawn by seed and of so many tokens at most, in place of the rows' own answers, which are then not read."""
     distill_weight: float = 1.0
-    """Share of the distillation, a Kullback-Leibler divergence, in the loss; the rest is that of `losses`."""
+    """Share of the distillation, a Kullback-Leibler divergence, in the loss; the rest is the loss without it."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, more time, equal gradients."""
     cache_frozen: Literal["auto", "memory", "disk"] | None = None
@@ -143,8 +151,15 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "give a number above 0")
         _require(self.distill_weight <= 1, "distill_weight", self.distill_weight, "give a share, 1 at most")
+        said = self.distill_instruction
+        _require(said is None or bool(said.strip()), "distill_instruction", said, "give a text, or leave it out")
         if self.losses is not None:
             parse_losses(self.losses)
+
+    @property
+    def distills(self) -> bool:
+        """Whether the run has a teacher that reads more than the adapter does."""
+        return self.distill_examples is not None or self.distill_instruction is not None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 _POOL = 50
 
 
+class TaughtWords(NamedTuple):
+    """What a teacher says of an answer's T tokens, as `likeliest_words` gives it."""
+
+    words: Tensor
+    """int32 `[T, K]`."""
+    log_probs: Tensor
+    """float32 `[T, K + 1]`, or `[T, V]`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One row: its sequences (one, or one per choice) and its target. Generation: a row with one of its answers."""
@@ -42,8 +51,10 @@ class Item:
     encoder-decoder's decoder reads and the encoder does not."""
     ranked: RankedRow | None = None
     """Of a task with a pattern: its choices, and where they stand in the sequences."""
-    teacher: tuple[float, ...] | None = None
-    """Of a task with a pattern: the scores of its choices that are distilled, if any are."""
+    teacher: tuple[float, ...] | TaughtWords | None = None
+    """What is distilled, if anything is: of a task with a pattern the scores of its choices; generation: words."""
+    row: int = 0
+    """Generation: the number of its row, from 0; a row with several answers is there several times."""
 
     def __len__(self) -> int:
         return max(len(s) for s in self.sequences)
@@ -66,13 +77,25 @@ def warn_of_empty(task: Task, split: str, examples: Sequence[Example]) -> None:
 class TaskRows(Dataset[Item]):
     """The labelled rows of one split, tokenized."""
 
-    def __init__(self, backbone: Backbone, task: Task, table: Any, *, max_length: int, split: str) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        table: Any,
+        *,
+        max_length: int,
+        split: str,
+        answers: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """
+        Args:
+            answers: generation: the token ids of an answer to each row, whose own is then not read.
+
         Raises:
             DataError: no rows, or a row that does not fit the task; names the split.
         """
         try:
-            examples = task.examples(table)
+            examples = task.examples(table, labelled=answers is None)
         except DataError as error:
             raise DataError(f"{split} rows of {error}") from error
         if not examples:
@@ -84,8 +107,10 @@ class TaskRows(Dataset[Item]):
         self.examples = examples
         self.items: list[Item]
         if task.kind == "generation":
-            answered = encode_answered(backbone, task, examples, max_length=max_length, split=split)
-            self.items = [Item(sequences=(Encoded(input_ids=a.input_ids),), target=a.num_answer) for a in answered]
+            answered = encode_answered(backbone, task, examples, max_length=max_length, split=split, answers=answers)
+            self.items = [
+                Item(sequences=(Encoded(input_ids=a.input_ids),), target=a.num_answer, row=a.row) for a in answered
+            ]
             return
         if task.pattern is not None:
             ranked = encode_ranked(backbone, task, [dict(row) for row in table], max_length=max_length, split=split)
@@ -103,10 +128,10 @@ class TaskRows(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.items[index]
 
-    def with_teacher(self, scores: Sequence[tuple[float, ...]]) -> TaskRows:
-        """The same rows, each with the scores of its choices that are to be distilled."""
+    def with_teacher(self, said: Sequence[tuple[float, ...] | TaughtWords]) -> TaskRows:
+        """The same rows, each item with what is to be distilled: the scores of its choices, or words."""
         taught = copy.copy(self)
-        taught.items = [replace(item, teacher=s) for item, s in zip(self.items, scores, strict=True)]
+        taught.items = [replace(item, teacher=t) for item, t in zip(self.items, said, strict=True)]
         return taught
 
     @property
@@ -174,7 +199,7 @@ class Collator:
         if ranked:
             found["index"] = index_of(ranked)
             found["teacher"] = _taught(items)
-        return {name: t for name, t in found.items() if t is not None}
+        return {name: t for name, t in found.items() if t is not None} | _taught_words(items)
 
     def _packed(self, rows: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
         """Rows of several texts, one behind the other; padding counts to the last."""
@@ -195,7 +220,8 @@ class Collator:
             "targets": targets,
             "states": None if self.states is None else self.states.batch(sequences),
         }
-        return {name: t for name, t in found.items() if t is not None}
+        taught = _taught_words([item for row in rows for item in row])
+        return {name: t for name, t in found.items() if t is not None} | taught
 
     def _two_sided(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """The prompts for the encoder; for the decoder its start and the answer, whose every token it is to find."""
@@ -217,7 +243,7 @@ class Collator:
             "decoder_input_ids": written.input_ids,
             "targets": targets,
         }
-        return {name: t for name, t in found.items() if t is not None}
+        return {name: t for name, t in found.items() if t is not None} | _taught_words(items)
 
     def _targets(self, items: Sequence[Item], width: int) -> Tensor:
         if self.kind == "tagging":
@@ -248,6 +274,14 @@ def _taught(items: Sequence[Item]) -> Tensor | None:
     """The teacher's scores `[R, choices]`, -inf where a row has fewer choices; `None` where nothing is distilled."""
     scores = [torch.tensor(item.teacher) for item in items if item.teacher is not None]
     return pad_sequence(scores, batch_first=True, padding_value=-torch.inf) if scores else None
+
+
+def _taught_words(items: Sequence[Item]) -> dict[str, Tensor]:
+    """Generation: what is distilled at the tokens that count, row after row; empty where nothing is."""
+    said = [item.teacher for item in items if isinstance(item.teacher, TaughtWords)]
+    if not said:
+        return {}
+    return {"index": torch.cat([t.words for t in said]).long(), "teacher": torch.cat([t.log_probs for t in said])}
 
 
 class BatchOrder(Sampler[list[int]]):

@@ -11,11 +11,13 @@ from multitune.heads import Head
 from multitune.tasks import Task
 from multitune.training.config import TrainConfig
 
-#: Settings that say how another one is carried out: that other one, and what they would do.
-_PARTS_OF = {
-    "cache_bytes": ("cache_frozen", "is the room of a cache, and none was asked for"),
-    "eval_new_tokens": ("eval_texts", "is the length of texts that evaluations write, and none was asked for"),
-    "distill_weight": ("distill_examples", "is the share of a distillation, and none was asked for"),
+_TEACHER = ("distill_examples", "distill_instruction")
+#: Settings that say how another one is carried out: those of which one asks for that, and what they would do.
+_PARTS_OF: dict[str, tuple[tuple[str, ...], str]] = {
+    "cache_bytes": (("cache_frozen",), "is the room of a cache, and none was asked for"),
+    "eval_new_tokens": (("eval_texts",), "is the length of texts that evaluations write, and none was asked for"),
+    "distill_weight": (_TEACHER, "is the share of a distillation, and none was asked for"),
+    "distill_new_tokens": (_TEACHER, "is the length of texts that a teacher writes, and there is none"),
 }
 
 
@@ -23,8 +25,8 @@ def idle_settings(backbone: Backbone, task: Task, config: TrainConfig) -> dict[s
     """What is not as usual and would do nothing: names, each with why and what to do."""
     idle = {}
     for name, (asks, what) in _PARTS_OF.items():
-        if getattr(config, name) != getattr(TrainConfig, name) and not getattr(config, asks):
-            idle[name] = f"{what}; give {asks} too, or leave it out"
+        if getattr(config, name) != getattr(TrainConfig, name) and not any(getattr(config, other) for other in asks):
+            idle[name] = f"{what}; give {' or '.join(asks)} too, or leave it out"
     if config.packing and (why := _no_packing(backbone, task, config)):
         idle["packing"] = f"{why}; leave it out"
     head = Head.for_task(task)

@@ -340,8 +340,9 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
         Head.for_task(job.data.task, pooling=setup.config.pooling).check(backbone)
         if not setup.method.changes_weights:
             backbone.shapes_of(setup.method)
+        labelled = setup.config.distill_new_tokens is None  # else a teacher writes the answers
         for split, table in (("training", job.data.train), ("validation", job.data.validation)):
-            if not job.data.task.examples(table):
+            if not job.data.task.examples(table, labelled=labelled):
                 raise DataError(f"task '{job.data.task.name}' has no {split} rows; give a table with at least one")
     except MultituneError as error:
         raise type(error)(f"job '{name}': {error}") from error

@@ -18,7 +18,7 @@ from multitune.deltas import Delta
 from multitune.errors import ConfigError
 from multitune.heads import Head
 from multitune.inputs import Batch
-from multitune.language_loss import token_losses
+from multitune.language_loss import distilled_losses, token_losses
 from multitune.methods import Method
 from multitune.methods.yielded import check_deltas, why_not_trainable
 from multitune.plan import DeltaSet, Plan
@@ -55,7 +55,7 @@ class TuningModel(nn.Module):
             autocast: dtype of mixed precision, `None` for none.
             label_smoothing: generation: as `token_losses` takes it, in training only.
             losses: ranking: names of `choices.LOSSES` whose sum is minimised.
-            distill_weight: ranking, where a batch has a teacher: the share of its loss, in training only.
+            distill_weight: where a batch has a teacher: the share of its loss, in training only.
         """
         super().__init__()
         self.backbone = backbone  # no nn.Module, so nothing of it is registered here
@@ -97,14 +97,17 @@ class TuningModel(nn.Module):
             states: `[B, S, D]` of `frozen_outputs`, so that the frozen layers do not run.
             slots, decoder_input_ids: int64 `[B, S]` and `[B, U]`, as `Backbone.run` takes them; with the latter targets
                 and `index` are of the decoder's tokens.
-            index: ranking: int64 `[N, 6]`, the tokens of the choices, as `multitune.ranked.index_of` makes it.
-            teacher: ranking: float32 `[R, choices]`, the scores to distil.
+            index: ranking: int64 `[N, 6]`, the tokens of the choices, as `multitune.ranked.index_of` makes it;
+                generation with a teacher: int64 `[N, K]`, the words that it speaks of.
+            teacher: what is distilled, in training. Ranking: float32 `[R, choices]`, scores; generation: float32
+                `[N, K + 1]` or `[N, V]`, log-probabilities as `likeliest_words` gives them.
             pieces: generation: int64 `[B, T]` as `Backbone.run` takes them; no text's first token is a target.
 
         Returns:
             `logits` `[R, C]`, multiple choice `[R, choices]`, tagging `[B, T, C]`; ranking the scores per token
             `[R, choices]`; `loss` scalar. Generation: `logits`
-            `[B, T, V]` without targets, and with them `loss` alone, the mean over all tokens that count.
+            `[B, T, V]` without targets, and with them `loss` alone, the mean over all tokens that count; in evaluation
+            with a teacher also `distillation`, which is then the loss of training, while `loss` is that without one.
         """
         backbone, device = self.backbone, self.backbone.device
         given = (input_ids, attention_mask, token_type_ids, pieces)
@@ -146,7 +149,7 @@ class TuningModel(nn.Module):
         """What `forward` returns, from the backbone's last hidden states `[B, T, D]` and the mask `[B, T]`."""
         with self.arithmetic():
             if self.head.kind == "generation":
-                return self._written(hidden, targets)
+                return self._written(hidden, targets, index, teacher)
             if self.head.kind == "ranking":
                 assert index is not None
                 return self._ranked(hidden, targets, index, teacher)
@@ -158,13 +161,22 @@ class TuningModel(nn.Module):
             return {"logits": logits}
         return {"logits": logits, "loss": heads.loss(self.head, logits, targets.to(hidden.device))}
 
-    def _written(self, hidden: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+    def _written(
+        self, hidden: Tensor, targets: Tensor | None, words: Tensor | None, teacher: Tensor | None
+    ) -> dict[str, Tensor]:
         """`forward` for a task of generation, from `hidden [B, T, D]`."""
+        head, device = self.backbone.lm_head, hidden.device
         if targets is None:
-            return {"logits": self.backbone.lm_head(hidden)}
-        smoothing = self.label_smoothing if self.training else 0.0
-        losses = token_losses(self.backbone.lm_head, hidden, targets.to(hidden.device), smoothing)
-        return {"loss": losses.mean()}
+            return {"logits": head(hidden)}
+        targets, smoothing = targets.to(device), self.label_smoothing if self.training else 0.0
+        taught: dict[str, Tensor] = {}
+        if words is not None and teacher is not None:
+            said = words.to(device), teacher.to(device)
+            away = distilled_losses(head, hidden, targets, *said, self.distill_weight, smoothing).mean()
+            if self.training:
+                return {"loss": away}
+            taught = {"distillation": away}
+        return {"loss": token_losses(head, hidden, targets, smoothing).mean()} | taught
 
     def _ranked(
         self, hidden: Tensor, targets: Tensor | None, index: Tensor, teacher: Tensor | None

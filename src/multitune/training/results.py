@@ -26,7 +26,8 @@ class TrainResult:
     seconds: float
     """Wall time of this call; of a resumed run, the time since it was resumed."""
     metric: str
-    """Name of the metric that chose the tensors: the task's headline metric, or perplexity where that judges texts."""
+    """Name of the metric that chose the tensors: the task's headline metric, or perplexity where that judges texts;
+    "distillation", the loss on the validation rows, where texts are distilled."""
     best_metric: float
     """Best value of that metric on the validation rows."""
     best_step: int

@@ -27,7 +27,7 @@ from multitune.tasks import Task, TaskData
 from multitune.training.checkpoints import Checkpoints, differences
 from multitune.training.config import LOSS_NAMES, TrainConfig, parse_losses
 from multitune.training.data import Item, TaskRows, order_of
-from multitune.training.distill import teacher_scores
+from multitune.training.distill import TextTeacher, teacher_scores
 from multitune.training.idle import refuse_idle
 from multitune.training.model import TuningModel
 from multitune.training.packing import check_packing, saving
@@ -153,18 +153,19 @@ class Setup:
         if self.config.packing:
             check_packing(self.method, model.delta_set())
         read = read or partial(read_rows, backbone)
+        teachers = self._text_teachers()
         rows = {
-            split: read(data.task, table, split, max_length)
-            for split, table in (("train", data.train), ("validation", data.validation))
+            split: self._read_split(read, split, max_length, teachers.get(split)) for split in ("train", "validation")
         }
         _check_prompts(model, rows.values())
         packed = None
         if self.config.packing:
             order = order_of(rows["train"], self.config)
             packed = saving(order.lengths, order, max_length, self.config.batch_size)
-        if self.config.distill_examples is not None:
-            scores = teacher_scores(backbone, data.task, data.train, self.config)
-            rows["train"] = rows["train"].with_teacher(scores)
+        for split, teacher in teachers.items():
+            rows[split] = rows[split].with_teacher(teacher.teach(rows[split]))
+        if self.config.distills and not teachers:
+            rows["train"] = rows["train"].with_teacher(teacher_scores(backbone, data.task, data.train, self.config))
         facts = {
             "num_train": len(rows["train"]),
             "num_validation": len(rows["validation"]),
@@ -181,6 +182,26 @@ class Setup:
             overwrite=self.overwrite,
             packed=packed,
         )
+
+    def _text_teachers(self) -> dict[str, TextTeacher]:
+        """By split the teacher of a task that writes; none where the run has no such teacher."""
+        if not self.config.distills or self.data.task.kind != "generation":
+            return {}
+        return {s: TextTeacher(self.backbone, self.data, s, self.config) for s in ("train", "validation")}
+
+    def _read_split(
+        self,
+        read: Callable[[Task, Any, str, int], TaskRows],
+        split: str,
+        max_length: int,
+        teacher: TextTeacher | None,
+    ) -> TaskRows:
+        """The rows with their own answers, or with those that a teacher writes."""
+        task, table = self.data.task, self.data.train if split == "train" else self.data.validation
+        if teacher is None or self.config.distill_new_tokens is None:
+            return read(task, table, split, max_length)
+        answers = teacher.write()
+        return TaskRows(self.backbone, task, table, max_length=max_length, split=split, answers=answers)
 
     def close(self, opened: Opened, trainer: TuningTrainer, start: float, *, job: bool = False) -> TrainResult:
         """Save what a run that has ended leaves.
@@ -378,8 +399,15 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
         ConfigError: settings of a pattern for a task without one, or a distillation that cannot be.
         BackboneError, TaskError: the backbone cannot answer in the pattern.
     """
+    written = task.kind == "generation"
+    if config.distill_new_tokens is not None and not written:
+        raise ConfigError(
+            f"distill_new_tokens={config.distill_new_tokens} is for generation, and task '{task.name}' is of kind "
+            f"{task.kind}; leave it out"
+        )
     if task.pattern is None:
-        given = [name for name in ("losses", "distill_examples") if getattr(config, name) is not None]
+        of_patterns = ("losses",) if written else ("losses", "distill_examples", "distill_instruction")
+        given = [name for name in of_patterns if getattr(config, name) is not None]
         if given:
             raise ConfigError(
                 f"{given[0]}={getattr(config, given[0])!r} is for tasks with a pattern, and task '{task.name}' has "
@@ -387,9 +415,10 @@ def _settle_losses(backbone: Backbone, task: Task, config: TrainConfig) -> Train
             )
         return config
     PatternReader(backbone, task)
-    if config.distill_examples is not None and not backbone.writes:
+    if config.distills and not backbone.writes:
+        asked = "distill_instruction" if config.distill_examples is None else "distill_examples"
         raise ConfigError(
-            f"distill_examples={config.distill_examples}: backbone '{backbone.name}' is a masked language model, and "
+            f"{asked}={getattr(config, asked)!r}: backbone '{backbone.name}' is a masked language model, and "
             f"context distillation needs a causal one or an encoder-decoder, which read examples as they read texts; "
             f"leave it out, or take smollm2"
         )

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from multitune import heads
 from multitune.errors import ConfigError
 from multitune.language_loss import perplexity_of
-from multitune.tasks import higher_is_better, judge
+from multitune.tasks import judge
 from multitune.training.callbacks import Bar, callbacks_of
 from multitune.training.checkpoints import TRAINER_FILE, Checkpoints, random_state, set_random_state
 from multitune.training.config import TrainConfig
@@ -26,7 +26,7 @@ from multitune.training.frozen_states import FrozenStates, keep_frozen_states
 from multitune.training.gradients import BatchGradients
 from multitune.training.model import TuningModel
 from multitune.training.process_state import globals_kept
-from multitune.training.written import TextJudge, judge_of_run
+from multitune.training.written import DISTILLATION, TextJudge, judge_of_run, rises
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -247,7 +247,7 @@ class TuningTrainer(Trainer):
         task = rows.task
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         predictions: list[Any] = [None] * len(rows)
-        loss = count = 0.0
+        loss = count = distilled = 0.0
         tuned.eval()
         for start in range(0, len(order), self.config.eval_batch_size):
             picked = order[start : start + self.config.eval_batch_size]
@@ -258,11 +258,13 @@ class TuningTrainer(Trainer):
             if items:
                 loss, count = loss + float(outputs["loss"]) * items, count + items
             if task.kind == "generation":
+                distilled += float(outputs.get(DISTILLATION, 0.0)) * items
                 continue
             for i, values in zip(picked, outputs["logits"].cpu(), strict=True):
                 predictions[i] = heads.prediction(task, values, rows[i].sequences[0].word_starts)
         if task.kind == "generation":
-            return perplexity_of(loss / count) | ({} if self.judge is None else self.judge.scores(tuned))
+            taught = {DISTILLATION: distilled / count} if DISTILLATION in outputs else {}
+            return perplexity_of(loss / count) | taught | ({} if self.judge is None else self.judge.scores(tuned))
         return {"loss": loss / max(count, 1), **judge(task, predictions, rows.examples)}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -272,7 +274,7 @@ class TuningTrainer(Trainer):
         """
         value, best = metrics[f"eval_{self.metric}"], self.state.best_metric
         settled = self.tuned.method.is_settled(self.state.global_step, self.max_steps)
-        better = best is None or (value > best if higher_is_better(self.metric) else value < best)
+        better = best is None or (value > best if rises(self.metric) else value < best)
         if settled and not self.tuned.method.is_settled(self.state.best_global_step or 0, self.max_steps):
             better = True  # what was best so far is not in the method's final form
         tied = value == best and metrics["eval_loss"] <= self.best_metrics["loss"]

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from multitune.backbone import Backbone
+from multitune.batching import Encoded, pad
 from multitune.errors import ConfigError
 from multitune.generation.evaluation import examples_by_prompt
 from multitune.generation.prompts import encode_rows, prompt_room
+from multitune.generation.settings import Generation, GenerationSettings
 from multitune.plan import DeltaSet, Plan
-from multitune.tasks import Example, Task, compute
+from multitune.tasks import Example, Task, compute, higher_is_better
 from multitune.tasks.metrics import judge_of_training
 from multitune.training.config import TrainConfig
 from multitune.training.model import TuningModel
@@ -28,6 +31,11 @@ def check_judged_by_texts(task: Task, config: TrainConfig) -> None:
     """
     if not config.eval_texts:
         return
+    if config.distill_new_tokens is not None:
+        raise ConfigError(
+            f"eval_texts={config.eval_texts} judges texts by the rows' own answers, in place of which the teacher of "
+            f"distill_new_tokens={config.distill_new_tokens} writes others; leave one of them out"
+        )
     if task.kind != "generation":
         raise ConfigError(
             f"eval_texts={config.eval_texts} is for generation, and task '{task.name}' is of kind {task.kind}; leave "
@@ -42,9 +50,21 @@ def check_judged_by_texts(task: Task, config: TrainConfig) -> None:
     compute(task.metric, [reference], [reference])  # says now, and not after an epoch, that a library is missing
 
 
+#: What judges a run that distils texts: its own loss, on the validation rows. A teacher need not find likely what the
+#: rows have for answers, so that perplexity could keep the tensors that learnt least of it.
+DISTILLATION = "distillation"
+
+
 def judge_of_run(task: Task, config: TrainConfig) -> str:
     """The metric by which a run keeps its best tensors; "" for a task that none judges."""
+    if config.distills and task.kind == "generation" and not config.eval_texts:
+        return DISTILLATION
     return judge_of_training(task.metric, by_texts=bool(config.eval_texts)) if task.metric else ""
+
+
+def rises(metric: str) -> bool:
+    """Whether more is better of what `judge_of_run` gives."""
+    return metric != DISTILLATION and higher_is_better(metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +121,30 @@ class TextJudge:
         if not model.method.changes_weights:
             with torch.no_grad():
                 deltas = model.delta_set().fused(backbone.dtype, backbone.device)
-        settings = {"max_new_tokens": self.num_tokens}
-        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        texts = [""] * len(order)
-        for start in range(0, len(order), self.batch_size):
-            picked = order[start : start + self.batch_size]
-            width = max(len(self.prompts[i]) for i in picked)
-            ids, mask = torch.full((len(picked), width), backbone.pad_id), torch.zeros(len(picked), width)
-            for row, i in enumerate(picked):
-                own = torch.tensor(self.prompts[i])
-                ids[row, : len(own)], mask[row, : len(own)] = own, 1
-            found = backbone.generate(Plan([deltas] * len(picked)), ids, mask, settings)
-            for i, written in zip(picked, found, strict=True):
-                texts[i] = written.text.strip()
-        return texts
+        settings = [GenerationSettings(max_new_tokens=self.num_tokens)] * len(self.prompts)
+        found = write_rows(backbone, deltas, self.prompts, settings, batch_size=self.batch_size)
+        return [written.text.strip() for written in found]
+
+
+def write_rows(
+    backbone: Backbone,
+    deltas: DeltaSet | None,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[GenerationSettings],
+    *,
+    batch_size: int,
+) -> list[Generation]:
+    """What is written behind prompts, all under the same deltas; prompts of similar length run together.
+
+    Args:
+        prompts: token ids, and of each of them the `settings`.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: dict[int, Generation] = {}
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        batch = pad([Encoded(input_ids=list(prompts[i])) for i in picked], backbone.pad_id)
+        plan = Plan([deltas] * len(picked))
+        written = backbone.generate(plan, batch.input_ids, batch.attention_mask, [settings[i] for i in picked])
+        found |= dict(zip(picked, written, strict=True))
+    return [found[i] for i in range(len(order))]
