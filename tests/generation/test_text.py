@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from multitune import BackboneError, Bank, Plan
@@ -19,6 +19,17 @@ def byte_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def fallback_tokenizer():
+    """One token per byte, as Llama's and Gemma's have them: runs of them are decoded together, or not at all."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    first = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), first])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 @given(
@@ -47,6 +58,26 @@ def test_pieces_add_up_and_never_hold_a_stop_string_or_half_a_character(
     come = byte_tokenizer.decode(ids[:used])  # another stop string may be complete first than begins first
     firsts = [come.find(s) for s in stop if s in come]
     assert joined == (come[: min(firsts)] if firsts else text)
+
+
+@pytest.mark.parametrize("window", [(32, 4), (1, 1), (3, 2)])
+@pytest.mark.parametrize("text", ["a €😀€ é" * 6, "€é😀" * 12, "b 😀 é" * 9])
+def test_pieces_of_runs_of_bytes_add_up(fallback_tokenizer, monkeypatch, window, text):
+    monkeypatch.setattr("multitune.generation.text._WINDOW", window[0])
+    monkeypatch.setattr("multitune.generation.text._CONTEXT", window[1])
+    ids = fallback_tokenizer(text)["input_ids"]
+    stream = TextStream(lambda tokens: fallback_tokenizer.decode(list(tokens)))
+    pieces = [stream.piece(ids[:n], last=n == len(ids)) for n in range(1, len(ids) + 1)]
+    assert "".join(pieces) == text and not any("�" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_character_that_breaks_off_spoils_none_in_front_of_it(fallback_tokenizer, missing):
+    ids = fallback_tokenizer("a é€😀😀")["input_ids"][:-missing]
+    stream = TextStream(lambda tokens: fallback_tokenizer.decode(list(tokens)))
+    assert fallback_tokenizer.decode(ids).count("�") > 4  # or there is nothing to mend
+    pieces = [stream.piece(ids[:n], last=n == len(ids)) for n in range(1, len(ids) + 1)]
+    assert "".join(pieces) == stream.text(ids) == "a é€😀" + "�" * (4 - missing)
 
 
 def test_a_long_text_is_not_decoded_from_its_beginning_for_every_token(byte_tokenizer):

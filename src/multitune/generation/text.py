@@ -11,6 +11,9 @@ _WINDOW, _CONTEXT = 32, 4
 #: What a decoder puts where the bytes of a character are not all there yet.
 _INCOMPLETE = "�"
 
+#: A character has at most so many bytes.
+_BYTES = 4
+
 
 class TextStream:
     """The text of one row as it grows."""
@@ -26,6 +29,7 @@ class TextStream:
         self._given = 0
         self._settled = ""
         self._settled_tokens = 0
+        self._context_from = 0
 
     def stopped(self, token_ids: Sequence[int], *, grows: bool = False) -> bool:
         """Whether the text of these tokens holds a stop string; `grows`: they begin with those of the last call."""
@@ -36,17 +40,41 @@ class TextStream:
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens up to the first stop string."""
-        return self._cut(self._decode(token_ids))
+        return self._cut(self._whole(token_ids))
+
+    def _whole(self, token_ids: Sequence[int]) -> str:
+        """`decode`, where the first bytes of a last character change nothing of the characters in front of it.
+
+        Decoders that know bytes as tokens (Llama's, Gemma's) read a run of them at once, and none of a run that breaks
+        off within a character.
+        """
+        whole = self._decode(token_ids)
+        if not whole.endswith(_INCOMPLETE):
+            return whole
+        for own in range(1, min(_BYTES, len(token_ids) + 1)):
+            front = self._decode(token_ids[:-own])
+            if not front.endswith(_INCOMPLETE):
+                return whole if whole.startswith(front) else front + self._decode(token_ids[-own:])
+        return whole
 
     def _grown(self, token_ids: Sequence[int]) -> str:
         """`decode` for tokens that begin with those of the last call, in time that does not grow with them."""
         done = self._settled_tokens
-        context = token_ids[max(0, done - _CONTEXT) : done]
+        context = token_ids[self._context_from : done]
         known = len(self._decode(context)) if context else 0
         whole = self._settled + self._decode([*context, *token_ids[done:]])[known:]
         if len(token_ids) - done >= _WINDOW and not whole.endswith(_INCOMPLETE):
             self._settled, self._settled_tokens = whole, len(token_ids)
+            self._context_from = self._context_of(token_ids)
         return whole
+
+    def _context_of(self, token_ids: Sequence[int]) -> int:
+        """Where the few last of these tokens begin, with which the next are decoded: not within a character, or a
+        decoder that reads a run of bytes at once would find none in those of the run that follow."""
+        start = max(0, len(token_ids) - _CONTEXT)
+        while start and self._decode(token_ids[start:]).startswith(_INCOMPLETE):
+            start -= 1
+        return start
 
     def _cut(self, whole: str) -> str:
         ends = [end for s in self._stop if (end := whole.find(s)) >= 0]
