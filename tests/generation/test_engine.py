@@ -1,7 +1,9 @@
 """Continuous batching: requests come and go at random, and each gets the text it would get alone."""
 
 import dataclasses
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -183,6 +185,22 @@ def test_a_removed_adapter_serves_the_requests_it_had(lm, random_adapter, small_
     assert request.result().token_ids == expected.token_ids
     with pytest.raises(AdapterError, match="the bank has no adapter 'a'"):
         engine.submit(prompt, adapter="a")
+
+
+def test_an_adapter_that_is_gone_is_not_kept_by_a_batch_that_goes_on(lm, random_adapter, small_method, make_prompts):
+    bank = Bank(lm("llama"))
+    bank.add("a", random_adapter(lm("llama"), small_method("ptuning_v2", None), 1))
+    engine = Engine(bank)
+    long, short = make_prompts([4, 5])
+    going = engine.submit(long, settings={"max_new_tokens": 12, "stop_at_eos": False})
+    engine.submit(short, adapter="a", settings={"max_new_tokens": 2})
+    (deltas,) = map(weakref.ref, bank.delta_sets(["a"]))
+    bank.remove("a")
+    for _ in range(4):
+        engine.step()
+    gc.collect()
+    assert not going.done and engine.num_running == 1
+    assert deltas() is None
 
 
 def test_a_failing_step_reaches_its_requests_and_no_later_ones(bank, make_prompts, monkeypatch):

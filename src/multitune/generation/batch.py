@@ -5,8 +5,9 @@ Legend: B rows of the batch, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class DecodingBatch:
         self._cross = {s.name: layer for s, layer in at if s.stack == "cross"}
         """The same of attention to an encoder's output."""
         self._start = backbone.start_ids
-        self._memories: dict[DeltaSet, tuple[MemoryOfRow, MemoryOfRow]] = {}
+        # Kept no longer than their adapters are: a batch that is never empty sees many come and go.
+        self._memories: MutableMapping[DeltaSet, tuple[MemoryOfRow, MemoryOfRow]] = WeakKeyDictionary()
         self._plan: Plan | None = None
         self._order: Tensor | None = None
         self._clear()
