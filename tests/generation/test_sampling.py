@@ -53,6 +53,15 @@ def test_draws_follow_transformers_distribution(chosen):
     assert ((counts - expected * DRAWS).abs() <= 5 * spread + 1e-3).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e308])
+def test_no_temperature_is_too_low_or_too_high_for_a_float(temperature):
+    logits = torch.tensor([[3.0, 21.0, 20.9, -5.0], [0.0, 5.0, 5.0, 1.0]])
+    mine = [Chooser(GenerationSettings(temperature=temperature, seed=seed), set()) for seed in (1, 2)]
+    tokens = [choose(logits, mine, False)[0] for _ in range(40)]
+    expected = {(1, 1), (1, 2)} if temperature < 1 else {(a, b) for a in range(4) for b in range(4)}
+    assert {tuple(row) for row in tokens} <= expected and len({tuple(row) for row in tokens}) > 1
+
+
 def test_a_rows_sample_depends_on_its_seed_and_on_no_other_row(lm, make_prompts, padded):
     backbone = lm("llama")
     rows = make_prompts([5, 8, 5, 3])

@@ -91,7 +91,8 @@ def _draw(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
 
     settings = [c.settings for c in choosers]
     uniform = column([c.generator.random() for c in choosers])
-    scores = (logits / column([s.temperature for s in settings])).float()
+    # Below the largest, so that no temperature is too low for a float: the likeliest token is at 0, others at -inf.
+    scores = ((logits - logits.amax(-1, keepdim=True)) / column([s.temperature for s in settings])).float()
     if any(s.top_k for s in settings):
         most = scores.shape[1]
         kth = torch.tensor([min(s.top_k or most, most) - 1 for s in settings], device=logits.device)[:, None]
