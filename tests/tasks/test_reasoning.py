@@ -132,6 +132,9 @@ def test_the_final_answer_stands_behind_the_surest_marker(text, found):
         ("no letter here", "B", False),
         ("the answer is The Film!", "film", True),
         ("", "film", False),
+        ("The answer is an.", "an", True),  # two last letters, and no article
+        ("The answer is on.", "an", False),
+        ("", "an", False),
     ],
 )
 def test_answers_are_compared_by_their_kind(text, reference, same):

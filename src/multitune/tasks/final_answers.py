@@ -44,7 +44,7 @@ def read_answer(text: str, like: str) -> float | str | None:
     """The final answer of a text, of the kind that the final answer of `like` is; `None` where there is no such.
 
     Returns:
-        A number, a letter, "yes" or "no", or a text in lower case without punctuation and articles.
+        A number, a letter, "yes" or "no", or a text in lower case without punctuation and articles, where it has more.
     """
     wanted = final_answer(like).strip()
     if NUMBER.fullmatch(wanted.strip("$% ")):
@@ -55,7 +55,8 @@ def read_answer(text: str, like: str) -> float | str | None:
     if _YES_OR_NO.fullmatch(wanted):
         said = _pick(_YES_OR_NO, text)
         return None if said is None else said.lower()
-    return normalised(final_answer(text)) or None
+    answer = final_answer(text)
+    return normalised(answer) or answer.lower() or None  # an article may be the answer
 
 
 def answer_match(texts: Texts, references: References, labels: Sequence[str] = ()) -> Scores:
