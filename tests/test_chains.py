@@ -102,6 +102,15 @@ def test_samples_differ_and_are_the_same_again(bank):
     assert answer(bank, "chains", [TWO, ONE], samples=4, settings=settings, seed=2).texts != first.texts
 
 
+def test_one_text_per_question_is_drawn_by_the_seed_too(bank):
+    settings = {"max_new_tokens": 6, "temperature": 1.5}
+    first, again, other = (answer(bank, "chains", [TWO, ONE, TWO], settings=settings, seed=s) for s in (1, 1, 2))
+    assert first.texts == again.texts != other.texts
+    assert first.texts[0] != first.texts[2]  # one question, drawn twice
+    fixed = answer(bank, "chains", [TWO, ONE, TWO], settings=settings | {"seed": 1})
+    assert fixed.texts[0] == fixed.texts[2]
+
+
 def test_the_bare_model_answers_zero_shot(bank):
     found = answer(bank, None, [TWO, ONE], settings={"max_new_tokens": 4})
     text = 'which?\n(A) red\n(B) blue\nEnd with "The answer is", followed by the answer alone.\n'
@@ -174,6 +183,10 @@ def test_a_chain_does_not_state_its_answer_twice(text, chain):
         (dict(k=0), "k=0 chains are not possible"),
         (dict(samples=0), "samples=0 is not possible"),
         (dict(samples=3), "samples=3 of greedy decoding are all the same.*temperature"),
+        (
+            dict(samples=3, settings={"temperature": 1.0, "seed": 4}),
+            r"samples=3 with one seed of settings are all the same; .*answer\(\.\.\., seed=4\)",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(bank, arguments, message):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from multitune.answers import PromptFormat, settle_format
 from multitune.errors import ConfigError, DataError
 from multitune.generation.prompts import AnySettings, settings_per_row
+from multitune.generation.settings import GenerationSettings
 from multitune.prompting.judged import JudgedRow, save_judged
 from multitune.tasks import Task, TaskData, Template
 from multitune.tasks.final_answers import marked_from, read_answer, same_answer
@@ -180,17 +181,18 @@ def answer(
         samples: texts drawn per question, whose most frequent answer counts, of equal ones the first (self-consistency,
             at about the cost of k chains in one response where it equals k). Above 1 `settings` need a temperature.
         settings: how to decode; by default greedily.
-        seed: makes the seeds of the samples.
+        seed: makes the seeds of what is drawn, one per text; of one text per question `settings` may have a seed, which
+            then is that of all.
 
     Raises:
         ConfigError: an impossible k or number of samples, samples that would all be equal, or k without an adapter.
         DataError: no questions.
     """
     (decoding,) = settings_per_row(settings, 1)
-    _check_asked(adapter, questions, k, samples, decoding.samples)
+    _check_asked(adapter, questions, k, samples, decoding)
     rows = [(adapter, _asked(bank, adapter, q, k)) for q in questions for _ in range(samples)]
     seeds = [seed * 1_000_003 + i for i in range(len(rows))]
-    own = [replace(decoding, seed=s) if samples > 1 else decoding for s in seeds]
+    own = [replace(decoding, seed=s) if decoding.samples and decoding.seed is None else decoding for s in seeds]
     start = time.perf_counter()
     found = bank.generate(rows, own, batch_size=batch_size)
     seconds = time.perf_counter() - start
@@ -273,16 +275,23 @@ def _without_answer(text: str) -> str:
     return text[: ends[-1]].strip() if ends else ""
 
 
-def _check_asked(adapter: str | None, questions: Sequence[Question], k: int, samples: int, draws: bool) -> None:
+def _check_asked(
+    adapter: str | None, questions: Sequence[Question], k: int, samples: int, decoding: GenerationSettings
+) -> None:
     if not questions:
         raise DataError("there are no questions to answer; give at least one")
     _check_k(k)
     if samples < 1:
         raise ConfigError(f"samples={samples} is not possible; give at least 1")
-    if samples > 1 and not draws:
+    if samples > 1 and not decoding.samples:
         raise ConfigError(
             f"samples={samples} of greedy decoding are all the same; give settings with a temperature, such as "
             f'{{"temperature": 0.7}}'
+        )
+    if samples > 1 and decoding.seed is not None:
+        raise ConfigError(
+            f"samples={samples} with one seed of settings are all the same; give the seed beside settings: "
+            f"answer(..., seed={decoding.seed})"
         )
     if adapter is None and k > 1:
         raise ConfigError(f"k={k}: the bare model was not trained to give several chains; give an adapter, or samples")
