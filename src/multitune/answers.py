@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from multitune.errors import BackboneError, ConfigError, DataError, DataWarning
 from multitune.tasks import Example, Task
@@ -55,6 +57,25 @@ def settle_format(backbone: Backbone, task: Task) -> Task:
             f"template; set format='plain' (--format plain), or give the tokenizer one"
         )
     return task
+
+
+def write_chat(backbone: Backbone, messages: Sequence[Mapping[str, str]], *, opens: bool) -> str:
+    """Messages as the tokenizer's chat template writes them; with `opens` up to where an answer begins.
+
+    Raises:
+        DataError: messages that the template refuses.
+    """
+    tokenizer: Any = backbone.tokenizer
+    try:
+        return str(
+            tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=opens, tokenize=False)
+        )
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise DataError(
+            f"the chat template of backbone '{backbone.name}' refuses messages of {roles}: {error}. Most templates "
+            f"take those of user and assistant in turn, and some none of system"
+        ) from error
 
 
 class PromptFormat:
@@ -138,7 +159,7 @@ class PromptFormat:
         return [*system, {"role": "user", "content": text.strip()}]
 
     def _template(self, messages: list[dict[str, str]], *, opens: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=opens, tokenize=False))
+        return write_chat(self.backbone, messages, opens=opens)
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:

@@ -272,6 +272,21 @@ def test_a_bank_generates_for_texts_chats_and_token_ids(bank):
     assert chat.token_ids == here.generate([(None, ids)], {"max_new_tokens": 3})[0].token_ids
 
 
+def test_a_chat_that_the_template_refuses_is_named(bank):
+    here, short = bank("llama"), {"max_new_tokens": 3}
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}said"
+    said = [{"role": "user", "content": "hi"}]
+    here.backbone.tokenizer.chat_template = refuses
+    words = r"row 1: the chat template of backbone 'llama' refuses messages of system, user: no system here\. Most"
+    try:
+        with pytest.raises(DataError, match=words):
+            here.generate([(None, said), (None, [{"role": "system", "content": "a"}, *said])], short)
+        with pytest.raises(DataError, match=r"row 0: a prompt is a text, a list of messages with the texts 'role'"):
+            here.generate([(None, [{"role": "user", "content": None}])], short)
+    finally:
+        here.backbone.tokenizer.chat_template = None
+
+
 def test_a_stream_gives_pieces_of_every_row_as_they_come(bank):
     here = bank("gpt2")
     rows = [(None, "good film"), ("lora", "bad"), ("prefix", "the very film"), (None, "not")]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from multitune.answers import PromptFormat
+from multitune.answers import PromptFormat, write_chat
 from multitune.errors import BackboneError, ConfigError, DataError, DataWarning, suggest
 from multitune.generation.sequences import BeamSequence, SingleSequence
 from multitune.generation.settings import GenerationSettings, setting_names
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 #: What `settings` arguments take: settings for all rows, or one per row, each as an object or by name.
 AnySettings = GenerationSettings | Mapping[str, Any]
+#: What every message of a chat has.
+_OF_MESSAGE = ("role", "content")
 
 
 def prompt_room(backbone: Backbone, inserted: int, new_tokens: int, max_length: int) -> int:
@@ -85,17 +87,18 @@ def encode_prompt(backbone: Backbone, prompt: Any) -> tuple[int, ...]:
     """Token ids of a prompt; a chat is written out by the tokenizer's template, up to where the answer begins.
 
     Raises:
-        DataError: no prompt, or a chat the tokenizer has no template for.
+        DataError: no prompt, or a chat that the tokenizer has no template for, or whose template refuses it.
         BackboneError: the backbone has no tokenizer.
     """
     if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt:
         if all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
             return tuple(prompt)
-        if all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt):
+        if all(isinstance(m, Mapping) and all(isinstance(m.get(k), str) for k in _OF_MESSAGE) for m in prompt):
             return _encode_chat(backbone, prompt)
     if not isinstance(prompt, str):
         raise DataError(
-            f"a prompt is a text, a list of messages with 'role' and 'content', or a list of token ids, not {prompt!r}"
+            f"a prompt is a text, a list of messages with the texts 'role' and 'content', or a list of token ids, not "
+            f"{prompt!r}"
         )
     tokenizer = _tokenizer(backbone)
     with backbone.tokenizer_lock:
@@ -109,7 +112,7 @@ def _encode_chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> t
             f"the tokenizer of backbone '{backbone.name}' has no chat template; write the conversation out as a text"
         )
     with backbone.tokenizer_lock:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
+        text = write_chat(backbone, messages, opens=True)
         return tuple(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
 
