@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from multitune import BackboneError, Bank, Plan
+from multitune import BackboneError, Bank, ConfigError, Plan
 from multitune.generation.text import TextStream
 
 
@@ -116,6 +116,23 @@ def test_a_stop_string_ends_the_text_of_its_row_alone(lm, make_prompts, beams):
         assert one.finish_reason == "stop"
     assert stop not in one.text
     assert other == whole[1]
+
+
+def test_a_special_token_may_end_a_text(lm, make_prompts):
+    """Although no text holds one."""
+    backbone, prompt = lm("llama"), make_prompts([4])[0]
+    bank, tokenizer = Bank(backbone), backbone.tokenizer
+    special = tokenizer.convert_tokens_to_ids(["[UNK]", "[CLS]", "[SEP]"])
+    drawn = [{"max_new_tokens": 20, "temperature": 9.0, "stop_at_eos": False, "seed": seed} for seed in range(12)]
+    texts = bank.generate([(None, prompt)] * 12, drawn)
+    chosen, whole = next((c, t) for c, t in zip(drawn, texts, strict=True) if set(special) & set(t.token_ids[2:]))
+    end = min(i for i, token in enumerate(whole.token_ids) if token in special)
+    stop = tokenizer.convert_ids_to_tokens(whole.token_ids[end])
+    found = bank.generate([(None, prompt)], chosen | {"stop": (stop, "nowhere")})[0]
+    assert (found.token_ids, found.finish_reason) == (whole.token_ids[: end + 1], "stop")
+    assert found.text == tokenizer.decode(whole.token_ids[:end], skip_special_tokens=True)
+    with pytest.raises(ConfigError, match=r"row 0: stop='a \[SEP\]' holds the special token '\[SEP\]'.*give stop="):
+        bank.generate([(None, prompt)], {"stop": "a [SEP]"})
 
 
 def test_what_needs_a_tokenizer_says_so(language_model, make_model):

@@ -173,19 +173,41 @@ def make_sequence(
 
     Raises:
         BackboneError: stop strings without a tokenizer to find them with.
+        ConfigError: one that holds a special token and more.
     """
-    if settings.stop:
-        _tokenizer(backbone)
+    special = _special_stops(backbone, settings.stop)
     kind = SingleSequence if settings.num_beams == 1 else BeamSequence
     return kind(
         prompt=prompt,
         deltas=deltas,
         settings=settings,
         eos_ids=frozenset(backbone.eos_ids),
-        stream=TextStream(_decoder(backbone), settings.stop),
+        stream=TextStream(_decoder(backbone), [text for text in settings.stop if text not in special]),
         adapter=adapter,
+        stop_ids=frozenset(special.values()),
         before=backbone.start_ids if backbone.decodes else None,
     )
+
+
+def _special_stops(backbone: Backbone, stop: Sequence[str]) -> dict[str, int]:
+    """The stop strings that are special tokens, with their ids: a text leaves these out, and never holds one.
+
+    Raises:
+        BackboneError: there is no tokenizer.
+        ConfigError: a stop string that holds a special token and more.
+    """
+    if not stop:
+        return {}
+    known = _tokenizer(backbone).added_tokens_decoder
+    special = {token.content: number for number, token in known.items() if token.special}
+    for text in stop:
+        inside = None if text in special else next((token for token in special if token in text), None)
+        if inside is not None:
+            raise ConfigError(
+                f"stop={text!r} holds the special token {inside!r}, which is left out of texts, so that none would "
+                f"ever hold both; give stop=({inside!r},)"
+            )
+    return {text: special[text] for text in stop if text in special}
 
 
 def _decoder(backbone: Backbone) -> Callable[[Sequence[int]], str]:

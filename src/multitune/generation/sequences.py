@@ -35,6 +35,8 @@ class Decoded:
     stream: TextStream
     adapter: str | None = None
     finish_reason: FinishReason | None = None
+    stop_ids: frozenset[int] = frozenset()
+    """Special tokens among the stop strings."""
     before: tuple[int, ...] | None = None
     """Encoder-decoders: token ids in front of the text, where the prompt is not."""
 
@@ -58,7 +60,7 @@ class Decoded:
         """Why a text of these tokens is at its end, if it is."""
         if self.settings.stop_at_eos and tokens[-1] in self.eos_ids:
             return "eos"
-        if self.stream.stopped(tokens, grows=self.num_rows == 1):
+        if tokens[-1] in self.stop_ids or self.stream.stopped(tokens, grows=self.num_rows == 1):
             return "stop"
         return "length" if len(tokens) >= self.settings.max_new_tokens else None
 
@@ -162,7 +164,7 @@ class BeamSequence(Decoded):
             scores = torch.stack([penalise(row, s, penalty) for row, s in zip(scores, seen, strict=True)])
         so_far = torch.tensor([b.score for b in self.running], device=scores.device)
         total = (scores + so_far[:, None]).flatten()
-        ends = len(self.eos_ids) if self.settings.stop_at_eos else 0
+        ends = (len(self.eos_ids) if self.settings.stop_at_eos else 0) + len(self.stop_ids)
         best = total.topk(min(max(2, 1 + ends) * self.settings.num_beams, len(total)))
         found = []
         own = logprobs.flatten()[best.indices]

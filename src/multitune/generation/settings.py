@@ -42,7 +42,7 @@ class GenerationSettings:
     """Beam search: end with `num_beams` finished texts (true), when a better one is unlikely (false), or when none can
     be found any more ("never")."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text, which goes up to the first of them."""
+    """Strings that end the text, which goes up to the first of them; one may be a special token, such as `</s>`."""
     stop_at_eos: bool = True
     """Whether the model's own end of text ends it."""
     logprobs: bool = False
