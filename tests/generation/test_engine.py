@@ -287,6 +287,15 @@ def test_a_chat_that_the_template_refuses_is_named(bank):
         here.backbone.tokenizer.chat_template = None
 
 
+def test_an_adapter_whose_vectors_stand_in_slots_is_refused_by_row(lm, random_adapter, make_prompts):
+    bank = Bank(lm("llama"))
+    method = get_method("ptuning_v1")(pattern="{p} {text}", slots=("{p*2}",), reparametrise=False)
+    bank.add("between", random_adapter(lm("llama"), method, 1))
+    prompt = make_prompts([4])[0]
+    with pytest.raises(PlanError, match="row 1: its adapter's vectors stand in slots of a task's text"):
+        bank.generate([(None, prompt), ("between", prompt)], {"max_new_tokens": 2})
+
+
 def test_a_stream_gives_pieces_of_every_row_as_they_come(bank):
     here = bank("gpt2")
     rows = [(None, "good film"), ("lora", "bad"), ("prefix", "the very film"), (None, "not")]

@@ -18,6 +18,7 @@ from multitune.call import Call, StepCall, cache_inputs
 from multitune.cross_cache import PairedCache
 from multitune.current import active
 from multitune.deltas import Memory, Prompt
+from multitune.deltas.prompt import FIRST_SLOT
 from multitune.errors import PlanError
 from multitune.generation.prompts import make_sequence
 from multitune.generation.sampling import choose
@@ -417,13 +418,20 @@ def _by_length(sequences: Sequence[AnySequence]) -> list[list[AnySequence]]:
 
 
 def check_room(backbone: Backbone, sequence: AnySequence, name: str) -> None:
-    """Raise `PlanError` for a prompt without tokens, with unknown ones, or too long with what it may generate.
+    """Raise `PlanError` for a prompt without tokens, with unknown ones, or too long with what it may generate, and for
+    an adapter whose vectors have no place in it.
 
     Args:
         name: what the message calls the row, such as "row 3".
     """
     if not sequence.prompt:
         raise PlanError(f"{name}: its prompt has no tokens; give at least one")
+    places = [] if sequence.deltas is None else sequence.deltas.of(Prompt)
+    if any(place <= FIRST_SLOT for _, d in places if isinstance(d, Prompt) for place in d.at):
+        raise PlanError(
+            f"{name}: its adapter's vectors stand in slots of a task's text, and a prompt to write from has none; ask "
+            f"an adapter whose vectors stand around the text, or none"
+        )
     wrong = next((i for i in sequence.prompt if not 0 <= i < backbone.vocab_size), None)
     if wrong is not None:
         raise PlanError(
