@@ -27,6 +27,7 @@ from multitune import (
 )
 from multitune.errors import DataWarning
 from multitune.generation.prompts import encode_for_task
+from multitune.generation.text import TextStream
 
 MIXABLE = [name for name in method_names() if not get_method(name).changes_weights]
 NAMES = ["gpt2", "opt", "llama", "gemma2", "gemma3_text"]
@@ -201,6 +202,24 @@ def test_an_adapter_that_is_gone_is_not_kept_by_a_batch_that_goes_on(lm, random_
     gc.collect()
     assert not going.done and engine.num_running == 1
     assert deltas() is None
+
+
+def test_a_text_that_cannot_be_decoded_fails_its_own_request(bank, make_prompts):
+    here, prompts = bank("llama"), make_prompts([4, 6, 3])
+    chosen = {"max_new_tokens": 5, "stop_at_eos": False}
+    engine = Engine(here)
+    requests = [engine.submit(prompt, settings=chosen) for prompt in prompts]
+
+    def decode(ids):
+        raise TypeError("no such piece")
+
+    requests[1].sequence.stream = TextStream(decode)
+    engine.run()
+    for ask in (requests[1].result, lambda: list(requests[1])):
+        with pytest.raises(TypeError, match="no such piece"):
+            ask()
+    for i in (0, 2):
+        assert requests[i].result(timeout=0) == alone(here, None, prompts[i], chosen)
 
 
 def test_a_failing_step_reaches_its_requests_and_no_later_ones(bank, make_prompts, monkeypatch):

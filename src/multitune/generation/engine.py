@@ -49,7 +49,7 @@ class Request:
         """Pieces of text, which together are the result's; waits for a thread that calls the engine's `step`.
 
         Raises:
-            Exception: what the step raised in which the request failed.
+            Exception: what the step raised in which the request failed, or the tokenizer over its text.
         """
         while (piece := self._pieces.get()) is not None:
             yield piece
@@ -88,7 +88,13 @@ class Request:
 
     def _deliver(self) -> None:
         """Hand out what came with the last step."""
-        if piece := self.sequence.piece():
+        try:
+            piece = self.sequence.piece()
+        except Exception as error:  # of this one's text, so that the others go on
+            self.sequence.finish_reason = "cancelled"
+            self._finish(error)
+            return
+        if piece:
             self._pieces.put(piece)
         if self.sequence.finish_reason is not None:
             self._finish()
@@ -277,6 +283,6 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             failed, self._running = self._running, []
-        self._batch = DecodingBatch(self.bank.backbone, self.bank.workspace)
-        for request in failed:
+        for request in failed:  # first of all, whatever comes next: someone may wait for them
             request._finish(error)
+        self._batch = DecodingBatch(self.bank.backbone, self.bank.workspace)
