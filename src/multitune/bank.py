@@ -239,10 +239,17 @@ class Bank:
         if isinstance(names, str):
             raise PlanError(f"a plan takes one name per row, not a single text; give bank.plan([{names!r}])")
         with torch.no_grad():
-            return Plan([s.delta_set if s is not None else None for s in self._lookup(names)], self.workspace)
+            return Plan([s.delta_set if s is not None else None for s in self.served(names)], self.workspace)
 
-    def _lookup(self, names: Sequence[str | None], first: int = 0) -> list[Served | None]:
-        """The adapters of a batch as they are now, so that later removals do not reach it."""
+    def served(self, names: Sequence[str | None], first: int = 0) -> list[Served | None]:
+        """The adapters of a batch's rows as they are now, so that later removals do not reach it.
+
+        Args:
+            first: messages number the rows from it.
+
+        Raises:
+            AdapterError, MixError: as `plan`.
+        """
         entries: dict[str, _Entry] = {}
         with self._lock:
             for row, name in enumerate(names, start=first):
@@ -261,7 +268,7 @@ class Bank:
         Raises:
             AdapterError, MixError: as `plan`.
         """
-        return [None if s is None else s.delta_set for s in self._lookup(names, first)]
+        return [None if s is None else s.delta_set for s in self.served(names, first)]
 
     # ---------------------------------------------------------------- generation
 
@@ -363,7 +370,7 @@ class Bank:
         if alone is not None:
             return alone._predict(rows, batch_size, first)
         self.backbone.check_idle()
-        found = self._lookup([name for name, _ in rows], first)
+        found = self.served([name for name, _ in rows], first)
         return predict(self.backbone, [row for _, row in rows], found, batch_size, self.workspace, first)
 
     def predict_stream(self, rows: Iterable[Row], *, batch_size: int = 32, window: int = 512) -> Iterator[Prediction]:

@@ -204,6 +204,37 @@ def test_an_adapter_that_is_gone_is_not_kept_by_a_batch_that_goes_on(lm, random_
     assert deltas() is None
 
 
+def test_an_adapter_that_is_replaced_while_it_is_read_is_asked_in_its_own_words(
+    lm, small_method, random_adapter, monkeypatch
+):
+    """What writes a row out and what answers it are of one adapter."""
+    backbone = lm("llama")
+    put = dict(name="w", kind="generation", label="y", format="plain")
+    tasks = [Task(template=(template,), **put) for template in ("{text}", "a {text}")]
+    old, new = (
+        dataclasses.replace(
+            random_adapter(backbone, small_method("lora", backbone), i),
+            task=task, head=Head.for_task(task), head_params={},
+        )
+        for i, task in enumerate(tasks)
+    )  # fmt: skip
+    bank, served = Bank(backbone), Bank.served
+    bank.add("a", old)
+    expected = alone(bank, "a", "good film", {"max_new_tokens": 6})
+
+    def replaces(self, names, first=0):
+        found = served(self, names, first)
+        bank.remove("a")
+        bank.add("a", new)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bank, "served", replaces)
+        found = alone(bank, "a", "good film", {"max_new_tokens": 6})
+    assert found == expected
+    assert alone(bank, "a", "good film", {"max_new_tokens": 6}).num_prompt_tokens == expected.num_prompt_tokens + 1
+
+
 def test_a_text_that_cannot_be_decoded_fails_its_own_request(bank, make_prompts):
     here, prompts = bank("llama"), make_prompts([4, 6, 3])
     chosen = {"max_new_tokens": 5, "stop_at_eos": False}

@@ -23,10 +23,10 @@ from multitune.generation.prompts import (
     settings_per_row,
 )
 from multitune.generation.settings import Generation, GenerationSettings
-from multitune.plan import DeltaSet
 
 if TYPE_CHECKING:
     from multitune.bank import Bank
+    from multitune.prediction import Served
 
 
 class Request:
@@ -167,12 +167,13 @@ class Engine:
             AdapterError, BackboneError, ConfigError, DataError, MixError, PlanError: as `submit`, naming the row.
         """
         per_row = settings_per_row(settings, len(rows))
-        deltas = self.bank.delta_sets([adapter for adapter, _ in rows], first)
+        served = self.bank.served([adapter for adapter, _ in rows], first)
         made: list[Request] = []
-        for i, ((adapter, prompt), own, of_row) in enumerate(zip(rows, per_row, deltas, strict=True)):
+        for i, ((adapter, prompt), own, found) in enumerate(zip(rows, per_row, served, strict=True)):
             where = f"{name} {first + i}" if name == "row" else name
+            of_row = None if found is None else found.delta_set
             try:
-                ids = self._encode(adapter, prompt, of_row, own, where)
+                ids = self._encode(found, prompt, own, where)
                 sequence = make_sequence(self.bank.backbone, ids, of_row, own, adapter)
             except MultituneError as error:
                 raise type(error)(f"{where}: {error}") from error
@@ -183,16 +184,14 @@ class Engine:
             self._waiting.extend(made)
         return made
 
-    def _encode(
-        self, adapter: str | None, prompt: Any, deltas: DeltaSet | None, settings: GenerationSettings, where: str
-    ) -> tuple[int, ...]:
+    def _encode(self, served: Served | None, prompt: Any, settings: GenerationSettings, where: str) -> tuple[int, ...]:
         """Token ids of a prompt; of an adapter trained on a task that writes, the ids training saw for such a row."""
         backbone = self.bank.backbone
-        own = None if adapter is None else self.bank.adapter(adapter)
-        if own is None or own.task.kind != "generation" or not isinstance(prompt, (str, Mapping)):
+        writes = served is not None and served.adapter.task.kind == "generation"
+        if served is None or not writes or not isinstance(prompt, (str, Mapping)):
             return encode_prompt(backbone, prompt)
-        beside = 0 if deltas is None else deltas.num_positions
-        room = prompt_room(backbone, beside, settings.max_new_tokens, own.max_length)
+        own = served.adapter
+        room = prompt_room(backbone, served.num_positions, settings.max_new_tokens, own.max_length)
         return encode_for_task(backbone, own.task, prompt, room, where)
 
     def _check_limits(self, sequence: AnySequence, where: str) -> None:
