@@ -59,9 +59,16 @@ def alone(bank, adapter, prompt, chosen):
 requests = st.tuples(
     st.sampled_from([*MIXABLE, None]),
     st.integers(1, 14),
-    st.fixed_dictionaries(
-        {"max_new_tokens": st.integers(1, 10)},
-        optional={"stop_at_eos": st.booleans(), "num_beams": st.integers(1, 3)},
+    st.builds(
+        lambda new, ends, own: {"max_new_tokens": new, "stop_at_eos": ends} | own,
+        st.integers(1, 10),
+        st.booleans(),
+        st.one_of(
+            st.just({}),
+            st.builds(lambda beams: {"num_beams": beams}, st.integers(2, 3)),
+            st.builds(lambda seed, p: {"temperature": 1.2, "top_p": p, "seed": seed}, st.integers(0, 9), st.just(0.9)),
+            st.just({"repetition_penalty": 2.0}),
+        ),
     ),
     st.integers(0, 4),
 )

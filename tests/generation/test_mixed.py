@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from multitune import Adapter, Backbone, Bank, DeltaSet, Plan, PromptTuning, PTuningV2, get_method, method_names
+from multitune import Adapter, Backbone, Bank, DeltaSet, LoRA, Plan, PromptTuning, PTuningV2, get_method, method_names
 from multitune.generation import GenerationSettings
 from multitune.generation.batch import DecodingBatch
 from multitune.generation.prompts import make_sequence
@@ -38,14 +38,15 @@ def without_cache(backbone, deltas, row, count):
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_method_in_one_batch_equals_every_row_alone_and_without_a_cache(lm, adapted, make_prompts, padded, name):
     backbone = lm(name)
-    deltas = [*(adapted(name, method, i) for i, method in enumerate(MIXABLE)), None]
+    methods = [*MIXABLE, LoRA(r=2, targets=("embedding", "query"))]
+    deltas = [*(adapted(name, method, i) for i, method in enumerate(methods)), None]
     lengths = [2 + (5 * i) % 11 for i in range(len(deltas))]
     rows = make_prompts(lengths)
     with torch.no_grad():
         plan = Plan(deltas)
     for side in ("left", "right"):
         ours = backbone.generate(plan, *padded(rows, side), settings={"max_new_tokens": NEW, "stop_at_eos": False})
-        for method, one, row, generation in zip([*MIXABLE, None], deltas, rows, ours, strict=True):
+        for method, one, row, generation in zip([*methods, None], deltas, rows, ours, strict=True):
             expected = without_cache(backbone, one, row, NEW)
             assert list(generation.token_ids) == expected, f"{method} padded on the {side}"
     bare = backbone.generate(Plan([None] * len(rows)), *padded(rows), settings={"max_new_tokens": NEW})
@@ -244,6 +245,22 @@ def test_a_shared_beginning_is_run_once(lm, make_prompts, monkeypatch):
     shared = Bank(backbone).generate(rows, {"max_new_tokens": 2, "stop_at_eos": False})
     assert sizes == [22, 4 * 5, 4]  # the examples, the ends, a step
     assert [g.token_ids for g in shared] == [tuple(without_cache(backbone, None, row, 2)) for _, row in rows]
+
+
+def test_rows_that_are_done_leave_and_one_plan_serves_the_steps_between(lm, adapted, make_prompts, monkeypatch):
+    backbone, plans, sizes = lm("llama"), [], []
+    forward = backbone.model.forward
+    monkeypatch.setattr(backbone.model, "forward", lambda **k: sizes.append(k["input_ids"].shape) or forward(**k))
+    monkeypatch.setattr("multitune.generation.batch.Plan", lambda *a, **k: plans.append(len(a[0])) or Plan(*a, **k))
+    batch = DecodingBatch(backbone)
+    deltas = [None, *(adapted("llama", method) for method in ("lora", "prefix", "aot_fc"))]
+    chosen = [GenerationSettings(max_new_tokens=3 if i < 4 else 8, stop_at_eos=False) for i in range(9)]
+    rows = make_prompts([4] * 9)
+    batch.enter([make_sequence(backbone, tuple(r), deltas[i % 4], chosen[i]) for i, r in enumerate(rows)])
+    while batch.num_rows:
+        batch.step()
+    assert sizes == [(9, 4), *[(9, 1)] * 2, *[(5, 1)] * 5]
+    assert plans == [9, 5]
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama"])

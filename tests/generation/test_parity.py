@@ -115,7 +115,6 @@ def test_an_exported_adapter_generates_the_same_in_peft(
         deltas = DeltaSet(adapter.method.deltas(adapter.params, backbone)).fused(backbone.dtype, backbone.device)
     export_adapter(adapter, backbone, tmp_path / "peft")
     rows = make_prompts(LENGTHS)
-    ours = backbone.generate(Plan([deltas, None, deltas, deltas]), *padded(rows), settings={"max_new_tokens": NEW})
     model = copy.deepcopy(language_model(name))
     config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", None
@@ -124,12 +123,16 @@ def test_an_exported_adapter_generates_the_same_in_peft(
     loaded = peft.set_peft_model_state_dict(wrapped, rename(state, name, wrapped))
     assert set(loaded.unexpected_keys) <= {"prompt_embeddings"}  # PEFT puts those into its prompt encoder
     wrapped.eval()
-    for i in (0, 2, 3):
-        tokens = wrapped.generate(
-            input_ids=torch.tensor([rows[i]]), attention_mask=torch.ones(1, len(rows[i]), dtype=torch.long),
-            max_new_tokens=NEW, do_sample=False,
-        )[0, len(rows[i]) :]  # fmt: skip
-        assert list(ours[i].token_ids) == cut(tokens.tolist())
+    for beams in (1, 3):
+        settings = {"max_new_tokens": NEW, "num_beams": beams}
+        ours = backbone.generate(Plan([deltas, None, deltas, deltas]), *padded(rows), settings=settings)
+        for i in (0, 2, 3):
+            tokens = wrapped.generate(
+                input_ids=torch.tensor([rows[i]]), attention_mask=torch.ones(1, len(rows[i]), dtype=torch.long),
+                do_sample=False, **settings,
+            )[0, len(rows[i]) :]  # fmt: skip
+            assert list(ours[i].token_ids) == cut(tokens.tolist())
+    ours = backbone.generate(Plan([deltas, None, deltas, deltas]), *padded(rows), settings={"max_new_tokens": NEW})
     assert list(ours[1].token_ids) == cut(theirs(language_model(name), rows[1]).tolist())
 
 
