@@ -218,8 +218,9 @@ def test_what_prompts_have_in_common_runs_once_and_changes_no_text(
     rows = [(beginning[:4] if fork else beginning) + end for (_, fork, _, _), end in
             zip(drawn, make_prompts([n for _, _, n, _ in drawn], seed + 1), strict=True)]  # fmt: skip
     found = []
-    for least in (1, 10**6):
+    for least, most in ((1, 16), (1, 8192), (10**6, 8192)):  # shared in several passes, in one, and not
         monkeypatch.setattr("multitune.generation.batch.SHARED_POSITIONS", least)
+        monkeypatch.setattr("multitune.generation.batch.PROMPT_POSITIONS", most)
         sequences = [
             make_sequence(
                 backbone, tuple(row), m and adapted(name, m, 0), GenerationSettings(max_new_tokens=NEW, **chosen)
@@ -233,7 +234,7 @@ def test_what_prompts_have_in_common_runs_once_and_changes_no_text(
         while batch.num_rows:
             batch.step()
         found.append([s.result().token_ids for s in sequences])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_shared_beginning_is_run_once(lm, make_prompts, monkeypatch):
@@ -245,6 +246,18 @@ def test_a_shared_beginning_is_run_once(lm, make_prompts, monkeypatch):
     shared = Bank(backbone).generate(rows, {"max_new_tokens": 2, "stop_at_eos": False})
     assert sizes == [22, 4 * 5, 4]  # the examples, the ends, a step
     assert [g.token_ids for g in shared] == [tuple(without_cache(backbone, None, row, 2)) for _, row in rows]
+
+
+def test_what_follows_a_shared_beginning_runs_in_passes_of_bounded_size(lm, make_prompts, monkeypatch):
+    backbone = lm("llama")
+    examples, ends = make_prompts([22])[0], make_prompts([3, 9, 2, 7, 8], seed=1)
+    sizes, forward = [], backbone.model.forward
+    monkeypatch.setattr(backbone.model, "forward", lambda **k: sizes.append(k["input_ids"].shape) or forward(**k))
+    monkeypatch.setattr("multitune.generation.batch.PROMPT_POSITIONS", 20)
+    rows = [(None, examples + end) for end in ends]
+    found = Bank(backbone).generate(rows, {"max_new_tokens": 2, "stop_at_eos": False})
+    assert sizes == [(1, 22), (2, 9), (2, 7), (1, 2), (5, 1)]
+    assert [g.token_ids for g in found] == [tuple(without_cache(backbone, None, row, 2)) for _, row in rows]
 
 
 def test_rows_that_are_done_leave_and_one_plan_serves_the_steps_between(lm, adapted, make_prompts, monkeypatch):

@@ -145,30 +145,37 @@ class DecodingBatch:
         hidden, order = self._read([s.prompt for s in sequences], plan)
         for slot, i in enumerate(order, start=first):
             self._lanes.append(_Lane(sequences[i], 0, self._next_position(slot, sequences[i].deltas)))
-        self._begin(first, hidden, [self._cache.num_tokens(slot) for slot in range(first, len(self._lanes))])
+        counts = [self._cache.num_tokens(slot) for slot in range(first, len(self._lanes))]
+        self._begin(first, _last(hidden, counts))
 
     def _prefill_shared(self, groups: list[_Sharing]) -> None:
         """Run what the prompts of a group have in common once, copy its keys and values, and run the rest of each."""
         first = len(self._lanes)
         assert isinstance(self._cache, RowCache)  # an encoder sees all of a prompt, so that nothing of it is shared
-        _, order = self._read(
-            [g.prefix for g in groups], Plan([g.deltas for g in groups], self._workspace, split=False)
-        )
-        waiting = [groups[i].sequences for i in order]
+        groups = sorted(groups, key=lambda g: -len(g.prefix))
+        waiting: list[list[AnySequence]] = []
+        for at in _runs([len(g.prefix) for g in groups]):
+            _, order = self._read([g.prefix for g in groups[at]], self._plan_of(groups[at]))
+            waiting += [sorted(groups[at][i].sequences, key=lambda s: -len(s.prompt)) for i in order]
         sequences = [members[0] for members in waiting]
         for slot, members in enumerate(waiting, start=first):
             self._cache.repeat(slot, len(members) - 1)
             sequences += members[1:]
         rest = [s.prompt[self._cache.num_tokens(first + i) - _inserted(s) :] for i, s in enumerate(sequences)]
         starts = [self._next_position(first + i, s.deltas) for i, s in enumerate(sequences)]
-        counts = [len(r) for r in rest]
-        plan = Plan([s.deltas for s in sequences], self._workspace, split=False)
-        self._cache.extend(first, counts, self._on_device(plan.order))
-        ids, _ = self._padded(rest)
-        hidden = self._run_step(plan, ids, torch.tensor(starts, device=self.backbone.device), plan.order)
-        self._cache.finish()
-        self._lanes += [_Lane(s, 0, at + n) for s, at, n in zip(sequences, starts, counts, strict=True)]
-        self._begin(first, hidden, counts)
+        last = []
+        for at in _runs([len(r) for r in rest]):
+            plan, counts = self._plan_of(sequences[at]), [len(r) for r in rest[at]]
+            self._cache.extend(first + at.start, counts, self._on_device(plan.order))
+            ids, _ = self._padded(rest[at])
+            hidden = self._run_step(plan, ids, torch.tensor(starts[at], device=self.backbone.device), plan.order)
+            self._cache.finish()
+            last.append(_last(hidden, counts))
+        self._lanes += [_Lane(s, 0, start + len(r)) for s, start, r in zip(sequences, starts, rest, strict=True)]
+        self._begin(first, torch.cat(last))
+
+    def _plan_of(self, rows: Sequence[AnySequence | _Sharing]) -> Plan:
+        return Plan([row.deltas for row in rows], self._workspace, split=False)
 
     def _read(self, prompts: list[tuple[int, ...]], plan: Plan) -> tuple[Tensor, list[int]]:
         """Run prompts from their beginning in new slots; an encoder-decoder's decoder then reads its first token.
@@ -200,15 +207,12 @@ class DecodingBatch:
         self._cache.finish()
         return hidden, order
 
-    def _begin(self, first: int, hidden: Tensor, counts: list[int]) -> None:
+    def _begin(self, first: int, last: Tensor) -> None:
         """Choose the first tokens of the sequences from slot `first` on, and give beams their rows.
 
         Args:
-            hidden: last hidden states `[B, T, D]`, rows by slot.
-            counts: of every row, how many of them are its own.
+            last: last hidden states of their prompts' ends `[B, D]`, rows by slot.
         """
-        ends = torch.tensor(counts, device=hidden.device) - 1
-        last = hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
         slots = range(first, len(self._lanes))
         logits, forced = self._head(last).float(), self.backbone.parts.first_id
         if forced is not None:  # for sure, and every other word with hardly a chance: beams need finite scores
@@ -308,7 +312,7 @@ class DecodingBatch:
 
     def _current_plan(self) -> Plan:
         if self._plan is None:
-            self._plan = Plan([lane.sequence.deltas for lane in self._lanes], self._workspace, split=False)
+            self._plan = self._plan_of([lane.sequence for lane in self._lanes])
             self._order = self._plan.order
         return self._plan
 
@@ -399,6 +403,22 @@ def _sharing(sequences: Sequence[AnySequence]) -> tuple[list[_Sharing], list[Any
         else:
             others += members
     return groups, others
+
+
+def _last(hidden: Tensor, counts: Sequence[int]) -> Tensor:
+    """Of states `hidden [B, T, D]`, of which so many are each row's own, the last: `[B, D]`."""
+    ends = torch.tensor(counts, device=hidden.device) - 1
+    return hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
+
+
+def _runs(lengths: Sequence[int]) -> list[slice]:
+    """Which neighbours run together, padded to the longest of them."""
+    found, start = [], 0
+    for i in range(1, len(lengths)):
+        if (i + 1 - start) * max(lengths[start : i + 1]) > PROMPT_POSITIONS:
+            found.append(slice(start, i))
+            start = i
+    return [*found, slice(start, len(lengths))]
 
 
 def _inserted(sequence: AnySequence) -> int:
