@@ -391,6 +391,7 @@ def test_limits_go_by_the_name_that_the_caller_gave(bank):
         ([(None, "a"), (None, [])], {}, DataError, r"row 1: a prompt is a text"),
         ([(None, "a"), (None, [5, 97])], {}, PlanError, r"row 1: token id 97 is outside the vocabulary 0\.\.96"),
         ([(None, "a"), (None, "a " * 30)], {}, PlanError, r"row 1: 32 tokens .*lower max_new_tokens by 2"),
+        ([(None, [5] * 40)], {}, PlanError, r"has 40; shorten the text, which leaves no room for a new token"),
         ([("prompt", [5] * 28)], {}, PlanError, r"row 0: 28 tokens, 3 of its adapter's prompt and up to 10"),
         ([(None, "a")], {"max_tokens": 3}, ConfigError, r"no setting 'max_tokens'\. Did you mean 'max_new_tokens'"),
         ([(None, "a")], [{}, {}], ConfigError, r"there are 1 rows, but settings for 2"),

@@ -465,10 +465,12 @@ def check_room(backbone: Backbone, sequence: AnySequence, name: str) -> None:
         new = sequence.settings.max_new_tokens
         beside = sequence.num_positions - new - len(sequence.prompt)
         prompt = f", {beside} of its adapter's prompt" if beside else ""
+        over = sequence.num_positions - backbone.max_length
+        fix = f", or lower max_new_tokens by {over}" if over < new else ", which leaves no room for a new token"
         raise PlanError(
             f"{name}: {len(sequence.prompt)} tokens{prompt} and up to {new} new ones are "
             f"{sequence.num_positions} positions, but backbone '{backbone.name}' has {backbone.max_length}; shorten "
-            f"the text, or lower max_new_tokens by {sequence.num_positions - backbone.max_length}"
+            f"the text{fix}"
         )
 
 
