@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from multitune import Adapter, BackboneError, ConfigError, DataError, Head, Plan, Task, TaskError, get_method
 from multitune.prompting import BM25Examples, Examples, NeighbourExamples, Pattern, RandomExamples, as_generation, rank
+from multitune.ranked import answer_ids, text_ids
 from multitune.tasks import TaskData
 from multitune.training.choices import Candidates
 
@@ -49,6 +52,22 @@ def test_scores_are_log_probabilities_of_the_answers(model, normalised):
     assert found.predictions == tuple(int(s[1] > s[0]) for s in found.scores)
     hits = [p == MOOD.labels.index(r["y"]) for p, r in zip(found.predictions, ROWS, strict=True)]
     assert found.metrics == {"accuracy": sum(hits) / 4} and found.num_shared == 0
+
+
+@pytest.mark.parametrize("doubles", [True, False])
+def test_one_space_stands_in_front_of_an_answer_whatever_the_tokenizer_puts_there(make_backbone, doubles):
+    """Llama 2's puts a space in front of every text, and newer ones in front of those that have none."""
+    backbone = make_backbone("llama")
+    words = ["<unk>", "▁", "▁good", "good", "▁bad", "▁a", "a", "▁▁"]
+    whole = Tokenizer(models.Unigram([(word, -1.0 - (word == "▁▁")) for word in words], 0))
+    if doubles:
+        whole.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        whole.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backbone.tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>")
+    assert len(backbone.tokenizer.tokenize(" good")) == 1 + doubles
+    assert answer_ids(backbone, " good") == answer_ids(backbone, "good") == [words.index("▁good")]
+    assert text_ids(backbone, " a bad", first=False) == [words.index("▁a"), words.index("▁bad")]
 
 
 def test_what_was_ranked_is_kept_and_saved(model, tmp_path):

@@ -285,10 +285,20 @@ def text_ids(backbone: Backbone, text: str, *, first: bool) -> list[int]:
     if not text:
         return []
     with backbone.tokenizer_lock:
-        found = tokenizer(text, add_special_tokens=False, truncation=False, return_attention_mask=False)
+        own = text[1:] if not first and text.startswith(" ") and _doubles_spaces(tokenizer) else text
+        found = tokenizer(own, add_special_tokens=False, truncation=False, return_attention_mask=False)
         begins = tokenizer("", truncation=False, return_attention_mask=False)["input_ids"][:1] if first else []
     starts = begins if begins == [tokenizer.bos_token_id] else []
     return [*starts, *found["input_ids"]]
+
+
+def _doubles_spaces(tokenizer: Any) -> bool:
+    """Whether it puts a space in front of every text, even of one that begins with a space, as Llama 2's does.
+
+    What follows a prompt with a space would have two of them there, which no text that the model has read has.
+    """
+    bare, spaced = (tokenizer.tokenize(text) for text in ("a", " a"))
+    return bool(bare) and bare[0].startswith("▁") and len(spaced) > len(bare)
 
 
 def encode_ranked(
