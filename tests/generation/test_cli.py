@@ -208,3 +208,13 @@ def test_what_cannot_be_honoured_is_refused(made, args, words):
 def test_predict_says_to_generate(made):
     done = run("predict", "film a", "--adapters", made / "adapters/lora", code=1)
     assert "writes texts and predicts no label; use Bank.generate" in done.stderr
+
+
+def test_several_adapters_may_stand_behind_one_option(made):
+    """As `--adapters adapters/*` gives them, and as `multitune predict` takes them."""
+    rows = lines({"adapter": "b", "text": "film a"}, {"adapter": "lora", "text": "film a"})
+    both = ("generate", "--adapters", made / "adapters/lora", f"b={made / 'adapters/lora'}", "--max-new-tokens", "2")
+    one, other = [json.loads(line)["token_ids"] for line in run(*both, input=rows).stdout.splitlines()]
+    assert one == other
+    said = run(*both, "film", "a", code=1).stderr
+    assert "one text for one adapter, not 2: 'film', 'a', of which none is the folder of an adapter" in said

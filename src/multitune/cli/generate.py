@@ -17,6 +17,7 @@ from multitune.bank import Bank
 from multitune.cli import shared
 from multitune.cli.predict import (
     adapter_folders,
+    adapters_and_texts,
     line_error,
     open_rows,
     read_line,
@@ -49,8 +50,8 @@ _SPLIT = "validation"
 
 @app.command()
 def generate(
-    text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="One row for one adapter.", show_default=False)
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]", help="One row for one adapter.", show_default=False)
     ] = None,
     adapters: AdapterFolders = None,
     input_: Annotated[
@@ -151,10 +152,12 @@ def generate(
         num_beams=beams,
         stop=tuple(stop or ()),
     )
+    named, texts = adapters_and_texts(adapters, texts)
+    text = _one_text(texts)
     judged = _Judged(task, data, split, rows, examples, out)
     judged.check()
     _check(judged, text, input_, output)
-    bank = _bank(adapters or [], backbone, device, dtype)
+    bank = _bank(named, backbone, device, dtype)
     if judged.asked:
         _judge(bank, judged, settings, batch_size, as_json)
     elif text is not None:
@@ -203,6 +206,17 @@ def _check(judged: _Judged, text: str | None, input_: str, output: Path | None) 
     if text is not None and elsewhere:
         raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
     refuse_output_over_input(input_, output)
+
+
+def _one_text(texts: Sequence[str]) -> str | None:
+    """The text on the command line, if there is one. Raises ConfigError for several."""
+    if len(texts) > 1:
+        shown = ", ".join(map(repr, texts))
+        raise ConfigError(
+            f"a row on the command line is one text for one adapter, not {len(texts)}: {shown}, of which none is the "
+            f"folder of an adapter; put the text in quotes, or pass rows as JSON lines: --input rows.jsonl"
+        )
+    return texts[0] if texts else None
 
 
 def _bank(named: list[str], backbone: str | None, device: str, dtype: str) -> Bank:

@@ -87,10 +87,8 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Answer rows, each by the adapter it names, in one mixed batch; JSON lines in, JSON lines out, in order."""
-    # An option takes one value, so of `--adapters a b`, or `--adapters all/*`, the rest arrives among the texts.
-    more = [text for text in texts or () if adapters and _is_adapter(text)]
-    texts = [text for text in texts or () if text not in more]
-    folders = adapter_folders([*(adapters or ()), *more])
+    named, texts = adapters_and_texts(adapters, texts)
+    folders = adapter_folders(named)
     if window < 1:
         raise ConfigError(f"window={window} is not possible; give at least 1")
     if texts and (input_ != "-" or output is not None):
@@ -161,6 +159,15 @@ def _one_row(bank: Bank, texts: Sequence[str], as_json: bool, *, more: int) -> N
         print(f"[{shown}{rest}] ({len(prediction.embedding)} numbers; --json prints them all)")
     else:
         print(prediction.label if prediction.label is not None else "no answer: the logits are not finite")
+
+
+def adapters_and_texts(adapters: Sequence[str] | None, texts: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """What a command line names as adapters, and its texts.
+
+    An option takes one value, so of `--adapters a b`, or `--adapters all/*`, the rest arrives among the texts.
+    """
+    more = [text for text in texts or () if adapters and _is_adapter(text)]
+    return [*(adapters or ()), *more], [text for text in texts or () if text not in more]
 
 
 def _is_adapter(text: str) -> bool:
