@@ -218,3 +218,22 @@ def test_several_adapters_may_stand_behind_one_option(made):
     assert one == other
     said = run(*both, "film", "a", code=1).stderr
     assert "one text for one adapter, not 2: 'film', 'a', of which none is the folder of an adapter" in said
+
+
+def test_a_line_is_printed_as_soon_as_it_and_those_before_it_are_done(made, monkeypatch):
+    """What is done when a later step fails, or the command is stopped, is kept."""
+    step, steps = Engine.step, []
+
+    def failing(engine):
+        steps.append(engine)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    row = {"text": "film a", "stop_at_eos": False}
+    rows = lines(row | {"max_new_tokens": 2}, row | {"max_new_tokens": 9}, row | {"max_new_tokens": 1})
+    given = ["generate", "--adapters", str(made / "adapters/lora")]
+    result = CliRunner().invoke(app, given, input=rows)
+    (line,) = result.stdout.splitlines()
+    assert len(json.loads(line)["token_ids"]) == 2

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -300,18 +301,24 @@ def _are_questions(task: str) -> bool:
 
 
 def _write_lines(bank: Bank, input_: str, output: Path | None, settings: GenerationSettings, batch_size: int) -> None:
-    """Write for every line of the input, in order; none before all are accepted and the output is open."""
+    """Write for every line of the input, in order, as they are done; none before all are accepted, the output open."""
     with ExitStack() as stack:
         lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         source = "" if input_ == "-" else Path(input_).name
         engines, requests = _submit(bank, _read(bank, lines, settings, source), batch_size)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
+        waiting = deque(requests)
         for engine in engines:
-            engine.run()
-        for request in requests:
-            written = request.result()
-            values = {"adapter": written.adapter} | written.to_dict()
-            print(json.dumps(values, ensure_ascii=False), file=sink)
+            while engine.step():
+                _print_done(waiting, sink)
+            _print_done(waiting, sink)
+
+
+def _print_done(waiting: deque[Request], sink: TextIO) -> None:
+    """Print and take off the requests in front that are done, so that an hour's texts are not lost with its last."""
+    while waiting and waiting[0].done:
+        written = waiting.popleft().result()
+        print(json.dumps({"adapter": written.adapter} | written.to_dict(), ensure_ascii=False), file=sink, flush=True)
 
 
 @dataclass(frozen=True)
