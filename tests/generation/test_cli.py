@@ -1,12 +1,16 @@
 """`multitune train --kind generation`, `multitune evaluate` and `multitune generate`, in process on a tiny model."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
+from multitune import Backbone, Bank
 from multitune.cli import app
-from multitune.generation import Engine
+from multitune.cli.generate import _say_why_empty
+from multitune.generation import Engine, Generation
 
 ROWS = [{"facts": f"film {c}", "said": f"good {c}"} for c in "abcdefghij"]
 
@@ -237,3 +241,27 @@ def test_a_line_is_printed_as_soon_as_it_and_those_before_it_are_done(made, monk
     result = CliRunner().invoke(app, given, input=rows)
     (line,) = result.stdout.splitlines()
     assert len(json.loads(line)["token_ids"]) == 2
+
+
+def test_a_line_may_be_a_chat(made, tmp_path, capsys):
+    model = shutil.copytree(made / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}good")
+    given = ("generate", "--backbone", model, "--max-new-tokens", "1")
+    chat = {"messages": [{"role": "user", "content": "film a"}]}
+    (line,) = run(*given, input=lines(chat)).stdout.splitlines()
+    assert json.loads(line)["num_prompt_tokens"] == 3
+    for row, words in (
+        ({"messages": "film a"}, '"messages" is a list such as [{"role": "user", "content": "…"}], not \'film a\''),
+        (chat | {"text": "film"}, "\"messages\" are a whole prompt, so that 'text' would not be read"),
+        ({"adapter": None}, 'a row without an adapter has a "text", or the "messages" of a chat'),
+        ({"messages": [{"role": "user"}]}, "a list of messages with 'role' and 'content'"),
+    ):
+        assert words in run(*given, input=lines(row), code=1).stderr
+    bank = Bank(Backbone.load(model))
+    ended = Generation(text="", token_ids=(11,), finish_reason="eos")
+    _say_why_empty(bank, ended)
+    assert "the text is empty: the model ended it at once. Without an adapter" in capsys.readouterr().err
+    _say_why_empty(bank, replace(ended, adapter="some"))
+    assert capsys.readouterr().err == "the text is empty: the model ended it at once\n"
+    _say_why_empty(bank, replace(ended, text="some"))
+    assert capsys.readouterr().err == ""

@@ -38,7 +38,7 @@ from multitune.cli.shared import (
     show,
 )
 from multitune.errors import ConfigError, DataError, MultituneError, suggest
-from multitune.generation import Engine, GenerationSettings, Request, evaluate_texts
+from multitune.generation import Engine, Generation, GenerationSettings, Request, evaluate_texts
 from multitune.generation.pages import PAGE_FILE
 from multitune.generation.settings import check_beams, setting_names
 from multitune.prompting import with_examples
@@ -47,6 +47,9 @@ from multitune.tasks.reasoning import READERS, question_rows
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
 _SPLIT = "validation"
+_CHAT = "messages"
+"""The key of a line that holds a chat."""
+_A_CHAT = '[{"role": "user", "content": "…"}]'
 
 
 @app.command()
@@ -61,8 +64,8 @@ def generate(
             "--input",
             metavar="FILE",
             help='JSON lines such as {"adapter": "e2e", "text": "…"}, or with the columns of the adapter\'s template; '
-            '"adapter": null asks the bare backbone. A line may have settings of its own, by their names in Python: '
-            '"temperature": 0.7, "seed": 1. - reads standard input.',
+            '"adapter": null asks the bare backbone, and "messages" in place of a text is a chat. A line may have '
+            'settings of its own, by their names in Python: "temperature": 0.7, "seed": 1. - reads standard input.',
         ),
     ] = "-",
     output: Annotated[
@@ -162,8 +165,10 @@ def generate(
     if judged.asked:
         _judge(bank, judged, settings, batch_size, as_json)
     elif text is not None:
-        (written,) = bank.generate([(_sole(bank, "a text on the command line"), text)], settings, batch_size=batch_size)
+        name = _sole(bank, "a text on the command line")
+        (written,) = bank.generate([(name, text)], settings, batch_size=batch_size)
         print_json(written.to_dict()) if as_json else print(written.text)
+        _say_why_empty(bank, written)
     else:
         _write_lines(bank, input_, output, settings, batch_size)
 
@@ -242,6 +247,20 @@ def _sole(bank: Bank, what: str) -> str | None:
     if len(bank) > 1:
         raise ConfigError(f"{what} is for one adapter, not {len(bank)}; pass rows as JSON lines: --input rows.jsonl")
     return next(iter(bank.names), None)
+
+
+def _say_why_empty(bank: Bank, written: Generation) -> None:
+    """Where a text is empty, say why: an empty line alone looks like a failure."""
+    if written.text.strip():
+        return
+    why = {"eos": "the model ended it at once", "stop": "it began with a stop string"}.get(written.finish_reason, "")
+    tokenizer = bank.backbone.tokenizer
+    if written.adapter is None and written.finish_reason == "eos" and tokenizer is not None and tokenizer.chat_template:
+        why += (
+            f". Without an adapter a text is gone on with as it stands; as a question to this model it is a chat, a "
+            f'line {{"{_CHAT}": {_A_CHAT}}} of --input'
+        )
+    note(f"the text is empty{': ' if why else ''}{why}")
 
 
 # -------------------------------------------------------------------- the rows of a task
@@ -345,7 +364,7 @@ def _read(bank: Bank, lines: Iterable[bytes], settings: GenerationSettings, sour
         try:
             name, values = read_line(bank, line, {})
             own = _take_settings(None if name is None else bank.adapter(name).task, values)
-            row = row_of_values(bank, name, values)
+            row = _row(bank, name, values)
             found.append(_Line(number, name, row, replace(settings, **own)))
         except MultituneError as error:
             raise line_error(source, number, error) from error
@@ -363,12 +382,31 @@ def _take_settings(task: Task | None, values: dict[str, Any]) -> dict[str, Any]:
     known = setting_names()
     own = {key: values.pop(key) for key in known if key in values and key not in columns}
     for key in values:
-        if key not in columns:
+        if key not in (*columns, _CHAT):
             raise DataError(
-                f"unknown key {key!r}.{suggest(key, ('adapter', *columns, *known))} A line has an adapter, columns "
-                f"({', '.join(columns)}) and settings ({', '.join(known)})"
+                f"unknown key {key!r}.{suggest(key, ('adapter', *columns, _CHAT, *known))} A line has an adapter, "
+                f"columns ({', '.join(columns)}) or the {_CHAT} of a chat, and settings ({', '.join(known)})"
             )
     return own
+
+
+def _row(bank: Bank, name: str | None, values: dict[str, Any]) -> Any:
+    """The prompt in what a line says, checked: the messages of a chat, a text, or the columns of the adapter's task.
+
+    Raises:
+        DataError: a row that does not fit the adapter, or messages that are none.
+    """
+    chat = values.get(_CHAT)
+    if chat is None or (name is not None and _CHAT in bank.adapter(name).task.columns):
+        if name is None and not isinstance(values.get("text"), str):
+            raise DataError(f'a row without an adapter has a "text", or the "{_CHAT}" of a chat: {_A_CHAT}')
+        return row_of_values(bank, name, values)
+    if len(values) > 1:
+        others = ", ".join(repr(key) for key in values if key != _CHAT)
+        raise DataError(f'"{_CHAT}" are a whole prompt, so that {others} would not be read; leave one of them out')
+    if not isinstance(chat, list) or not chat or not all(isinstance(m, dict) for m in chat):
+        raise DataError(f'"{_CHAT}" is a list such as {_A_CHAT}, not {chat!r}')
+    return chat
 
 
 def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int) -> tuple[list[Engine], list[Request]]:
