@@ -265,3 +265,10 @@ def test_a_line_may_be_a_chat(made, tmp_path, capsys):
     assert capsys.readouterr().err == "the text is empty: the model ended it at once\n"
     _say_why_empty(bank, replace(ended, text="some"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_stop_string_with_an_escape_is_taken_as_it_stands_and_said_to_be(made):
+    given = ("generate", "film a", "--adapters", made / "adapters/lora", "--max-new-tokens", "1")
+    said = run(*given, "--stop", r"good\n").stderr
+    assert r"if a line break or a tab is meant: --stop $'good\n'" in said
+    assert "warning" not in run(*given, "--stop", "good").stderr

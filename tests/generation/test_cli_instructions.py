@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
 
-from multitune import Adapter
+from multitune import Adapter, Bank
 from multitune.cli import app
 
 FAST = ("--max-steps", "2", "--batch-size", "4", "--max-length", "120", "--progress", "false", "--json")
@@ -116,6 +116,19 @@ def test_the_bare_backbone_writes_and_is_judged_with_and_without_examples(place)
     rows = '{"text": "film a"}\n{"adapter": null, "text": "film a"}\n'
     written = [json.loads(line) for line in run(*model, input=rows).stdout.splitlines()]
     assert [line["token_ids"] for line in written] == [alone["token_ids"]] * 2
+
+
+def test_the_bare_backbone_ends_its_text_where_examples_end(place, monkeypatch):
+    """A model that was not trained on examples goes on with another, and no right answer would be found right."""
+    asked = []
+    generate = Bank.generate
+    monkeypatch.setattr(Bank, "generate", lambda *a, **k: asked.append(a[2]) or generate(*a, **k))
+    short = ("--task", "nlg/e2e_nlg", "--rows", "2", "--max-new-tokens", "1")
+    model = ("generate", "--backbone", place / "model", *short)
+    assert "a text ends at an empty line" in run(*model, "--examples", "2").stderr
+    for given in (("--examples", "2", "--stop", "x"), ("--examples", "0")):
+        assert "empty line" not in run(*model, *given).stderr
+    assert [settings.stop for settings in asked] == [("\n\n",), ("x",), ()]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from multitune.adapter import Adapter
+from multitune.answers import settle_format
 from multitune.bank import Bank
 from multitune.cli import shared
 from multitune.cli.predict import (
@@ -42,6 +43,7 @@ from multitune.generation import Engine, Generation, GenerationSettings, Request
 from multitune.generation.pages import PAGE_FILE
 from multitune.generation.settings import check_beams, setting_names
 from multitune.prompting import with_examples
+from multitune.prompting.exemplars import EXAMPLE_SEPARATOR
 from multitune.tasks import Task, any_split, load_task
 from multitune.tasks.reasoning import READERS, question_rows
 
@@ -137,7 +139,11 @@ def generate(
     beams: Annotated[int, typer.Option(help="Beams of a beam search; 1 for none.", rich_help_panel=_DECODING)] = 1,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="String that ends a text; may be repeated.", rich_help_panel=_DECODING, show_default=False),
+        typer.Option(
+            help="String that ends a text; may be repeated. A line break is $'\\n' in bash and zsh.",
+            rich_help_panel=_DECODING,
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Most rows decoded together.")] = 32,
     backbone: OptionalBackboneName = None,
@@ -158,6 +164,7 @@ def generate(
     )
     named, texts = adapters_and_texts(adapters, texts)
     text = _one_text(texts)
+    _warn_of_escapes(stop or ())
     judged = _Judged(task, data, split, rows, examples, out)
     judged.check()
     _check(judged, text, input_, output)
@@ -212,6 +219,17 @@ def _check(judged: _Judged, text: str | None, input_: str, output: Path | None) 
     if text is not None and elsewhere:
         raise ConfigError("a text on the command line is answered alone, on standard output; drop --input and --output")
     refuse_output_over_input(input_, output)
+
+
+def _warn_of_escapes(stop: Sequence[str]) -> None:
+    """Say that a stop string with a backslash in place of a line break or a tab is taken as it stands."""
+    for each in stop:
+        found = next((escape for escape in (r"\n", r"\t") if escape in each), None)
+        if found is not None:
+            note(
+                f"warning: --stop '{each}' holds a backslash and the letter {found[1]}, as a shell passes them on, and "
+                f"ends a text where it holds these; if a line break or a tab is meant: --stop $'{each}'"
+            )
 
 
 def _one_text(texts: Sequence[str]) -> str | None:
@@ -269,6 +287,10 @@ def _say_why_empty(bank: Bank, written: Generation) -> None:
 def _judge(bank: Bank, judged: _Judged, settings: GenerationSettings, batch_size: int, as_json: bool) -> None:
     name = _sole(bank, "judging texts")
     own, table = _rows_to_judge_by(None if name is None else bank.adapter(name), judged)
+    if judged.examples and name is None and not settings.stop:
+        settings = _stopping_behind_answer(bank, own, table, settings)
+    num_rows = min(len(table), judged.rows or len(table))
+    note(f"writing for {num_rows} rows, at most {settings.max_new_tokens} tokens each")
     done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=judged.rows)
     if judged.out is not None:
         note(f"texts and references stand in {done.save(judged.out) / PAGE_FILE}")
@@ -280,6 +302,22 @@ def _judge(bank: Bank, judged: _Judged, settings: GenerationSettings, batch_size
         return
     cells = [(done.adapter, done.task.name, metric, score(value)) for metric, value in shown.items()]
     show(shared.table(cells, ("adapter", "task", "metric", "value"), right=("value",)))
+
+
+def _stopping_behind_answer(
+    bank: Bank, task: Task | None, table: Any, settings: GenerationSettings
+) -> GenerationSettings:
+    """Settings with which the bare model ends where it would write another example behind its answer.
+
+    Examples stand an empty line apart, and a model that was not trained on them goes on with more of their kind. In a
+    chat it ends its turn instead, and where answers have empty lines themselves nothing tells their end.
+    """
+    assert task is not None, "rows with examples bring the task that puts them"
+    plain = settle_format(bank.backbone, task).format == "plain"
+    if not plain or any(EXAMPLE_SEPARATOR in answer for row in table for answer in row[task.label]):
+        return settings
+    note("a text ends at an empty line, as the examples in front of it do; give --stop to have it end elsewhere")
+    return replace(settings, stop=(EXAMPLE_SEPARATOR,))
 
 
 def _rows_to_judge_by(adapter: Adapter | None, judged: _Judged) -> tuple[Task | None, Any]:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from multitune.backbone import Backbone
 
 
+EXAMPLE_SEPARATOR = "\n\n"
+"""What stands between exemplars unless another is given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TaskText:
     """Rows as a task of generation puts them."""
@@ -39,7 +43,7 @@ class ExemplarPrompts:
         examples: Examples | None,
         *,
         instruction: str = "",
-        separator: str = "\n\n",
+        separator: str = EXAMPLE_SEPARATOR,
         backbone: Backbone | None = None,
         max_prompt: int | None = None,
     ) -> None:
@@ -121,7 +125,7 @@ def with_examples(
     *,
     find: Callable[[Any, int], Examples] = BM25Examples,
     instruction: str = "",
-    separator: str = "\n\n",
+    separator: str = EXAMPLE_SEPARATOR,
     backbone: Backbone | None = None,
     max_prompt: int | None = None,
     seed: int = 0,
