@@ -96,7 +96,9 @@ def test_what_is_written_stands_beside_what_is_right(bank, tmp_path):
     folder = found.save(tmp_path / "out")
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
     assert [line["text"] for line in lines] == texts and lines[1]["references"] == ["bad", "not good"]
-    assert json.loads((folder / "scores.json").read_text())["scores"] == found.scores
+    facts = json.loads((folder / "scores.json").read_text())
+    assert facts["scores"] == found.scores
+    assert facts["settings"]["max_new_tokens"] == 5 and facts["settings"]["temperature"] == 0
     cells = []
 
     class Reader(HTMLParser):
@@ -106,6 +108,7 @@ def test_what_is_written_stands_beside_what_is_right(bank, tmp_path):
     page = (folder / "predictions.html").read_text("utf-8")
     Reader().feed(page)
     assert {"bad & <film> :", "not good", "very good"} <= set(cells)
+    assert "at most 5 tokens each<" in page
     assert "http" not in page and "src=" not in page  # nothing from elsewhere
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from multitune.answers import settle_format
 from multitune.errors import ConfigError, DataError
 from multitune.generation.pages import cell, listed, save_answers, table_page
 from multitune.generation.prompts import encode_rows, settings_per_row
+from multitune.generation.settings import GenerationSettings
 from multitune.tasks import Example, Task, compute
 from multitune.tasks.text_metrics import Interval, bleu_interval
 
@@ -50,6 +51,8 @@ class TextEvaluation:
     interval: Interval | None
     """BLEU with a bootstrap confidence interval, where BLEU is the metric."""
     rows: tuple[Written, ...]
+    settings: GenerationSettings
+    """How the texts were decoded."""
     seconds: float
     """Time it took to write."""
     num_tokens: int
@@ -59,6 +62,7 @@ class TextEvaluation:
         """Write predictions.jsonl, predictions.html (one file that needs no other) and scores.json into a folder."""
         facts = {"adapter": self.adapter, "task": self.task.name, "rows": len(self.rows), "scores": self.scores}
         facts |= {"interval": None if self.interval is None else asdict(self.interval)}
+        facts |= {"settings": asdict(self.settings)}
         facts |= {"seconds": round(self.seconds, 2), "tokens": self.num_tokens}
         return save_answers(folder, map(asdict, self.rows), facts, page(self))
 
@@ -106,9 +110,10 @@ def evaluate_texts(
     rows = {prompt: wanted[prompt][0] for prompt in prompts}
     metric = "rouge_l" if task.metric == "perplexity" else task.metric
     compute(metric, ["1"], ["1"])  # says now, and not after an hour of writing, that a library is missing
+    (decoding,) = settings_per_row(settings, 1)
     start = time.perf_counter()
-    asked: Sequence[Any] = list(rows.values()) if own else _encoded(bank, name, task, rows, settings)
-    found = bank.generate([(name, row) for row in asked], settings, batch_size=batch_size)
+    asked: Sequence[Any] = list(rows.values()) if own else _encoded(bank, name, task, rows, decoding)
+    found = bank.generate([(name, row) for row in asked], decoding, batch_size=batch_size)
     seconds = time.perf_counter() - start
     texts = [g.text.strip() for g in found]
     references = [wanted[prompt][1] for prompt in prompts]
@@ -121,16 +126,18 @@ def evaluate_texts(
             Written(prompt=p, text=t, references=r, finish_reason=g.finish_reason)
             for p, t, r, g in zip(prompts, texts, references, found, strict=True)
         ),
+        settings=decoding,
         seconds=seconds,
         num_tokens=sum(len(g.token_ids) for g in found),
     )
 
 
-def _encoded(bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], settings: Any) -> Sequence[Any]:
+def _encoded(
+    bank: Bank, name: str | None, task: Task, rows: Mapping[str, Any], settings: GenerationSettings
+) -> Sequence[Any]:
     """Token ids of rows that a task other than the adapter's own puts."""
     backbone = bank.backbone
-    (decoding,) = settings_per_row(settings, 1)
-    room = backbone.max_length - (0 if backbone.decodes else decoding.max_new_tokens)
+    room = backbone.max_length - (0 if backbone.decodes else settings.max_new_tokens)
     if name is not None and not bank.adapter(name).method.changes_weights:
         (deltas,) = bank.delta_sets([name])
         room -= 0 if deltas is None else deltas.num_positions
@@ -165,10 +172,19 @@ def page(evaluation: TextEvaluation) -> str:
         shown += f" (95 % interval of bleu: {e.interval.low:.1f} to {e.interval.high:.1f})"
     return table_page(
         f"{e.adapter} on {e.task.name}",
-        f"{len(e.rows)} rows, {shown}; {e.num_tokens} tokens in {e.seconds:.1f} s",
+        f"{len(e.rows)} rows, {shown}; {e.num_tokens} tokens in {e.seconds:.1f} s; {_decoded(e.settings)}",
         ("prompt", "written", "references"),
         ([cell(row.prompt), cell(row.text, _cut(row)), listed(row.references)] for row in e.rows),
     )
+
+
+def _decoded(settings: GenerationSettings) -> str:
+    """How texts were decoded: their length, and what is not as usual."""
+    usual = GenerationSettings(max_new_tokens=settings.max_new_tokens)
+    changed = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    changed = {name: value for name, value in changed.items() if value != getattr(usual, name)}
+    more = "".join(f", {name} {list(v) if isinstance(v, tuple) else v}" for name, v in changed.items())
+    return f"at most {settings.max_new_tokens} tokens each{more}"
 
 
 def _cut(row: Written) -> str:
