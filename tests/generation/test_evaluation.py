@@ -1,6 +1,7 @@
 """Adapters that were trained to write: their templates in generation, and what they write judged and kept."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -64,7 +65,8 @@ def test_rows_are_put_into_the_template_as_in_training(bank, gpt2):
 
 
 def test_a_row_that_does_not_fit_is_named_before_anything_is_written(bank):
-    with pytest.raises(DataError, match="row 1: task 'w': no column 'text'"):
+    words = "row 1: task 'w': no column 'text'; the row has 'txt'. Did you mean 'txt'?"
+    with pytest.raises(DataError, match=re.escape(words)):
         bank.generate([("mood", "x"), ("lora", {"txt": "x"})], SETTINGS)
     with pytest.raises(AdapterError, match="row 1: the bank has no adapter 'lara'"):
         bank.generate([("lora", "x"), ("lara", {"text": "x"})], SETTINGS)

@@ -267,7 +267,8 @@ class Task:
         if self.kind == "tagging":
             return (_words(cell(row, self.template.columns[0]) if isinstance(row, Mapping) else row),)
         if self.kind == "generation" and isinstance(row, Mapping):
-            row = {column: joined(value) for column, value in row.items() if column in self.columns}
+            # all of them, so that a message names those that are there
+            row = {column: joined(value) if column in self.columns else value for column, value in row.items()}
         texts = self.template.render(row)
         if self.kind != "multiple_choice":
             return (texts,)
