@@ -443,8 +443,11 @@ def test_rows_of_a_task_that_writes_start_from_the_ids_of_training(lm, small_met
     assert by_row.token_ids != bare.token_ids
     with pytest.raises(DataError, match=r"row 1: task 'w': .*other"):
         bank.generate([(None, "a"), ("writer", {"text": "good"})], chosen)
-    with pytest.warns(DataWarning, match=r"row 1: its prompt has 45 tokens and there is room for 30"):
+    with pytest.warns(
+        DataWarning, match=r"row 1: its prompt has 45 tokens and there is room for 30 \(it was trained with max"
+    ):
         long = bank.generate([(None, "a"), ("writer", row | {"text": "film " * 40})], chosen)[1]
     assert long.num_prompt_tokens <= 30
-    with pytest.raises(DataError, match=r"row 0: not a word of its prompt fits into the 0 tokens left"):
+    words = r"the 0 tokens left \(backbone 'llama' has 40 positions, of which max_new_tokens=39 takes as many\)"
+    with pytest.raises(DataError, match=rf"row 0: not a word of its prompt fits into {words}"):
         bank.generate([("writer", row)], {"max_new_tokens": 39})

@@ -20,6 +20,7 @@ from multitune.generation.prompts import (
     encode_prompt,
     make_sequence,
     prompt_room,
+    room_limit,
     settings_per_row,
 )
 from multitune.generation.settings import Generation, GenerationSettings
@@ -192,7 +193,8 @@ class Engine:
             return encode_prompt(backbone, prompt)
         own = served.adapter
         room = prompt_room(backbone, served.num_positions, settings.max_new_tokens, own.max_length)
-        return encode_for_task(backbone, own.task, prompt, room, where)
+        limit = room_limit(backbone, room, settings.max_new_tokens, own.max_length)
+        return encode_for_task(backbone, own.task, prompt, room, where, limit)
 
     def _check_limits(self, sequence: AnySequence, where: str) -> None:
         if sequence.num_rows > self.max_rows:

@@ -38,13 +38,24 @@ def prompt_room(backbone: Backbone, inserted: int, new_tokens: int, max_length: 
     return min(backbone.max_length - inserted - new_tokens, max_length - 2)
 
 
-def encode_for_task(backbone: Backbone, task: Task, row: Any, room: int, where: str) -> tuple[int, ...]:
+def room_limit(backbone: Backbone, room: int, new_tokens: int, max_length: int) -> str:
+    """What limits `prompt_room`, in brackets for a message; arguments as there."""
+    if room == (max_length if backbone.decodes else max_length - 2):
+        return f" (it was trained with max_length={max_length})"
+    beside = "" if backbone.decodes else f", of which max_new_tokens={new_tokens} takes as many"
+    return f" (backbone '{backbone.name}' has {backbone.max_length} positions{beside})"
+
+
+def encode_for_task(
+    backbone: Backbone, task: Task, row: Any, room: int, where: str, limit: str = ""
+) -> tuple[int, ...]:
     """Token ids of a row of a generation task, written out as in training; one too long loses words at its front.
 
     Args:
         row: a text or a mapping with the task's columns; an answer in it is not read.
         room: most tokens.
         where: what messages call the row.
+        limit: what messages say of the room, of `room_limit`.
 
     Raises:
         DataError: a row that does not fit the task, or of whose prompt not a word fits.
@@ -60,11 +71,12 @@ def encode_for_task(backbone: Backbone, task: Task, row: Any, room: int, where: 
     kept = writer.cut(text, room) if room > 0 else None
     if kept is None:
         raise DataError(
-            f"not a word of its prompt fits into the {max(room, 0)} tokens left; lower max_new_tokens (in training "
-            f"eval_new_tokens), or train with a larger max_length"
+            f"not a word of its prompt fits into the {max(room, 0)} tokens left{limit}; lower max_new_tokens (in "
+            f"training eval_new_tokens), or train with a larger max_length"
         )
     warnings.warn(
-        f"{where}: its prompt has {len(ids)} tokens and there is room for {room}, so words at its front are cut off",
+        f"{where}: its prompt has {len(ids)} tokens and there is room for {room}{limit}, so words at "
+        f"its front are cut off",
         DataWarning,
         stacklevel=5,
     )
