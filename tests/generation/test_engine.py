@@ -394,6 +394,7 @@ def test_limits_go_by_the_name_that_the_caller_gave(bank):
         ([(None, [5] * 40)], {}, PlanError, r"has 40; shorten the text, which leaves no room for a new token"),
         ([("prompt", [5] * 28)], {}, PlanError, r"row 0: 28 tokens, 3 of its adapter's prompt and up to 10"),
         ([(None, "a")], {"max_tokens": 3}, ConfigError, r"no setting 'max_tokens'\. Did you mean 'max_new_tokens'"),
+        ([(None, "a")], {"do_sample": True}, ConfigError, r"'do_sample'\. A temperature above 0 draws.*It has: m"),
         ([(None, "a")], [{}, {}], ConfigError, r"there are 1 rows, but settings for 2"),
         ([(None, "a"), (None, "a")], [{}, {"top_p": 0}], ConfigError, r"row 1: top_p=0 is not possible; give above 0"),
     ],

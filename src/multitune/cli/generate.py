@@ -38,10 +38,10 @@ from multitune.cli.shared import (
     score,
     show,
 )
-from multitune.errors import ConfigError, DataError, MultituneError, suggest
+from multitune.errors import ConfigError, DataError, MultituneError
 from multitune.generation import Engine, Generation, GenerationSettings, Request, evaluate_texts
 from multitune.generation.pages import PAGE_FILE
-from multitune.generation.settings import check_beams, setting_names
+from multitune.generation.settings import check_beams, setting_names, suggest_setting
 from multitune.prompting import with_examples
 from multitune.prompting.exemplars import EXAMPLE_SEPARATOR
 from multitune.tasks import Task, any_split, load_task
@@ -421,9 +421,10 @@ def _take_settings(task: Task | None, values: dict[str, Any]) -> dict[str, Any]:
     own = {key: values.pop(key) for key in known if key in values and key not in columns}
     for key in values:
         if key not in (*columns, _CHAT):
+            near = suggest_setting(key, ("adapter", *columns, _CHAT, *known))
             raise DataError(
-                f"unknown key {key!r}.{suggest(key, ('adapter', *columns, _CHAT, *known))} A line has an adapter, "
-                f"columns ({', '.join(columns)}) or the {_CHAT} of a chat, and settings ({', '.join(known)})"
+                f"unknown key {key!r}.{near} A line has an adapter, columns ({', '.join(columns)}) or the {_CHAT} of "
+                f"a chat, and settings ({', '.join(known)})"
             )
     return own
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from multitune.answers import PromptFormat, write_chat
-from multitune.errors import BackboneError, ConfigError, DataError, DataWarning, suggest
+from multitune.errors import BackboneError, ConfigError, DataError, DataWarning
 from multitune.generation.sequences import BeamSequence, SingleSequence
-from multitune.generation.settings import GenerationSettings, setting_names
+from multitune.generation.settings import GenerationSettings, setting_names, suggest_setting
 from multitune.generation.text import TextStream
 from multitune.plan import DeltaSet
 from multitune.tasks import Task
@@ -169,7 +169,7 @@ def _one(settings: AnySettings | None) -> GenerationSettings:
     for name in settings:
         if name not in known:
             raise ConfigError(
-                f"generation has no setting '{name}'.{suggest(str(name), known)} It has: {', '.join(known)}"
+                f"generation has no setting '{name}'.{suggest_setting(str(name), known)} It has: {', '.join(known)}"
             )
     return GenerationSettings(**settings)
 

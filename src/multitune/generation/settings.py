@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from multitune.errors import ConfigError, PlanError
+from multitune.errors import ConfigError, PlanError, suggest
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "not_finite"]
 
@@ -123,6 +123,25 @@ def check_beams(named: Iterable[tuple[str, GenerationSettings]], batch_size: int
                 f"{name}: {own.num_beams} beams are more rows than batch_size={batch_size}; raise it, or lower "
                 f"num_beams"
             )
+
+
+#: What other libraries call a setting, or set by one, and what it is here.
+_ELSEWHERE = {
+    "do_sample": "A temperature above 0 draws tokens, 0 takes the likeliest",
+    "max_length": "max_new_tokens counts the new tokens alone",
+    "stop_strings": "It is called stop",
+    "eos_token_id": "stop_at_eos says whether the model's own end of text ends it, stop which strings do",
+    "num_return_sequences": "Give the row as often as texts are wanted, each with a seed of its own",
+    "n": "Give the row as often as texts are wanted, each with a seed of its own",
+    "presence_penalty": "There is repetition_penalty",
+    "frequency_penalty": "There is repetition_penalty",
+}
+
+
+def suggest_setting(asked: str, exist: Iterable[str]) -> str:
+    """`suggest` for the name of a setting, which another library may have."""
+    said = _ELSEWHERE.get(asked)
+    return f" {said}." if said is not None else suggest(asked, exist)
 
 
 def setting_names() -> tuple[str, ...]:
