@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from multitune import Bank, ConfigError, DataError, train
+from multitune import Bank, ConfigError, DataError, Task, train
 from multitune.prompting import answer, chain_data, cot_rows, dcot_rows, sample_chains, vote
 from multitune.prompting.chains import _without_answer, prompt, response
 from multitune.tasks.reasoning import Question
@@ -109,6 +109,16 @@ def test_one_text_per_question_is_drawn_by_the_seed_too(bank):
     assert first.texts[0] != first.texts[2]  # one question, drawn twice
     fixed = answer(bank, "chains", [TWO, ONE, TWO], settings=settings | {"seed": 1})
     assert fixed.texts[0] == fixed.texts[2]
+
+
+def test_an_adapter_of_another_task_is_refused_by_what_it_reads(bank):
+    other = Task(name="facts", kind="generation", template=("{facts} :",), label="said", format="plain")
+    here = Bank(bank.backbone)
+    here.add("facts", replace(bank.adapter("chains"), task=other))
+    with pytest.raises(
+        DataError, match="adapter 'facts' was trained on task 'facts' of kind generation, which reads fa"
+    ):
+        answer(here, "facts", [ONE], settings={"max_new_tokens": 2})
 
 
 def test_the_bare_model_answers_zero_shot(bank):

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from multitune import Adapter, BackboneError, ConfigError, DataError, Head, Plan, Task, TaskError, get_method
+from multitune import Adapter, BackboneError, Bank, ConfigError, DataError, Head, Plan, Task, TaskError, get_method
 from multitune.prompting import BM25Examples, Examples, NeighbourExamples, Pattern, RandomExamples, as_generation, rank
 from multitune.ranked import answer_ids, text_ids
 from multitune.tasks import TaskData
@@ -184,7 +184,7 @@ def test_choices_of_their_own(model):
     assert found.metrics["accuracy"] == sum(hits) / 2
 
 
-def test_an_adapter_scores_in_place_of_the_bare_model(model, random_params):
+def test_an_adapter_scores_in_place_of_the_bare_model(model, random_params, tmp_path):
     method = get_method("lora")()
     write = Task(name="w", kind="generation", template=("text",), label="y")
     adapter = Adapter(
@@ -197,6 +197,9 @@ def test_an_adapter_scores_in_place_of_the_bare_model(model, random_params):
         backbone=model.describe(),
     )
     found = rank(model, MOOD, PATTERN, ROWS[:2], adapter=adapter, examples=RandomExamples(POOL, 1))
+    adapter.save(tmp_path / "w")
+    saved = rank(model, MOOD, PATTERN, ROWS[:2], adapter=tmp_path / "w", examples=RandomExamples(POOL, 1))
+    assert saved.scores == found.scores
     chances = by_hand(
         model, f"{PATTERN.example(MOOD, RandomExamples(POOL, 1).rows[found_first(POOL)])} text good film is :", " bad",
         adapter.delta_set(model),
@@ -315,3 +318,11 @@ def test_smollm2_knows_a_capital(smollm2):
     rows = [{"q": c, "y": y} for c, y in [("France", "Paris"), ("Germany", "Berlin"), ("Italy", "Rome")]]
     found = rank(smollm2, task, Pattern("The capital of {q} is the city of"), rows)
     assert found.metrics["accuracy"] == 1.0
+
+
+def test_ranking_says_what_it_takes(model):
+    data = TaskData(task=MOOD, train=ROWS, validation=ROWS)
+    with pytest.raises(ConfigError, match=r"rank takes a Task, not a TaskData; give its task: data\.task"):
+        rank(model, data, PATTERN, ROWS)
+    with pytest.raises(ConfigError, match=r"rank takes a Backbone, not a Bank; give Backbone\.load\(NAME\)"):
+        rank(Bank(model), MOOD, PATTERN, ROWS)

@@ -731,3 +731,18 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({json.dumps(self.name)}, {self.model.config.model_type}, {self.num_parameters:,} parameters)"
+
+
+def check_is_backbone(taker: str, backbone: Any, how_often: str = "") -> None:
+    """Raise `ConfigError` with the line that makes a backbone of what was given instead.
+
+    Args:
+        taker: what takes one, as messages call it.
+        how_often: what they say behind that line.
+    """
+    if isinstance(backbone, Backbone):
+        return
+    named = isinstance(backbone, (str, Path))
+    given = repr(str(backbone)) if named else f"a {type(backbone).__name__}"
+    more = f", {how_often}" if how_often else ""
+    raise ConfigError(f"{taker} takes a Backbone, not {given}; give Backbone.load({given if named else 'NAME'}){more}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from multitune.adapter import Adapter
-from multitune.backbone import Backbone
+from multitune.backbone import Backbone, check_is_backbone
 from multitune.errors import AdapterError, ConfigError, DataError, MixError, PlanError, suggest
 from multitune.plan import DeltaSet, Plan
 from multitune.prediction import Prediction, Served, predict
@@ -66,8 +66,9 @@ class Bank:
                 packed tensors of running plans, and backbones of fully tuned adapters.
 
         Raises:
-            ConfigError: an unknown store.
+            ConfigError: an unknown store, or no backbone.
         """
+        check_is_backbone("a Bank", backbone)
         if aot_store not in ("factors", "ram", "mmap"):
             raise ConfigError(f"aot_store '{aot_store}' is unknown; choose 'factors', 'ram' or 'mmap'")
         self.backbone = backbone
@@ -342,7 +343,10 @@ class Bank:
     @staticmethod
     def _pair(row: int, pair: Any, what: str) -> Row:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str | None):
-            raise DataError(f"row {row}: {pair!r} is not a pair of an adapter's name (or None) and {what}")
+            raise DataError(
+                f"row {row}: {pair!r} is not a pair of an adapter's name (or None) and {what}; give a list of pairs, "
+                f"such as [(None, 'a text')]"
+            )
         return pair[0], pair[1]
 
     # ---------------------------------------------------------------- prediction

@@ -452,3 +452,13 @@ def test_rows_of_a_task_that_writes_start_from_the_ids_of_training(lm, small_met
     words = r"the 0 tokens left \(backbone 'llama' has 40 positions, of which max_new_tokens=39 takes as many\)"
     with pytest.raises(DataError, match=rf"row 0: not a word of its prompt fits into {words}"):
         bank.generate([("writer", row)], {"max_new_tokens": 39})
+
+
+def test_what_is_no_bank_no_backbone_and_no_adapter_of_it_is_refused(bank):
+    here = bank("gpt2")
+    with pytest.raises(ConfigError, match=r"an Engine takes a Bank, not a Backbone; give Engine\(Bank\(backbone\)\)"):
+        Engine(here.backbone)
+    with pytest.raises(ConfigError, match=r"a Bank takes a Backbone, not 'smollm2'; give Backbone\.load\('smollm2'\)$"):
+        Bank("smollm2")
+    with pytest.raises(AdapterError, match=r"^request: the bank has no adapter 'lorra'"):
+        Engine(here).submit("a", adapter="lorra")

@@ -125,6 +125,10 @@ class Engine:
             BackboneError: the backbone is no causal language model, or has no head.
             ConfigError: a limit below 1.
         """
+        from multitune.bank import Bank  # which imports this module when it writes
+
+        if not isinstance(bank, Bank):
+            raise ConfigError(f"an Engine takes a Bank, not a {type(bank).__name__}; give Engine(Bank(backbone))")
         for name, limit in (("max_rows", max_rows), ("max_tokens", max_tokens)):
             if limit is not None and limit < 1:
                 raise ConfigError(f"{name}={limit} is not possible; give at least 1")
@@ -168,7 +172,12 @@ class Engine:
             AdapterError, BackboneError, ConfigError, DataError, MixError, PlanError: as `submit`, naming the row.
         """
         per_row = settings_per_row(settings, len(rows))
-        served = self.bank.served([adapter for adapter, _ in rows], first)
+        try:
+            served = self.bank.served([adapter for adapter, _ in rows], first)
+        except MultituneError as error:
+            if name == "row":
+                raise
+            raise type(error)(f"{name}: {str(error).removeprefix(f'row {first}: ')}") from error
         made: list[Request] = []
         for i, ((adapter, prompt), own, found) in enumerate(zip(rows, per_row, served, strict=True)):
             where = f"{name} {first + i}" if name == "row" else name

@@ -186,10 +186,11 @@ def answer(
 
     Raises:
         ConfigError: an impossible k or number of samples, samples that would all be equal, or k without an adapter.
-        DataError: no questions.
+        DataError: no questions, or an adapter that was not trained to answer such.
     """
     (decoding,) = settings_per_row(settings, 1)
     _check_asked(adapter, questions, k, samples, decoding)
+    _check_reads_chains(bank, adapter)
     rows = [(adapter, _asked(bank, adapter, q, k)) for q in questions for _ in range(samples)]
     seeds = [seed * 1_000_003 + i for i in range(len(rows))]
     own = [replace(decoding, seed=s) if decoding.samples and decoding.seed is None else decoding for s in seeds]
@@ -295,6 +296,19 @@ def _check_asked(
         )
     if adapter is None and k > 1:
         raise ConfigError(f"k={k}: the bare model was not trained to give several chains; give an adapter, or samples")
+
+
+def _check_reads_chains(bank: Bank, adapter: str | None) -> None:
+    """Raise `DataError` for an adapter of another task; one that the bank lacks is named when rows are written for."""
+    if adapter is None or adapter not in bank:
+        return
+    task = bank.adapter(adapter).task
+    if task.kind != "generation" or set(task.columns) != {"prompt"}:
+        raise DataError(
+            f"adapter '{adapter}' was trained on task '{task.name}' of kind {task.kind}, which reads "
+            f"{', '.join(task.columns)}, and not on chains; give one trained on chain_data(...), or have its texts "
+            f"judged with evaluate_texts"
+        )
 
 
 def _check_k(k: int) -> None:

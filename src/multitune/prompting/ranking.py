@@ -12,14 +12,14 @@ from typing import Any
 
 from multitune.adapter import Adapter
 from multitune.answers import Answered
-from multitune.backbone import Backbone
+from multitune.backbone import Backbone, check_is_backbone
 from multitune.deltas import Memory
 from multitune.errors import BackboneError, ConfigError, DataError
 from multitune.plan import DeltaSet
 from multitune.prompting.judged import JudgedRow, save_judged
 from multitune.prompting.selection import Examples, Row
 from multitune.ranked import answer_ids, prompt_ids, text_ids
-from multitune.tasks import Example, Task, judge
+from multitune.tasks import Example, Task, TaskData, judge
 from multitune.tasks.pattern import Pattern
 from multitune.training.language import answer_losses, served
 
@@ -51,7 +51,7 @@ def rank(
     table: Any,
     *,
     examples: Examples | None = None,
-    adapter: Adapter | None = None,
+    adapter: Adapter | str | Path | None = None,
     normalised: bool = True,
     batch_size: int = 32,
 ) -> Ranking:
@@ -68,15 +68,20 @@ def rank(
         task: classification or multiple choice; says the labels or choices, and the metric.
         table: rows; judged where all have their answers.
         examples: what stands in front of every row; `None` for zero-shot.
-        adapter: an adapter that writes, to use instead of the bare backbone.
+        adapter: an adapter that writes, or its folder, to use instead of the bare backbone.
         batch_size: most sequences in a forward pass; a row has one per answer.
 
     Raises:
         TaskError: a pattern that does not fit the task.
         DataError: a row that lacks a column or does not fit the backbone's positions; names it, counted from 0.
-        ConfigError: a batch size below 1.
+        ConfigError: a batch size below 1, or no backbone or task.
         BackboneError: no language model that writes, with its head and a tokenizer.
+        AdapterError: as `Adapter.load`.
     """
+    check_is_backbone("rank", backbone)
+    if not isinstance(task, Task):
+        of_data = "; give its task: data.task" if isinstance(task, TaskData) else ""
+        raise ConfigError(f"rank takes a Task, not a {type(task).__name__}{of_data}")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not possible; give at least 1")
     pattern.check(task)
@@ -87,7 +92,8 @@ def rank(
     if examples is not None:
         examples.name_labels(task)
         examples.prepare(pattern)
-    reader = _Reader(backbone, adapter)
+    loaded = adapter if adapter is None or isinstance(adapter, Adapter) else Adapter.load(adapter, backbone)
+    reader = _Reader(backbone, loaded)
     asked = _ask(task, pattern, rows, examples)
     scores, shared = reader.scores(asked, normalised, batch_size)
     predictions = tuple(max(range(len(s)), key=lambda k: (s[k], -k)) for s in scores)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.answers import settle_format
-from multitune.backbone import Backbone
+from multitune.backbone import Backbone, check_is_backbone
 from multitune.deltas import Prompt
 from multitune.errors import ConfigError, DataError
 from multitune.heads import Head
@@ -281,12 +281,7 @@ def read_rows(backbone: Backbone, task: Task, table: Any, split: str, max_length
 
 def check_backbone_and_method(backbone: Any, method: Any) -> None:
     """Raise `ConfigError` with the line that makes a backbone, or a method, out of what was given instead."""
-    if not isinstance(backbone, Backbone):
-        named = isinstance(backbone, (str, Path))
-        given = repr(str(backbone)) if named else f"a {type(backbone).__name__}"
-        raise ConfigError(
-            f"train takes a Backbone, not {given}; give Backbone.load({given if named else 'NAME'}), once for all runs"
-        )
+    check_is_backbone("train", backbone, "once for all runs")
     if isinstance(method, type) and issubclass(method, Method):
         raise ConfigError(f"{method.__name__} is a class of methods; give a method: {method.__name__}()")
     if not isinstance(method, (Method, str)):
