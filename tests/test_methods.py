@@ -552,6 +552,7 @@ def test_a_bad_value_says_what_is_wrong(method, settings, words):
             LoRA(targets=("qury",)),
             r"no linear site has the role 'qury'\. Did you mean 'query'\? This backbone has: ",
         ),
+        (LoRA(targets=("o_proj",)), r"'o_proj'\. Did you mean 'attention_output'\? This backbone has: "),
         (LoRA(targets=("query", "nothing")), "no linear site has the role 'nothing'"),
         (LoRA(targets=()), "no linear site matches"),
         (LoRA(targets=("embedding", "qury")), "no linear site has the role 'qury'"),

@@ -284,6 +284,27 @@ def _layer_sites(
     return sites
 
 
+#: The usual names of modules in transformers' models, which PEFT takes as targets, and their roles.
+_ROLES_OF_MODULES = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "attention_output",
+    "out_proj": "attention_output",
+    "up_proj": "ffn_in",
+    "gate_proj": "ffn_gate",
+    "down_proj": "ffn_out",
+    "fc1": "ffn_in",
+    "fc2": "ffn_out",
+}
+
+
+def _suggest_role(asked: str, known: Sequence[str]) -> str:
+    """`suggest` for a role, which may be called as the module is."""
+    role = _ROLES_OF_MODULES.get(asked)
+    return f" Did you mean {role!r}?" if role in known else suggest(asked, known)
+
+
 def select_sites(
     sites: Iterable[Site],
     *,
@@ -311,7 +332,7 @@ def select_sites(
         for role in roles:
             if role not in known_roles:
                 raise ConfigError(
-                    f"no {kind} site has the role '{role}'.{suggest(role, known_roles)} "
+                    f"no {kind} site has the role '{role}'.{_suggest_role(role, known_roles)} "
                     f"This backbone has: {', '.join(known_roles)}"
                 )
         of_kind = [s for s in of_kind if s.has_role(roles)]
