@@ -2,7 +2,7 @@ import datasets
 import pytest
 from datasets import ClassLabel, Features, List, Value
 
-from multitune.errors import DataError, TaskError
+from multitune.errors import DataError, DataWarning, TaskError
 from multitune.tasks import Task, infer_task
 
 
@@ -173,6 +173,15 @@ def test_a_text_taken_for_the_label():
     columns.pop("mood")
     with pytest.raises(DataError, match="No other column looks like one"):
         infer_task(table(columns), label="label")
+
+
+def test_labels_of_one_row_each_are_taken_and_said_to_look_like_texts():
+    columns = {"text": [f"text {i}" for i in range(30)], "label": [f"note {i}" for i in range(30)]}
+    words = "30 different values in 30 rows.*If a model is to write such texts, set --kind generation"
+    with pytest.warns(DataWarning, match=words):
+        assert len(infer_task(table(columns)).labels) == 30
+    few = {column: values[:19] for column, values in columns.items()}
+    assert len(infer_task(table(few)).labels) == 19  # warnings are errors here
 
 
 def test_many_labels_that_recur_are_labels():

@@ -1,9 +1,10 @@
 """Guess a task from a user's own table, or say which flag settles what cannot be guessed."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from multitune.errors import DataError, TaskError
+from multitune.errors import DataError, DataWarning, TaskError
 from multitune.tasks import columns
 from multitune.tasks.readers import Source, read_table
 from multitune.tasks.schema import Kind, Task, check_kind
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 100
 """More different values than this in a label column call for a second look."""
+
+_FEW_ROWS = 20
+"""In a table of fewer rows, labels of one row each are no surprise."""
 
 _SCORES = ("score", "similarity", "rating", "stars")  # whole numbers here may be classes or amounts
 
@@ -180,6 +184,14 @@ def _check_classes(table: "Dataset", label: str, names: Sequence[str], num_rows:
             f"column {label!r} holds {len(names)} different values in {num_rows} rows, such as "
             f"{shown(names[:3])}; that is a text or an id, not a label. {_better(table, label)}. If a model is to "
             "write such texts, set --kind generation (kind=…)"
+        )
+    if num_rows >= _FEW_ROWS and len(names) > 0.8 * num_rows:
+        warnings.warn(
+            f"column {label!r} holds {len(names)} different values in {num_rows} rows, such as {shown(names[:3])}, so "
+            f"that hardly a label has two rows to learn it from. If a model is to write such texts, set --kind "
+            f"generation (kind=…)",
+            DataWarning,
+            stacklevel=2,
         )
 
 
