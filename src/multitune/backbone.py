@@ -249,12 +249,10 @@ class Backbone:
         """
         if not self.has_lm_head:
             why = "its checkpoint holds the base model without a head" if self.causal else "it is no causal model"
-            fix = "Load a causal language model with its head, such as Backbone.load('smollm2')"
+            fix = "Load a causal language model with its head, such as Backbone.load('smollm2') (--backbone smollm2)"
             if self.model.config.is_encoder_decoder:
-                why, fix = (
-                    "its encoder runs alone",
-                    f"Load it with its decoder: Backbone.load('{with_decoder(self.name)}')",
-                )
+                why, whole = "its encoder runs alone", with_decoder(self.name)
+                fix = f"Load it with its decoder: Backbone.load('{whole}') (--backbone {whole})"
             raise BackboneError(
                 f"backbone '{self.name}' ({self.model.config.model_type}) has no language-model head: {why}. {fix}"
             )
