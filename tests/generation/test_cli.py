@@ -51,6 +51,7 @@ def made(tmp_path_factory, make_backbone):
         )
         assert json.loads(done.stdout)["metric"] == "perplexity"
         assert "judged by perplexity on 1" in done.stderr
+        assert "exact_match is of written texts: `multitune generate` judges the adapter by it" in done.stderr
     return root
 
 

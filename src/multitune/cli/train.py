@@ -72,10 +72,16 @@ def _announce(chosen: Mapping[str, Any], data: TaskData, method: Method, config:
     if "train" in chosen and not {"text", "label"} <= set(chosen):
         labels = f" ({len(task.labels)} labels: {', '.join(task.labels[:8])})" if task.labels else ""
         note(f"reading the text from {' | '.join(task.template.parts)} and the answer from {task.label}{labels}")
+    judge = judge_of_run(task, config)
     note(
-        f"training {method.name} for {task.name} ({task.kind}) on {count(len(data.train))} rows, judged by "
-        f"{judge_of_run(task, config)} on {count(len(data.validation))}"
+        f"training {method.name} for {task.name} ({task.kind}) on {count(len(data.train))} rows, judged by {judge} on "
+        f"{count(len(data.validation))}"
     )
+    if judge == "perplexity" != task.metric:
+        note(
+            f"{task.metric} is of written texts: `multitune generate` judges the adapter by it; --eval-texts "
+            f"50 has it choose the best tensors too, and takes longer"
+        )
     judged = len(data.validation)
     if task.kind in ("classification", "multiple_choice") and 0 < judged < FEW_ROWS:
         more = "; give more with --validation FILE before relying on the score" if "train" in chosen else ""
