@@ -131,11 +131,38 @@ def test_the_bare_backbone_ends_its_text_where_examples_end(place, monkeypatch):
     assert [settings.stop for settings in asked] == [("\n\n",), ("x",), ()]
 
 
+def test_a_table_is_a_baseline_and_judges_what_was_trained_on_it_with_examples(place):
+    table = place / "facts.jsonl"
+    table.write_text("".join(json.dumps({"fact": f"film {c}", "said": f"good {c}"}) + "\n" for c in "abcdef"), "utf-8")
+    own = ("--data", table, "--text", "{fact} :", "--label", "said", "--metric", "exact_match", "--rows", "2")
+    short = ("--max-new-tokens", "2", "--json", "--out", place / "table")
+
+    def prompts(*arguments):
+        found = json.loads(run("generate", *arguments, *short).stdout)
+        assert found["task"] == "facts" and found["rows"] == 2 and "exact_match" in found
+        kept = (place / "table" / "predictions.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(row)["prompt"].split("\n\n") for row in kept]
+
+    assert prompts("--backbone", place / "model", *own) == [["film a :"], ["film b :"]]
+    shown = prompts("--backbone", place / "model", *own, "--examples", "2")
+    assert [(len(parts), parts[-1]) for parts in shown] == [(3, "film a :"), (3, "film b :")]
+    assert all("film a" not in part for part in shown[0][:-1])
+    said = ("--train", table, "--kind", "generation", "--text", "{fact} :", "--label", "said")
+    train(place, "few", *said, "--examples", "2")
+    assert prompts("--adapters", place / "few", *own, "--examples", "2") == shown
+    for given, words in (
+        ((), "--text: the adapter says"),
+        (("--examples", "2", "--format", "chat"), "--format: the ad"),
+    ):
+        assert words in run("generate", "--adapters", place / "few", *own, *given, code=1).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "or --backbone NAME, for a language model without any"),
-        (("--backbone", "MODEL", "--data", "x.jsonl"), "without one give --task NAME"),
+        (("--backbone", "MODEL", "--text", "x"), "--text says how the rows of --data are put and judged; give --data"),
+        (("--backbone", "MODEL", "--data", "x.jsonl"), "no file or folder 'x.jsonl'"),
         (
             ("--backbone", "MODEL", "--task", "moods/one"),
             "task 'moods/one' is of kind classification and writes nothing",
@@ -167,7 +194,7 @@ def test_judging_refuses_what_it_cannot_honour(place):
     if not (place / "mixed").exists():
         train(place, "mixed", "--mixture", place / "mixture.yaml")
     bad = run("generate", "TEXT", "--adapters", place / "mixed", "--examples", "2", code=1)
-    assert "--examples are training rows of a task by name" in bad.stderr
+    assert "--examples are rows of a task; give --task NAME or --data FILE too" in bad.stderr
     bad = run("evaluate", place / "mixed", "--mixture", place / "mixture.yaml", "--task", "moods/one", code=1)
     assert "--mixture brings its own rows" in bad.stderr
     (place / "open.yaml").write_text("tasks: [moods/one]\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from multitune.generation.pages import PAGE_FILE
 from multitune.generation.settings import check_beams, setting_names, suggest_setting
 from multitune.prompting import with_examples
 from multitune.prompting.exemplars import EXAMPLE_SEPARATOR
-from multitune.tasks import Task, any_split, load_task
+from multitune.tasks import Task, TaskData, any_split, infer_task, list_splits, load_task, read_table
 from multitune.tasks.reasoning import READERS, question_rows
 
 _DECODING, _JUDGING = "Decoding", "Writing for the rows of a task"
@@ -89,6 +89,41 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="COLUMN",
+            help="Of --data without an adapter, or with --examples: column of the prompt, or a template over columns.",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="So too: column of the answer.", rich_help_panel=_JUDGING, show_default=False
+        ),
+    ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="WORD",
+            help="So too, without an adapter: plain, chat or auto. \\[default: plain]",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="So too: metric to judge by. \\[default: the adapter's, or rouge_l]",
+            rich_help_panel=_JUDGING,
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -104,8 +139,9 @@ def generate(
     examples: Annotated[
         int,
         typer.Option(
-            help="Training rows of the task that stand in front of every row as examples, the most similar ones; as "
-            "many as the adapter was trained with, or with --backbone alone any number (few-shot).",
+            help="Training rows of the task, or other rows of --data, that stand in front of every row as examples, "
+            "the most similar ones; as many as the adapter was trained with, or with --backbone alone any number "
+            "(few-shot).",
             rich_help_panel=_JUDGING,
         ),
     ] = 0,
@@ -165,8 +201,9 @@ def generate(
     named, texts = adapters_and_texts(adapters, texts)
     text = _one_text(texts)
     _warn_of_escapes(stop or ())
-    judged = _Judged(task, data, split, rows, examples, out)
-    judged.check()
+    put = {"text": text_column, "label": label, "format": format_, "metric": metric}
+    judged = _Judged(task, data, split, rows, examples, out, {k: v for k, v in put.items() if v is not None})
+    judged.check(bool(named))
     _check(judged, text, input_, output)
     bank = _bank(named, backbone, device, dtype)
     if judged.asked:
@@ -190,13 +227,15 @@ class _Judged:
     rows: int | None
     examples: int
     out: Path | None
+    put: Mapping[str, Any]
+    """What was given of text, label, format and metric: how rows of `data` are put, where no adapter says it."""
 
     @property
     def asked(self) -> bool:
         """Whether a task's rows are to be written for."""
         return self.task is not None or self.data is not None
 
-    def check(self) -> None:
+    def check(self, has_adapters: bool) -> None:
         """Refuse what would not be honoured."""
         if self.task is not None and self.data is not None:
             raise ConfigError("--task and --data both say which rows to write for; give one of them")
@@ -207,8 +246,15 @@ class _Judged:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name} {value} is not possible; give {least} or more")
-        if self.examples and self.task is None:
-            raise ConfigError("--examples are training rows of a task by name; give --task NAME too")
+        if self.examples and not self.asked:
+            raise ConfigError("--examples are rows of a task; give --task NAME or --data FILE too")
+        lone = next(iter(self.put), None)
+        if lone is not None and self.data is None:
+            raise ConfigError(f"--{lone} says how the rows of --data are put and judged; give --data FILE too")
+        if lone is not None and has_adapters and not self.examples:
+            raise ConfigError(f"--{lone}: the adapter says how its rows are put and judged; leave it out")
+        if has_adapters and "format" in self.put:
+            raise ConfigError("--format: the adapter has the format that it was trained on; leave it out")
 
 
 def _check(judged: _Judged, text: str | None, input_: str, output: Path | None) -> None:
@@ -324,10 +370,8 @@ def _rows_to_judge_by(adapter: Adapter | None, judged: _Judged) -> tuple[Task | 
     """The rows, and the task that puts and judges them where it is not the adapter's own."""
     split = judged.split or _SPLIT
     if judged.data is not None:
-        if adapter is None:
-            raise ConfigError(
-                "--data holds rows, and an adapter says how they are put and judged; without one give --task NAME"
-            )
+        if adapter is None or judged.examples:
+            return _table_to_judge_by(adapter, judged, split)
         return None, any_split(judged.data, split)
     name = str(judged.task)
     loaded = load_task(name)
@@ -341,6 +385,26 @@ def _rows_to_judge_by(adapter: Adapter | None, judged: _Judged) -> tuple[Task | 
         made = with_examples(replace(loaded, validation=tables[split], test=None), judged.examples)
         return _put_as(made.task, adapter), made.validation
     return (loaded.task if adapter is None else None), tables[split]
+
+
+def _table_to_judge_by(adapter: Adapter | None, judged: _Judged, split: str) -> tuple[Task, Any]:
+    """The rows of `--data` and the task that its options make of them, with examples in front if wanted.
+
+    Examples are training rows where the table has such, else its other rows; never the row itself.
+    """
+    place = str(judged.data)
+    rows = any_split(place, split)
+    columns = {name: judged.put[name] for name in ("text", "label") if name in judged.put}
+    task = infer_task(rows, kind="generation", name=Path(place).stem, **columns)
+    if len(columns) < 2:
+        note(f"reading the prompt from {' | '.join(task.template.parts)} and the answer from {task.label}")
+    metric = judged.put.get("metric", task.metric if adapter is None else adapter.task.metric)
+    task = _put_as(replace(task, metric=metric, format=judged.put.get("format", task.format)), adapter)
+    if not judged.examples:
+        return task, rows
+    pool = read_table(place, split="train") if "train" in list_splits(place) else rows
+    made = with_examples(TaskData(task=task, train=pool, validation=rows), judged.examples)
+    return made.task, made.validation
 
 
 def _put_as(task: Task, adapter: Adapter | None) -> Task:
