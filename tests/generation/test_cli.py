@@ -136,11 +136,18 @@ def test_what_a_line_says_is_honoured_or_refused(made, row, words):
     assert f"line 2: {words}" in run("generate", "--adapters", made / "adapters/lora", input=rows, code=1).stderr
 
 
+def test_a_task_whose_rows_the_adapter_cannot_read_is_refused_with_its_own(made):
+    given = ("generate", "--adapters", made / "adapters/lora", "--task", "demo/topic")
+    words = "rows of task 'demo/topic', of kind classification, have the columns text, label, and not facts, which the"
+    said = run(*given, code=1).stderr
+    assert words in said and "it was trained on task 'rows'" in said
+
+
 def test_beams_that_do_not_fit_are_named_by_line_and_option(made):
     given = ("generate", "--adapters", made / "adapters/lora", "--beams", "3", "--batch-size", "2")
     words = "beams are more rows than batch_size=2; raise it"
     assert f"line 1: 3 {words}" in run(*given, input=lines({"text": "film a"}), code=1).stderr
-    assert f"3 {words}" in run(*given, "film a", code=1).stderr
+    assert f"error: 3 {words}" in run(*given, "film a", code=1).stderr
 
 
 def test_the_line_that_cannot_be_written_is_named_before_any_is_written(made, tmp_path, monkeypatch):

@@ -209,10 +209,7 @@ def generate(
     if judged.asked:
         _judge(bank, judged, settings, batch_size, as_json)
     elif text is not None:
-        name = _sole(bank, "a text on the command line")
-        (written,) = bank.generate([(name, text)], settings, batch_size=batch_size)
-        print_json(written.to_dict()) if as_json else print(written.text)
-        _say_why_empty(bank, written)
+        _write_one(bank, text, settings, batch_size, as_json)
     else:
         _write_lines(bank, input_, output, settings, batch_size)
 
@@ -313,6 +310,17 @@ def _sole(bank: Bank, what: str) -> str | None:
     return next(iter(bank.names), None)
 
 
+def _write_one(bank: Bank, text: str, settings: GenerationSettings, batch_size: int, as_json: bool) -> None:
+    """Write for the text on the command line, which messages do not number."""
+    name = _sole(bank, "a text on the command line")
+    try:
+        (written,) = bank.generate([(name, text)], settings, batch_size=batch_size)
+    except MultituneError as error:
+        raise type(error)(str(error).removeprefix("row 0: ")) from error
+    print_json(written.to_dict()) if as_json else print(written.text)
+    _say_why_empty(bank, written)
+
+
 def _say_why_empty(bank: Bank, written: Generation) -> None:
     """Where a text is empty, say why: an empty line alone looks like a failure."""
     if written.text.strip():
@@ -384,7 +392,22 @@ def _rows_to_judge_by(adapter: Adapter | None, judged: _Judged) -> tuple[Task | 
     if judged.examples:
         made = with_examples(replace(loaded, validation=tables[split], test=None), judged.examples)
         return _put_as(made.task, adapter), made.validation
-    return (loaded.task if adapter is None else None), tables[split]
+    if adapter is None:
+        return loaded.task, tables[split]
+    _check_columns(adapter.task, loaded.task, tables[split].column_names)
+    return None, tables[split]
+
+
+def _check_columns(own: Task, asked: Task, columns: Sequence[str]) -> None:
+    """Raise `DataError` for rows of a task that lack what an adapter reads: no column of theirs can be renamed."""
+    lacking = [column for column in own.columns if column not in columns]
+    if lacking:
+        by_name = f"--task {own.name}, or " if "/" in own.name else ""
+        raise DataError(
+            f"rows of task '{asked.name}', of kind {asked.kind}, have the columns {', '.join(columns)}, and not "
+            f"{', '.join(lacking)}, which the adapter reads: it was trained on task '{own.name}'. Give "
+            f"{by_name}--data with a table that has its columns"
+        )
 
 
 def _table_to_judge_by(adapter: Adapter | None, judged: _Judged, split: str) -> tuple[Task, Any]:

@@ -72,7 +72,7 @@ def encode_for_task(
     if kept is None:
         raise DataError(
             f"not a word of its prompt fits into the {max(room, 0)} tokens left{limit}; lower max_new_tokens (in "
-            f"training eval_new_tokens), or train with a larger max_length"
+            f"training eval_new_tokens) or, where that of training is the limit, train with a larger max_length"
         )
     warnings.warn(
         f"{where}: its prompt has {len(ids)} tokens and there is room for {room}{limit}, so words at "
