@@ -1,7 +1,9 @@
 """`multitune train --kind generation`, `multitune evaluate` and `multitune generate`, in process on a tiny model."""
 
+import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from multitune import Backbone, Bank
 from multitune.cli import app
 from multitune.cli.generate import _say_why_empty
+from multitune.cli.predict import standard_input
 from multitune.generation import Engine, Generation
 
 ROWS = [{"facts": f"film {c}", "said": f"good {c}"} for c in "abcdefghij"]
@@ -280,3 +283,12 @@ def test_a_stop_string_with_an_escape_is_taken_as_it_stands_and_said_to_be(made)
     said = run(*given, "--stop", r"good\n").stderr
     assert r"if a line break or a tab is meant: --stop $'good\n'" in said
     assert "warning" not in run(*given, "--stop", "good").stderr
+
+
+def test_a_terminal_is_told_that_rows_are_read_from_it(monkeypatch, capsys):
+    for terminal in (True, False):
+        stdin = io.TextIOWrapper(io.BytesIO(b"row"))
+        monkeypatch.setattr(stdin, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert standard_input().read() == b"row"
+        assert ("reading rows from this terminal" in capsys.readouterr().err) is terminal

@@ -25,6 +25,7 @@ from multitune.cli.predict import (
     read_line,
     refuse_output_over_input,
     row_of_values,
+    standard_input,
 )
 from multitune.cli.shared import (
     AdapterFolders,
@@ -447,7 +448,7 @@ def _are_questions(task: str) -> bool:
 def _write_lines(bank: Bank, input_: str, output: Path | None, settings: GenerationSettings, batch_size: int) -> None:
     """Write for every line of the input, in order, as they are done; none before all are accepted, the output open."""
     with ExitStack() as stack:
-        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
+        lines = standard_input() if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         source = "" if input_ == "-" else Path(input_).name
         engines, requests = _submit(bank, _read(bank, lines, settings, source), batch_size)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))

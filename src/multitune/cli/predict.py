@@ -100,7 +100,7 @@ def predict(
         _one_row(bank, texts, as_json, more=len(broken))
         return
     with ExitStack() as stack:
-        lines = sys.stdin.buffer if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
+        lines = standard_input() if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         source = "" if input_ == "-" else Path(input_).name
         for answer in answers(bank, lines, batch_size=batch_size, window=window, broken=broken, source=source):
@@ -205,6 +205,16 @@ def refuse_output_over_input(input_: str, output: Path | None) -> None:
     """Raise ConfigError where the rows would be overwritten by their answers."""
     if output is not None and input_ != "-" and output.resolve() == Path(input_).resolve():
         raise ConfigError(f"--output {output} is the input, which would be emptied; give another file")
+
+
+def standard_input() -> BinaryIO:
+    """Standard input, and a word on it where someone sits at it, to whom waiting for rows looks like work."""
+    if sys.stdin.isatty():
+        shared.note(
+            'reading rows from this terminal, one a line, such as {"text": "…"}, up to Ctrl-D; --input FILE reads them '
+            "from a file"
+        )
+    return sys.stdin.buffer
 
 
 def open_rows(path: Path) -> BinaryIO:
