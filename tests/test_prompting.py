@@ -1,6 +1,8 @@
 """Rank classification: scores by a slow twin, a prefix read once, examples that are never the row."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -318,6 +320,17 @@ def test_smollm2_knows_a_capital(smollm2):
     rows = [{"q": c, "y": y} for c, y in [("France", "Paris"), ("Germany", "Berlin"), ("Italy", "Rome")]]
     found = rank(smollm2, task, Pattern("The capital of {q} is the city of"), rows)
     assert found.metrics["accuracy"] == 1.0
+
+
+def test_looking_examples_up_logs_nothing_of_its_index():
+    """bm25s sets its logger to DEBUG when it is imported, which any root handler then prints."""
+    script = (
+        "import logging; logging.basicConfig(level=logging.DEBUG)\n"
+        "from multitune.prompting import BM25Examples, Pattern\n"
+        "BM25Examples([{'text': 'a b'}, {'text': 'c'}], 1).prepare(Pattern('{text}'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "bm25s" not in done.stderr
 
 
 def test_ranking_says_what_it_takes(model):

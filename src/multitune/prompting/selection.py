@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,10 +101,13 @@ class BM25Examples(Examples):
 
     def prepare(self, pattern: Puts) -> None:
         super().prepare(pattern)
+        known = "bm25s" in sys.modules
         try:
             self._bm25s: Any = import_module("bm25s")
         except ImportError as error:
             raise ConfigError("BM25 is bm25s's, which is not installed: pip install 'multitune[generation]'") from error
+        if not known:  # its import sets its own logger to tell of every index, wherever anything logs to standard error
+            logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._index = self._bm25s.BM25()
         self._index.index(self._words(self._texts), show_progress=False)
 
