@@ -76,7 +76,9 @@ class Served:
         task = self.adapter.task
         assert task.pattern is None, "rows of a pattern are read by a PatternReader"
         if task.kind == "generation":
-            raise DataError(f"adapter '{self.name}' writes texts and predicts no label; use Bank.generate")
+            raise DataError(
+                f"adapter '{self.name}' writes texts and predicts no label; use Bank.generate (multitune generate)"
+            )
         if isinstance(row, dict) and task.label in row:
             row = {k: v for k, v in row.items() if k != task.label}
         return task.encode(row).texts
