@@ -1,7 +1,7 @@
 """Rank classification: scores by a slow twin, a prefix read once, examples that are never the row."""
 
 import json
-import subprocess
+import logging
 import sys
 
 import pytest
@@ -322,15 +322,15 @@ def test_smollm2_knows_a_capital(smollm2):
     assert found.metrics["accuracy"] == 1.0
 
 
-def test_looking_examples_up_logs_nothing_of_its_index():
+def test_looking_examples_up_logs_nothing_of_its_index(monkeypatch, caplog):
     """bm25s sets its logger to DEBUG when it is imported, which any root handler then prints."""
-    script = (
-        "import logging; logging.basicConfig(level=logging.DEBUG)\n"
-        "from multitune.prompting import BM25Examples, Pattern\n"
-        "BM25Examples([{'text': 'a b'}, {'text': 'c'}], 1).prepare(Pattern('{text}'))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "bm25s" not in done.stderr
+    monkeypatch.delitem(sys.modules, "bm25s", raising=False)
+    caplog.set_level(logging.DEBUG)
+    BM25Examples(POOL, 1).prepare(PATTERN)
+    assert not [record for record in caplog.records if record.name == "bm25s"]
+    caplog.set_level(logging.DEBUG, "bm25s")  # the user's own wish
+    BM25Examples(POOL, 1).prepare(PATTERN)
+    assert [record for record in caplog.records if record.name == "bm25s"]
 
 
 def test_ranking_says_what_it_takes(model):
