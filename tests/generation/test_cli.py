@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from multitune import Backbone, Bank
+from multitune import Backbone, Bank, get_method
 from multitune.cli import app
-from multitune.cli.generate import _say_why_empty
+from multitune.cli.generate import _say_why_empty, _warn_of_classifiers
 from multitune.cli.predict import standard_input
 from multitune.generation import Engine, Generation
 
@@ -292,3 +292,22 @@ def test_a_terminal_is_told_that_rows_are_read_from_it(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin)
         assert standard_input().read() == b"row"
         assert ("reading rows from this terminal" in capsys.readouterr().err) is terminal
+
+
+def test_texts_may_be_judged_by_another_metric_than_the_task_names(made, monkeypatch):
+    rows = ("--data", made / "rows.jsonl", "--rows", "2", "--max-new-tokens", "3", "--json")
+    given = ("generate", "--adapters", made / "adapters/lora", *rows)
+    assert "exact_match" in json.loads(run(*given).stdout)
+    found = json.loads(run(*given, "--metric", "chrf").stdout)
+    assert "chrf" in found and "exact_match" not in found
+    monkeypatch.setattr(Bank, "generate", lambda *a, **k: pytest.fail("wrote for references that cannot be judged by"))
+    assert "the reference 'good a' holds no number" in run(*given, "--metric", "number_match", code=1).stderr
+    assert "metric 'accuracy' does not judge generation" in run(*given, "--metric", "accuracy", code=1).stderr
+
+
+def test_an_adapter_that_was_not_trained_to_write_is_said_to_be(make_backbone, random_adapter, capsys):
+    bank = Bank(make_backbone("gpt2"))
+    bank.add("mood", random_adapter(bank.backbone, get_method("ia3")(), pooling="last"))
+    _warn_of_classifiers(bank, [None, "mood", "mood"])
+    said = capsys.readouterr().err
+    assert said.startswith("warning: adapter 'mood' was trained for classification") and said.count("warning") == 1

@@ -95,6 +95,8 @@ def test_examples_stand_in_front_in_training_and_writing(place):
     assert Adapter.load(place / "shown").task.columns == ("prompt",)
     options = ("--task", "nlg/e2e_nlg", "--rows", "4", "--max-new-tokens", "3", "--out", place / "written")
     run("generate", "--adapters", place / "shown", "--examples", "2", *options)
+    without = run("generate", "--adapters", place / "shown", *options, code=1)
+    assert "give --examples with the number that it was trained with" in without.stderr
     written = [json.loads(line) for line in (place / "written" / "predictions.jsonl").read_text().splitlines()]
     for row in written:
         *shown, own = row["prompt"].split("\n\n")
@@ -161,7 +163,7 @@ def test_a_table_is_a_baseline_and_judges_what_was_trained_on_it_with_examples(p
     ("arguments", "message"),
     [
         ((), "or --backbone NAME, for a language model without any"),
-        (("--backbone", "MODEL", "--text", "x"), "--text says how the rows of --data are put and judged; give --data"),
+        (("--backbone", "MODEL", "--text", "x"), "--text says how the rows of --data are put; give --data"),
         (("--backbone", "MODEL", "--data", "x.jsonl"), "no file or folder 'x.jsonl'"),
         (
             ("--backbone", "MODEL", "--task", "moods/one"),

@@ -44,7 +44,7 @@ from multitune.generation import Engine, Generation, GenerationSettings, Request
 from multitune.generation.pages import PAGE_FILE
 from multitune.generation.settings import check_beams, setting_names, suggest_setting
 from multitune.prompting import with_examples
-from multitune.prompting.exemplars import EXAMPLE_SEPARATOR
+from multitune.prompting.exemplars import EXAMPLE_SEPARATOR, WHOLE_PROMPT
 from multitune.tasks import Task, TaskData, any_split, infer_task, list_splits, load_task, read_table
 from multitune.tasks.reasoning import READERS, question_rows
 
@@ -120,7 +120,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="So too: metric to judge by. \\[default: the adapter's, or rouge_l]",
+            help="Metric to judge by. \\[default: the task's, or rouge_l]",
             rich_help_panel=_JUDGING,
             show_default=False,
         ),
@@ -202,8 +202,8 @@ def generate(
     named, texts = adapters_and_texts(adapters, texts)
     text = _one_text(texts)
     _warn_of_escapes(stop or ())
-    put = {"text": text_column, "label": label, "format": format_, "metric": metric}
-    judged = _Judged(task, data, split, rows, examples, out, {k: v for k, v in put.items() if v is not None})
+    put = {"text": text_column, "label": label, "format": format_}
+    judged = _Judged(task, data, split, rows, examples, out, metric, {k: v for k, v in put.items() if v is not None})
     judged.check(bool(named))
     _check(judged, text, input_, output)
     bank = _bank(named, backbone, device, dtype)
@@ -225,8 +225,9 @@ class _Judged:
     rows: int | None
     examples: int
     out: Path | None
+    metric: str | None
     put: Mapping[str, Any]
-    """What was given of text, label, format and metric: how rows of `data` are put, where no adapter says it."""
+    """What was given of text, label and format: how rows of `data` are put, where no adapter says it."""
 
     @property
     def asked(self) -> bool:
@@ -237,7 +238,7 @@ class _Judged:
         """Refuse what would not be honoured."""
         if self.task is not None and self.data is not None:
             raise ConfigError("--task and --data both say which rows to write for; give one of them")
-        for name in ("out", "rows", "split"):
+        for name in ("out", "rows", "split", "metric"):
             if not self.asked and getattr(self, name) is not None:
                 raise ConfigError(f"--{name} is for the rows of a task; give --task NAME or --data FILE too")
         for name, least in (("rows", 1), ("examples", 0)):
@@ -248,9 +249,9 @@ class _Judged:
             raise ConfigError("--examples are rows of a task; give --task NAME or --data FILE too")
         lone = next(iter(self.put), None)
         if lone is not None and self.data is None:
-            raise ConfigError(f"--{lone} says how the rows of --data are put and judged; give --data FILE too")
+            raise ConfigError(f"--{lone} says how the rows of --data are put; give --data FILE too")
         if lone is not None and has_adapters and not self.examples:
-            raise ConfigError(f"--{lone}: the adapter says how its rows are put and judged; leave it out")
+            raise ConfigError(f"--{lone}: the adapter says how its rows are put; leave it out")
         if has_adapters and "format" in self.put:
             raise ConfigError("--format: the adapter has the format that it was trained on; leave it out")
 
@@ -311,9 +312,21 @@ def _sole(bank: Bank, what: str) -> str | None:
     return next(iter(bank.names), None)
 
 
+def _warn_of_classifiers(bank: Bank, names: Iterable[str | None]) -> None:
+    """Say which of the adapters that are asked to write were not trained to, whose texts are seldom what is wanted."""
+    for name in dict.fromkeys(name for name in names if name is not None):
+        task = bank.adapter(name).task
+        if task.kind != "generation":
+            note(
+                f"warning: adapter '{name}' was trained for {task.kind} ('{task.name}') and not to write; its prompts "
+                f"are gone on with as they stand. `multitune predict` answers with it"
+            )
+
+
 def _write_one(bank: Bank, text: str, settings: GenerationSettings, batch_size: int, as_json: bool) -> None:
     """Write for the text on the command line, which messages do not number."""
     name = _sole(bank, "a text on the command line")
+    _warn_of_classifiers(bank, [name])
     try:
         (written,) = bank.generate([(name, text)], settings, batch_size=batch_size)
     except MultituneError as error:
@@ -346,7 +359,8 @@ def _judge(bank: Bank, judged: _Judged, settings: GenerationSettings, batch_size
         settings = _stopping_behind_answer(bank, own, table, settings)
     num_rows = min(len(table), judged.rows or len(table))
     note(f"writing for {num_rows} rows, at most {settings.max_new_tokens} tokens each")
-    done = evaluate_texts(bank, name, table, settings, task=own, batch_size=batch_size, num_rows=judged.rows)
+    limits: dict[str, Any] = {"batch_size": batch_size, "num_rows": judged.rows}
+    done = evaluate_texts(bank, name, table, settings, task=own, metric=judged.metric, **limits)
     if judged.out is not None:
         note(f"texts and references stand in {done.save(judged.out) / PAGE_FILE}")
     shown: dict[str, Any] = dict(done.scores)
@@ -404,6 +418,11 @@ def _check_columns(own: Task, asked: Task, columns: Sequence[str]) -> None:
     lacking = [column for column in own.columns if column not in columns]
     if lacking:
         by_name = f"--task {own.name}, or " if "/" in own.name else ""
+        if own.columns == WHOLE_PROMPT:
+            raise DataError(
+                f"the adapter reads whole prompts, such as --examples makes of rows of '{asked.name}': give --examples "
+                f"with the number that it was trained with"
+            )
         raise DataError(
             f"rows of task '{asked.name}', of kind {asked.kind}, have the columns {', '.join(columns)}, and not "
             f"{', '.join(lacking)}, which the adapter reads: it was trained on task '{own.name}'. Give "
@@ -422,7 +441,7 @@ def _table_to_judge_by(adapter: Adapter | None, judged: _Judged, split: str) -> 
     task = infer_task(rows, kind="generation", name=Path(place).stem, **columns)
     if len(columns) < 2:
         note(f"reading the prompt from {' | '.join(task.template.parts)} and the answer from {task.label}")
-    metric = judged.put.get("metric", task.metric if adapter is None else adapter.task.metric)
+    metric = task.metric if adapter is None else adapter.task.metric
     task = _put_as(replace(task, metric=metric, format=judged.put.get("format", task.format)), adapter)
     if not judged.examples:
         return task, rows
@@ -450,7 +469,9 @@ def _write_lines(bank: Bank, input_: str, output: Path | None, settings: Generat
     with ExitStack() as stack:
         lines = standard_input() if input_ == "-" else stack.enter_context(open_rows(Path(input_)))
         source = "" if input_ == "-" else Path(input_).name
-        engines, requests = _submit(bank, _read(bank, lines, settings, source), batch_size)
+        read = _read(bank, lines, settings, source)
+        _warn_of_classifiers(bank, (line.adapter for line in read))
+        engines, requests = _submit(bank, read, batch_size)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         waiting = deque(requests)
         for engine in engines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,7 @@ def evaluate_texts(
     task: Task | None = None,
     batch_size: int = 32,
     num_rows: int | None = None,
+    metric: str | None = None,
 ) -> TextEvaluation:
     """Have an adapter, or the bare backbone, write for the rows of a table, and judge what it writes.
 
@@ -87,8 +88,10 @@ def evaluate_texts(
         task: how rows are put and judged; by default the adapter's own. The bare backbone needs one.
         settings: how to decode; by default greedily.
         num_rows: judge the first so many prompts only, at least 1.
+        metric: what judges the texts; by default the task's own.
 
     Raises:
+        TaskError: an unknown metric, or one that judges no texts.
         DataError: the adapter does not write, there are no rows, or one does not fit its task.
         ConfigError: an impossible number of rows; or the library that computes the metric is not installed.
     """
@@ -103,25 +106,27 @@ def evaluate_texts(
     if task.kind != "generation":
         who = f"adapter '{name}' is for" if own else f"task '{task.name}' is of kind"
         raise DataError(f"{who} {task.kind} and writes nothing; judge it with evaluate")
+    task = task if metric is None else replace(task, metric=metric)
     wanted = references_by_prompt(task, table)
     prompts = list(wanted)[:num_rows]
     if not prompts:
         raise DataError(f"there are no rows to judge adapter '{name or BARE}' by; give a table with at least one")
     rows = {prompt: wanted[prompt][0] for prompt in prompts}
-    metric = "rouge_l" if task.metric == "perplexity" else task.metric
-    compute(metric, ["1"], ["1"])  # says now, and not after an hour of writing, that a library is missing
+    judge = "rouge_l" if task.metric == "perplexity" else task.metric
+    references = [wanted[prompt][1] for prompt in prompts]
+    # Says now, and not after an hour of writing, that a library is missing or a reference cannot be judged by.
+    compute(judge, ["1"] * len(references), references)
     (decoding,) = settings_per_row(settings, 1)
     start = time.perf_counter()
     asked: Sequence[Any] = list(rows.values()) if own else _encoded(bank, name, task, rows, decoding)
     found = bank.generate([(name, row) for row in asked], decoding, batch_size=batch_size)
     seconds = time.perf_counter() - start
     texts = [g.text.strip() for g in found]
-    references = [wanted[prompt][1] for prompt in prompts]
     return TextEvaluation(
         adapter=name or BARE,
         task=task,
-        scores=compute(metric, texts, references),
-        interval=bleu_interval(texts, references) if metric == "bleu" and len(texts) > 1 else None,
+        scores=compute(judge, texts, references),
+        interval=bleu_interval(texts, references) if judge == "bleu" and len(texts) > 1 else None,
         rows=tuple(
             Written(prompt=p, text=t, references=r, finish_reason=g.finish_reason)
             for p, t, r, g in zip(prompts, texts, references, found, strict=True)

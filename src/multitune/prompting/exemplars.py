@@ -24,6 +24,10 @@ EXAMPLE_SEPARATOR = "\n\n"
 """What stands between exemplars unless another is given."""
 
 
+WHOLE_PROMPT = ("prompt",)
+"""The columns that a task of `prompt_task` reads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TaskText:
     """Rows as a task of generation puts them."""
