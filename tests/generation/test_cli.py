@@ -265,7 +265,7 @@ def test_a_line_may_be_a_chat(made, tmp_path, capsys):
         ({"messages": "film a"}, '"messages" is a list such as [{"role": "user", "content": "…"}], not \'film a\''),
         (chat | {"text": "film"}, "\"messages\" are a whole prompt, so that 'text' would not be read"),
         ({"adapter": None}, 'a row without an adapter has a "text", or the "messages" of a chat'),
-        ({"messages": [{"role": "user"}]}, "a list of messages with 'role' and 'content'"),
+        ({"messages": [{"role": "user"}]}, "line 1: a prompt is a text, a list of messages with"),
     ):
         assert words in run(*given, input=lines(row), code=1).stderr
     bank = Bank(Backbone.load(model))
