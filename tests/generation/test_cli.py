@@ -150,6 +150,8 @@ def test_beams_that_do_not_fit_are_named_by_line_and_option(made):
     given = ("generate", "--adapters", made / "adapters/lora", "--beams", "3", "--batch-size", "2")
     words = "beams are more rows than batch_size=2; raise it"
     assert f"line 1: 3 {words}" in run(*given, input=lines({"text": "film a"}), code=1).stderr
+    said = run(*given[:3], "--input", made / "rows.jsonl", "--max-new-tokens", "9999", code=1).stderr
+    assert said.startswith("error: rows.jsonl, line 1: ")  # a file is named, whoever finds what is wrong
     assert f"error: 3 {words}" in run(*given, "film a", code=1).stderr
 
 

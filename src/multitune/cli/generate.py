@@ -21,6 +21,7 @@ from multitune.cli.predict import (
     adapter_folders,
     adapters_and_texts,
     line_error,
+    line_place,
     open_rows,
     read_line,
     refuse_output_over_input,
@@ -471,7 +472,7 @@ def _write_lines(bank: Bank, input_: str, output: Path | None, settings: Generat
         source = "" if input_ == "-" else Path(input_).name
         read = _read(bank, lines, settings, source)
         _warn_of_classifiers(bank, (line.adapter for line in read))
-        engines, requests = _submit(bank, read, batch_size)
+        engines, requests = _submit(bank, read, batch_size, source)
         sink = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         waiting = deque(requests)
         for engine in engines:
@@ -557,7 +558,7 @@ def _row(bank: Bank, name: str | None, values: dict[str, Any]) -> Any:
     return chat
 
 
-def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int) -> tuple[list[Engine], list[Request]]:
+def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int, source: str) -> tuple[list[Engine], list[Request]]:
     """All lines, accepted before any is written: in one mixed batch, but for those of fully tuned adapters.
 
     Returns:
@@ -568,11 +569,11 @@ def _submit(bank: Bank, lines: Sequence[_Line], batch_size: int) -> tuple[list[E
     """
     engines: dict[Bank, Engine] = {}
     requests: list[Request] = []
-    check_beams([(f"line {line.number}", line.settings) for line in lines], batch_size)
+    check_beams([(line_place(source, line.number), line.settings) for line in lines], batch_size)
     for line in lines:
         serving = bank.serving(line.adapter)
         if serving not in engines:
             engines[serving] = Engine(serving, max_rows=batch_size)
         row = (line.adapter, line.row)
-        requests += engines[serving].submit_all([row], line.settings, name=f"line {line.number}")
+        requests += engines[serving].submit_all([row], line.settings, name=line_place(source, line.number))
     return list(engines.values()), requests

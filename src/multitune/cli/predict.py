@@ -224,9 +224,14 @@ def open_rows(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def line_place(source: str, number: int) -> str:
+    """What messages call a line: the file if there is one, and the line."""
+    return f"{source}, line {number}" if source else f"line {number}"
+
+
 def line_error(source: str, number: int, error: MultituneError) -> DataError:
     """What is wrong with a line, behind its place: the file if there is one, the line, and where JSON ends in one."""
-    place = f"{source}, line {number}" if source else f"line {number}"
+    place = line_place(source, number)
     column = getattr(error.__cause__, "colno", None)
     return DataError(f"{place}{'' if column is None else f', column {column}'}: {str(error).removeprefix('row 0: ')}")
 
