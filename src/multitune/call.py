@@ -65,6 +65,9 @@ class Stream(Protocol):
 class Call:
     """A plan bound to the token ids of one batch; made anew for every forward pass."""
 
+    pieces: Tensor | None
+    """Where rows hold several texts: int64 `[B, T]` in plan order, as `Batch.pieces`."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -136,8 +139,7 @@ class Call:
         """How often a module that runs as several layers has run, by those layers."""
         self.recorded: dict[str, tuple[Tensor, Tensor]] | None = None
         """Where set: the first row's keys and values `[T, H, K]`, to be filled in by the attention sites."""
-        self.pieces: Tensor | None = None
-        """Where rows hold several texts: int64 `[B, T]` in plan order, as `Batch.pieces`."""
+        self.pieces = None
         self.cache: RowCache | PairedCache | None = None
         """Where text is generated: keys and values of what came before, the rows' memories among them."""
         self.section: Section | None = None
