@@ -267,7 +267,7 @@ def test_the_recipe_of_a_row_holds_all_that_its_trials_depend_on():
     first, other = sorted(map(yaml.safe_load, recipes_of(candidate)), key=lambda r: r["methods"]["lora"]["r"])
     assert first["tasks"] == [{"task": "glue/rte", "train_rows": 100}] and first["seeds"] == [0, 2]
     assert first["methods"] == {"lora": {"r": 4, "targets": [targets]}}  # a list would be a grid
-    assert first["training"] == {"learning_rate": 1e-3, "epochs": 3.0, "batch_size": 16}
+    assert first["training"] == {"learning_rate": 1e-3, "epochs": 3.0, "batch_size": 16, "packing": False}
     assert other["tasks"] == [{"data": "mine.csv", "label": "intent"}]
 
 

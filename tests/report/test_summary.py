@@ -31,6 +31,11 @@ def test_settings_that_a_search_chose_for_each_task_do_not():
     assert candidate.name == "lora" and candidate.overall.n == 2
 
 
+def test_a_setting_that_came_later_is_named_as_it_was_before():
+    records = [record("lora", seed=s, training=t) for s in (0, 1) for t in ({}, {"packing": True})]
+    assert {c.name for c in summarise(records).candidates} == {"lora, packing=false", "lora, packing=true"}
+
+
 def test_budgets_and_backbones_stand_in_the_name():
     records = [record("lora", budget=b, backbone=m) for b in ("0.1%", None) for m in ("minilm", "roberta")]
     names = {c.name for c in summarise(records).candidates}

@@ -23,6 +23,18 @@ def test_dict_and_back():
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
+def test_what_came_later_tells_runs_apart_whatever_its_default_becomes(monkeypatch):
+    """Results without it are of runs that had no packing: a run that packs is none of them, and one without is."""
+    usual = TrainConfig()
+    assert {name: getattr(usual, name) for name in module.LATER} == module.LATER
+    assert module.LATER.keys().isdisjoint(usual.identity())
+    packed, plain = TrainConfig(packing=True), TrainConfig(packing=False)
+    monkeypatch.setattr(TrainConfig, "packing", True)
+    assert packed.identity() == plain.identity() | {"packing": True} and "packing" not in plain.identity()
+    everything = packed.to_dict().keys() - set(module.COSMETIC)
+    assert (module.LATER | packed.identity()).keys() == everything
+
+
 def test_texts_are_read_as_the_type_of_the_field():
     config = TrainConfig.from_dict(
         {"epochs": "2.5", "batch_size": "4", "length_grouped": "false", "max_steps": "none", "learning_rate": "1e-3"}

@@ -22,6 +22,7 @@ from multitune.methods import make_method
 from multitune.tasks import Task, TaskData, higher_is_better
 from multitune.tasks.metrics import judge_of_training
 from multitune.training import FailedJob, TrainConfig, TrainJob, TrainResult, train, train_many
+from multitune.training.config import LATER
 from multitune.training.judging import predict_rows
 
 Done = Callable[[Job, Outcome], None]
@@ -164,7 +165,7 @@ def _message(error: Exception) -> str:
 def _train_job(job: Job) -> TrainJob:
     trial = job.trial
     method = make_method(trial.method, trial.settings)
-    return TrainJob(data=job.data, method=method, settings=trial.training, name=trial.key)
+    return TrainJob(data=job.data, method=method, settings={**LATER, **trial.training}, name=trial.key)
 
 
 def outcome_of(

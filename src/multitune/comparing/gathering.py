@@ -13,6 +13,7 @@ from multitune.comparing.overhead import OverheadRow, mean_ratio, usual_places
 from multitune.comparing.records import Record
 from multitune.comparing.statistics import mean_over_tasks
 from multitune.comparing.summary import Candidate, Cell, Summary, draw_of
+from multitune.training.config import LATER
 
 #: What makes two tasks of one: which rows they have, and how long the judged texts may be.
 _CONDITIONS = ("per_class", "train_rows", "validation_rows", "max_new_tokens")
@@ -122,7 +123,7 @@ def _json(values: Any) -> str:
 
 def _settings(record: Record) -> dict[str, str]:
     """What may tell candidates of one method and budget apart, as text; the method's own settings first."""
-    training = {k: v for k, v in record.trial.training.items() if k != "seed"}
+    training = {k: v for k, v in {**LATER, **record.trial.training}.items() if k != "seed"}
     return {k: _json(v) for k, v in {**training, **record.trial.settings}.items()}
 
 

@@ -32,7 +32,7 @@ class Trial:
     settings: Mapping[str, Any]
     """Hyper-parameters of the method, all of them."""
     training: Mapping[str, Any]
-    """`TrainConfig.identity`, the method's recipe filled in; `seed` is one of them."""
+    """`TrainConfig.identity`, the method's recipe filled in; `seed` is one of them. What it lacks is in `LATER`."""
 
     @property
     def seed(self) -> int:

@@ -43,8 +43,9 @@ LOSS_NAMES = ("language", "unlikelihood", "choice")
 #: What neither changes the tensors nor the metrics of a run, so that a resumed run may change it.
 COSMETIC = ("progress", "keep_checkpoints")
 
-#: Settings that results are stored without, because they came later.
-LATER = ("packing", "distill_instruction", "distill_new_tokens")
+#: Settings that runs and results from before them were stored without, each with what it was there, whatever its
+#: default may become: those that are still run so are stored without it too.
+LATER: dict[str, Any] = {"packing": False, "distill_instruction": None, "distill_new_tokens": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +189,11 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that tell runs apart, as JSON values: all but the cosmetic ones.
 
-        A later one stands there only where it is not as usual, so that runs and results from before it are found again.
+        One of `LATER` stands there only where it is not as it was before it could be chosen, so that runs and results
+        from then are found again. `LATER | identity` has them all.
         """
-        usual = [name for name in LATER if getattr(self, name) == getattr(TrainConfig, name)]
-        return {name: value for name, value in self.to_dict().items() if name not in (*COSMETIC, *usual)}
+        as_before = [name for name, value in LATER.items() if getattr(self, name) == value]
+        return {name: value for name, value in self.to_dict().items() if name not in (*COSMETIC, *as_before)}
 
     def resolve(self, method: Method) -> TrainConfig:
         """The settings with the method's own where none are given."""

@@ -11,6 +11,7 @@ import yaml
 
 from multitune.comparing.records import Record
 from multitune.comparing.summary import Candidate, draw_of
+from multitune.training.config import LATER
 
 #: Devices that a record names as torch does.
 _KINDS = ("cpu", "mps", "xpu")
@@ -86,7 +87,7 @@ def _task(record: Record) -> dict[str, Any]:
 
 
 def _training(record: Record) -> dict[str, Any]:
-    return {k: v for k, v in record.trial.training.items() if k != "seed" and v is not None}
+    return {k: v for k, v in {**LATER, **record.trial.training}.items() if k != "seed" and v is not None}
 
 
 def _json(values: Any) -> str:
