@@ -166,6 +166,24 @@ def test_a_teacher_writes_by_seed_and_needs_no_answers(roomy, quick):
         quick(roomy, data, "lora", distill_examples=3, distill_new_tokens=3)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"distill_examples": 2}, {"distill_instruction": SAID, "distill_new_tokens": 4}], ids=["own", "written"]
+)
+def test_a_stopped_run_has_the_same_teacher_and_packs_the_same_rows(
+    roomy, quick, same_tensors, stopping, tmp_path, one_thread, asked
+):
+    """The teacher speaks again when the run goes on: what it draws, and with it every bit, is as it was."""
+    settings = dict(epochs=4, max_steps=None, batch_size=2, learning_rate=1e-2, evaluations_per_epoch=1, packing=True)
+    whole = quick(roomy, DATA, "lora", **settings, **asked)
+    with pytest.raises(stopping.error):
+        quick(roomy, DATA, stopping(LoRA, 13)(), tmp_path / "a", **settings, **asked)
+    lines = []
+    again = quick(roomy, DATA, "lora", tmp_path / "a", **settings, **asked, report=lines.append)
+    assert any(line.startswith("resuming at step") for line in lines)
+    same_tensors(whole.adapter, again.adapter)
+    assert again.history == whole.history
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_encoder_decoder_distils_what_its_decoder_says(make_backbone, quick, one_thread, method, monkeypatch):
     """Under full fine-tuning the teacher is the backbone as it was, and not what is trained."""
