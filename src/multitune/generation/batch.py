@@ -412,7 +412,7 @@ def _last(hidden: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _runs(lengths: Sequence[int]) -> list[slice]:
-    """Which neighbours run together, padded to the longest of them."""
+    """Which neighbours run together: as many as fill, padded to the longest of them, `PROMPT_POSITIONS` at most."""
     found, start = [], 0
     for i in range(1, len(lengths)):
         if (i + 1 - start) * max(lengths[start : i + 1]) > PROMPT_POSITIONS:

@@ -82,9 +82,9 @@ class TrainConfig:
     length_grouped: bool = True
     """Put rows of similar length into one batch, which saves padding."""
     packing: bool = False
-    """Generation, on a causal backbone: put the rows of a batch into as few rows of at most max_length tokens as they
-    fit into, which saves padding. None of them sees another, the optimizer steps see the rows that they see without,
-    and the loss is the same. Evaluations do not pack."""
+    """Generation, on a causal backbone: put the rows of a batch one behind the other into as few rows of at most
+    max_length tokens as hold them, which saves padding. None of them sees another, every optimizer step has the rows
+    that it has without packing, and the loss is the same. Evaluations do not pack."""
     early_stopping: int | None = None
     """Stop after this many evaluations in a row without a better validation metric."""
     evaluations_per_epoch: int = 1
