@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
@@ -77,6 +78,14 @@ def draw(table: Any, num_rows: int) -> Any:
     if num_rows >= len(table):
         return table
     return table.select(sorted(random.Random(SUBSET_SEED).sample(range(len(table)), num_rows)))
+
+
+def by_chance(rows: int) -> int:
+    """Points of 100 up to which two shares of right answers to so many rows differ by chance alone.
+
+    The half-width of the 95 % interval of such a difference where it is widest, at shares of a half.
+    """
+    return round(100 * 1.96 * math.sqrt(0.5 / rows))
 
 
 def about(done: list[Row], missing: int, command: str) -> list[str]:

@@ -17,7 +17,7 @@ import random
 import time
 from typing import Any
 
-from _cells import SUBSET_SEED, about, go, parser
+from _cells import SUBSET_SEED, about, by_chance, go, parser
 from _store import Row
 
 import multitune
@@ -144,12 +144,14 @@ def render(done: list[Row], missing: int) -> str:
             title = ("DCoT" if dcot else "CoT") + (f" (seed {seed})" if seed else "")
             shares = " | ".join(f"{100 * s['right'] / s['questions']:.0f}" for s in of)
             lines.append(f"| {title} | {how} | {shares} | {100 * right / asked:.1f} | {tokens / asked:.0f} | {cut} |")
-    cell = done[0]["cell"]
+    cell, first = done[0]["cell"], done[0]["scores"]
+    asked_of = [first[name][str(cell["k"][0])]["questions"] for name in tested]
     times = ", ".join(f"{r['cell']['training_rows']} {r['training_seconds']:.0f} s" for r in done)
     notes = [
         f"- `{cell['backbone']}`, LoRA, one epoch of {done[0]['num_rows']} rows of {cell['questions']} questions each "
         f"of {', '.join(cell['learnt'])}, chains made by rule; {cell['test_questions']} test questions of each set, "
-        f"percent of right final answers. With so few questions a difference of some ten points is within chance.",
+        f"percent of right final answers. With so few questions two numbers may differ by chance alone: up to "
+        f"{by_chance(cell['test_questions'])} points of a set, and {by_chance(sum(asked_of))} of all.",
         f"- Greedy, but for votes (temperature {TEMPERATURE}). Training took {times}.",
     ]
     return "\n".join([*lines, "", *notes, *about(done, missing, "python benchmarks/dcot.py")])

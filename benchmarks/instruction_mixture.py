@@ -17,7 +17,7 @@ import time
 import warnings
 from typing import Any
 
-from _cells import about, go, parser
+from _cells import about, by_chance, go, parser
 from _store import Row
 
 import multitune
@@ -147,9 +147,10 @@ def render(done: list[Row], missing: int) -> str:
     notes = [
         f"- `{cell['backbone']}`; {cell['mixture']['rows']} training rows of {len(done[0]['shares'])} tasks, one "
         f"epoch, examples-proportional with a cap of {cell['mixture']['cap']}; {_span(shown)} rows of each "
-        f"held-out task, each put in {cell['wordings']} way{'s' * (cell['wordings'] > 1)}, in percent. With so few "
-        f"rows a difference of some ten points is within chance, which is one over the options; of WSC's rows most "
-        f"have the answer no, so that a model which always says so stands above it.",
+        f"held-out task, each put in {cell['wordings']} way{'s' * (cell['wordings'] > 1)}, in percent. On so few rows "
+        f"two models may differ by up to {by_chance(min(shown))} points by chance alone.",
+        "- The column chance is one over the number of options. Most of WSC's rows have the answer no, so that a model "
+        "which always says no stands above it.",
         f"- Trained: {', '.join(done[0]['shares'])}.",
         f"- Training and judging took {seconds}.",
     ]

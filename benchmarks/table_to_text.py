@@ -149,8 +149,8 @@ def render(done: list[Row], missing: int) -> str:
     notes = [
         f"- `{cell['backbone']}`; {cell['train_rows']:,} of 42,061 training rows, one epoch in batches of 8, each "
         f"method's own learning rate; {cell['test_prompts']} test prompts with all of their references, greedy.",
-        "- A prefix is made by a network in training, which is dropped after it. The row without one has the rate that "
-        "is right with one, ten times lower than P-tuning v2's, which is the same prefix and no network either.",
+        "- In training a network makes the prefix, and is dropped afterwards. The row trained without it keeps the "
+        "learning rate that suits the network, a tenth of that of P-tuning v2, which trains such a prefix directly.",
         "- Prompt tuning has 20 vectors: as many parameters as the others would be 800 of them, ten times a row's "
         "length. The interval is sacreBLEU's bootstrap over prompts.",
     ]

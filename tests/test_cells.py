@@ -1,7 +1,9 @@
 """Benchmarks kept as cells: none is run twice, a cut-off store goes on, and what is missing is said."""
 
 import json
+import math
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -63,6 +65,13 @@ def test_shards_share_the_cells_and_a_table_counts_what_is_missing(go, tmp_path)
     assert worked == [] and "1 runs of 3 are still missing" in shown
     assert "[0, 4]" in page.read_text() and "old" not in page.read_text() and page.read_text().endswith("after\n")
     assert go("--shard", "2/2")[1] == [1]
+
+
+def test_two_shares_may_differ_by_the_widest_interval_of_a_difference(cells):
+    for rows in (20, 40, 100):
+        right = [1] * (rows // 2) + [0] * (rows // 2)
+        spread = 2 * statistics.pvariance(right) / rows
+        assert cells.by_chance(rows) == round(100 * statistics.NormalDist(0, math.sqrt(spread)).inv_cdf(0.975))
 
 
 def test_a_document_without_markers_is_refused_before_the_work(go, tmp_path):
