@@ -1,5 +1,7 @@
 """Text as it grows: pieces add up, characters are whole, and stop strings end a text and are not in it."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -133,6 +135,21 @@ def test_a_special_token_may_end_a_text(lm, make_prompts):
     assert found.text == tokenizer.decode(whole.token_ids[:end], skip_special_tokens=True)
     with pytest.raises(ConfigError, match=r"row 0: stop='a \[SEP\]' holds the special token '\[SEP\]'.*give stop="):
         bank.generate([(None, prompt)], {"stop": "a [SEP]"})
+
+
+def test_special_tokens_are_listed_once_and_again_when_one_is_added(lm, make_prompts, monkeypatch):
+    bank, prompt = Bank(lm("llama")), make_prompts([4])[0]
+    tokenizer = copy.deepcopy(bank.backbone.tokenizer)
+    monkeypatch.setattr(bank.backbone, "tokenizer", tokenizer)
+    kind, reads = type(tokenizer), []
+    listed = kind.added_tokens_decoder
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(lambda t: reads.append(t) or listed.fget(t)))
+    for _ in range(2):
+        bank.generate([(None, prompt)] * 3, {"max_new_tokens": 1, "stop": "film"})
+    assert len(reads) == 1
+    tokenizer.add_tokens(["<over>"], special_tokens=True)
+    with pytest.raises(ConfigError, match="holds the special token '<over>'"):
+        bank.generate([(None, prompt)], {"max_new_tokens": 1, "stop": "a<over>"})
 
 
 def test_what_needs_a_tokenizer_says_so(language_model, make_model):

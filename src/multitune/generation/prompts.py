@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from multitune.answers import PromptFormat, write_chat
 from multitune.errors import BackboneError, ConfigError, DataError, DataWarning
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 #: What `settings` arguments take: settings for all rows, or one per row, each as an object or by name.
 AnySettings = GenerationSettings | Mapping[str, Any]
+#: Special tokens by tokenizer, and how many tokens it had: to list the thousands of some takes longer than a step.
+_SPECIAL: MutableMapping[Any, tuple[int, dict[str, int]]] = WeakKeyDictionary()
 #: What every message of a chat has.
 _OF_MESSAGE = ("role", "content")
 
@@ -210,8 +213,7 @@ def _special_stops(backbone: Backbone, stop: Sequence[str]) -> dict[str, int]:
     """
     if not stop:
         return {}
-    known = _tokenizer(backbone).added_tokens_decoder
-    special = {token.content: number for number, token in known.items() if token.special}
+    special = _special_tokens(_tokenizer(backbone))
     for text in stop:
         inside = None if text in special else next((token for token in special if token in text), None)
         if inside is not None:
@@ -220,6 +222,16 @@ def _special_stops(backbone: Backbone, stop: Sequence[str]) -> dict[str, int]:
                 f"ever hold both; give stop=({inside!r},)"
             )
     return {text: special[text] for text in stop if text in special}
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """A tokenizer's special tokens with their ids."""
+    size, known = _SPECIAL.get(tokenizer, (0, {}))
+    if size != len(tokenizer):  # one was added since
+        size = len(tokenizer)
+        known = {t.content: number for number, t in tokenizer.added_tokens_decoder.items() if t.special}
+        _SPECIAL[tokenizer] = size, known
+    return known
 
 
 def _decoder(backbone: Backbone) -> Callable[[Sequence[int]], str]:
