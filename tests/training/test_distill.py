@@ -269,11 +269,16 @@ def test_what_cannot_be_distilled_is_refused(roomy, make_backbone, make_data, qu
 
 
 @pytest.mark.parametrize("asked", [{}, {"distill_new_tokens": 3}], ids=["own", "written"])
-def test_a_teacher_that_says_no_numbers_is_named_by_its_row(make_backbone, quick, asked):
+@pytest.mark.parametrize(
+    ("dtype", "fix"), [("float32", "weights of it that are not finite"), ("bfloat16", "load it with dtype='float32'")]
+)
+def test_a_teacher_that_says_no_numbers_is_named_by_its_row(make_backbone, quick, asked, dtype, fix):
     broken = make_backbone("gpt2", n_positions=160)
+    broken.model.to(getattr(torch, dtype))
     with torch.no_grad():
         broken.model.wpe.weight[20:] = torch.nan  # which only rows with a context reach
-    with pytest.raises(DataError, match="train row 0 of task 'name it': what the teacher says.*float32"):
+    words = f"train row 0 of task 'name it': the teacher's scores are not finite numbers.*{fix}, or drop the row"
+    with pytest.raises(DataError, match=words):
         quick(broken, DATA, "lora", distill_instruction=f"{SAID} " * 2, **asked)
 
 

@@ -177,10 +177,11 @@ class TextTeacher:
 
     def _check_finite(self, row: int, finite: bool) -> None:
         if not finite:
-            raise DataError(
-                f"{self._named(row)}: what the teacher says of it is no numbers, as where {self.backbone.dtype} is too "
-                f"narrow for backbone '{self.backbone.name}'; load it with dtype='float32', or drop the row"
-            )
+            name, dtype = self.backbone.name, self.backbone.dtype
+            why = f"as happens where {dtype} is too narrow for backbone '{name}'; load it with dtype='float32'"
+            if dtype == torch.float32:
+                why = f"though backbone '{name}' computes in float32; look for weights of it that are not finite"
+            raise DataError(f"{self._named(row)}: the teacher's scores are not finite numbers, {why}, or drop the row")
 
     def _named(self, row: int) -> str:
         return f"{self.split} row {row} of task '{self.task.name}'"

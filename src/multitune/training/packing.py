@@ -77,12 +77,12 @@ def saving(lengths: Sequence[int], batches: Iterable[Sequence[int]], room: int, 
     if count == len(lengths):
         return (
             f"packing puts no two of {len(lengths):,} training rows together: in batches of {batch_size:,} rows and "
-            f"{room:,} tokens a row it would save nothing; raise max_length (--max-length) or batch_size, or leave it "
-            f"out"
+            f"{room:,} tokens a row it would save nothing; raise max_length (--max-length) or batch_size, or "
+            f"leave packing out"
         )
     return (
-        f"packing: {len(lengths):,} training rows become {count:,} of at most {room:,} tokens, and an epoch's padding "
-        f"{after:,} tokens in place of {before:,}, beside {sum(lengths):,} of the rows"
+        f"packing: {len(lengths):,} training rows become {count:,} of at most {room:,} tokens; the first epoch has "
+        f"{after:,} tokens of padding in place of {before:,}, beside {sum(lengths):,} of the rows themselves"
     )
 
 
