@@ -110,6 +110,41 @@ def test_nothing_of_one_call_reaches_another(dropping, random_params):
             assert t.grad is None if other is None else torch.equal(t.grad, other), (batches[i][0].name, name)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "mistral"])
+def test_rows_of_several_texts_stand_beside_rows_of_one(name, make_backbone, random_params, close):
+    """Packed and not, with a prompt and a memory beside them, padded and not, of different widths."""
+    backbone = make_backbone(name)
+    draw = torch.Generator().manual_seed(5)
+    calls = [
+        ("lora", {}, [[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1]], 9),
+        ("prompt", {"length": 3}, None, 6),
+        ("ptuning_v2", {"length": 2}, [[0, 0, 1, 1, 1, 1, 1]], 5),
+        ("bitfit", {}, None, 11),
+    ]
+    joint = []
+    for i, (method, settings, pieces, real) in enumerate(calls):
+        made = make_method(method, settings)
+        deltas = DeltaSet(made.deltas(random_params(backbone, made, seed=i, std=0.05), backbone))
+        shape = (2, real) if pieces is None else (len(pieces), len(pieces[0]))
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[:, real:] = 0
+        joint.append(
+            JointBatch(
+                plan=Plan([deltas] * shape[0]),
+                input_ids=torch.randint(5, backbone.vocab_size, shape, generator=draw),
+                attention_mask=mask if real < shape[1] else None,
+                pieces=None if pieces is None else torch.tensor(pieces),
+            )
+        )
+    with torch.no_grad():
+        for own, found in zip(joint, backbone.run_joint(joint), strict=True):
+            alone = backbone.run(own.plan, own.input_ids, own.attention_mask, pieces=own.pieces)
+            real = torch.ones_like(own.input_ids) if own.attention_mask is None else own.attention_mask
+            close(found[real > 0], alone[real > 0])
+            if own.pieces is not None:  # or there is nothing to keep apart
+                assert not torch.allclose(alone, backbone.run(own.plan, own.input_ids, own.attention_mask), atol=1e-3)
+
+
 def test_masks_come_from_the_stream_and_not_from_the_company(make_backbone):
     backbone = make_backbone("bert", hidden_dropout_prob=0.3)
     backbone.model.train()
