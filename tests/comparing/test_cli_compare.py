@@ -206,7 +206,7 @@ def test_a_setting_that_another_kind_of_task_shares_stops_no_estimate(recipe, mo
     plan = load(recipe(methods=["head"], seeds=1, training={"max_steps": 1, "batch_size": 8, "packing": True}))
     given = []
     monkeypatch.setattr(timing, "train", lambda *_, config: given.append(config))
-    assert estimate(plan) is not None and {config.packing for config in given} == {False}
+    assert isinstance(estimate(plan), Spent) and {config.packing for config in given} == {False}
 
 
 def test_a_run_that_cannot_be_timed_stops_no_comparison(recipe, monkeypatch):
@@ -217,8 +217,9 @@ def test_a_run_that_cannot_be_timed_stops_no_comparison(recipe, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(timing, "train", fails)
-    assert estimate(plan) is None and not plan.backbone.model.training
-    assert in_words(None) == "how long is not known, for the runs that would tell it failed"
+    why = in_words(estimate(plan))
+    assert why == "how long is not known, for a run that would tell it failed: RuntimeError: out of memory"
+    assert not plan.backbone.model.training
 
 
 def test_a_longer_run_that_was_quicker_says_what_a_step_takes_at_most():

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from multitune import Backbone, Bank, get_method
 from multitune.cli import app
-from multitune.cli.generate import _say_why_empty, _warn_of_classifiers
+from multitune.cli.generate import _say_why_empty
+from multitune.cli.generate_lines import warn_of_classifiers
 from multitune.cli.predict import standard_input
 from multitune.generation import Engine, Generation
 
@@ -310,6 +311,6 @@ def test_texts_may_be_judged_by_another_metric_than_the_task_names(made, monkeyp
 def test_an_adapter_that_was_not_trained_to_write_is_said_to_be(make_backbone, random_adapter, capsys):
     bank = Bank(make_backbone("gpt2"))
     bank.add("mood", random_adapter(bank.backbone, get_method("ia3")(), pooling="last"))
-    _warn_of_classifiers(bank, [None, "mood", "mood"])
+    warn_of_classifiers(bank, [None, "mood", "mood"])
     said = capsys.readouterr().err
     assert said.startswith("warning: adapter 'mood' was trained for classification") and said.count("warning") == 1

@@ -36,7 +36,7 @@ from multitune.comparing.runners import make_runner
 from multitune.comparing.sources import recipe_of, suites
 from multitune.comparing.store import RECIPE_FILE
 from multitune.comparing.trials import Job, Plan, name_of
-from multitune.errors import ConfigError
+from multitune.errors import ConfigError, MultituneError
 from multitune.methods import make_method
 from multitune.yaml_file import read_names
 
@@ -284,10 +284,10 @@ def _several(number: int, what: str) -> str:
     return f"{count(number)} {what}" + ("" if number == 1 else "s")
 
 
-def in_words(spent: Spent | None, share: float = 1.0) -> str:
+def in_words(spent: Spent | MultituneError, share: float = 1.0) -> str:
     """A share of an estimate; where others use the machine too, what it would be without them stands beside it."""
-    if spent is None:
-        return "how long is not known, for the runs that would tell it failed"
+    if isinstance(spent, MultituneError):
+        return f"how long is not known, for a run that would tell it failed: {spent}"
     spent = spent * share
     about = f"about {duration(spent.seconds)} in one process"
     if not spent.is_waiting:

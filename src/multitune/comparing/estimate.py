@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from multitune.backbone import Backbone
-from multitune.comparing.execute import OF_A_TRIAL, tidy
+from multitune.comparing.execute import OF_A_TRIAL, as_ours, tidy
 from multitune.comparing.trials import Plan, Rows
 from multitune.errors import DataWarning, MultituneError
 from multitune.tasks import TaskData
@@ -66,8 +66,8 @@ class Spent:
         return Spent(seconds=factor * self.seconds, processor=factor * self.processor)
 
 
-def estimate(plan: Plan) -> Spent | None:
-    """Estimated time of all trials of a plan in one process; none where the runs that are timed fail.
+def estimate(plan: Plan) -> Spent | MultituneError:
+    """Estimated time of all trials of a plan in one process, or why the runs failed that would tell it.
 
     Rough: the methods differ by a third, and text that is written to be judged is not counted.
     """
@@ -77,9 +77,9 @@ def estimate(plan: Plan) -> Spent | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)  # the plan has warned of the rows, once
             timed = {key: _cost(plan.backbone, rows, spent) for key, rows in costs.items()}
-    except (MultituneError, *OF_A_TRIAL):  # the fault of what is timed; trials of other methods may well run
+    except (MultituneError, *OF_A_TRIAL) as error:  # the fault of what is timed; trials of other methods may well run
         tidy(plan.backbone)
-        return None
+        return as_ours(error)
     processor = _processor(plan, timed)
     pace = math.fsum(s.seconds for s in spent) / max(1e-9, math.fsum(s.processor for s in spent))
     return Spent(seconds=pace * processor, processor=processor)

@@ -140,7 +140,7 @@ def _trained(backbone: Backbone, job: Job, say: Say) -> TrainResult | FailedJob:
             **own.settings,
         )
     except (MultituneError, *OF_A_TRIAL) as error:
-        failed = FailedJob(name=name, error=_as_ours(error), step=0, history=[])
+        failed = FailedJob(name=name, error=as_ours(error), step=0, history=[])
     tidy(backbone)
     return failed
 
@@ -152,7 +152,8 @@ def tidy(backbone: Backbone) -> None:
         torch.cuda.empty_cache()
 
 
-def _as_ours(error: Exception) -> MultituneError:
+def as_ours(error: Exception) -> MultituneError:
+    """The error of a trial, whoever raised it, without the frames that would keep its tensors."""
     return error.with_traceback(None) if isinstance(error, MultituneError) else MultituneError(_message(error))
 
 
@@ -228,7 +229,7 @@ def _judged(backbone: Backbone, adapter: Adapter, job: Job) -> _Scores | str:
     try:
         return _scores(backbone, adapter, job)
     except (MultituneError, *OF_A_TRIAL) as error:
-        said = f"judging failed: {_as_ours(error)}"
+        said = f"judging failed: {as_ours(error)}"
     tidy(backbone)
     return said
 
