@@ -16,6 +16,7 @@ from multitune import (
     FailedJob,
     LoRA,
     MixError,
+    PrefixTuning,
     Task,
     TaskData,
     TrainConfig,
@@ -290,6 +291,26 @@ def test_jobs_enter_when_others_leave(tiny, make_data, same_run):
     for line in lines:  # never more than two at a time
         both += ("rows" in line) - (", loss" not in line and "at step" in line)
         assert both <= 2
+
+
+def test_a_job_that_enters_later_starts_as_if_nobody_trained(tiny, make_data):
+    """Dropout is off where its first tensors come from the frozen backbone, and for whoever looks at a result."""
+    data, modes = make_data(train=19), []
+    late = TrainJob(
+        data=data, method=PrefixTuning(length=3, reparametrise=False, start_text="good film"), name="late",
+        settings={"learning_rate": 1e-9},
+    )  # fmt: skip
+    first = [  # of two precisions, so that the second still trains when the first has ended
+        TrainJob(data=data, method="lora", name="short", settings={"max_steps": 1}),
+        TrainJob(data=data, method="lora", name="long", settings={"precision": "bf16"}),
+    ]
+    found = train_many(
+        tiny, [*first, late], max_jobs=2, ended=lambda name, result: modes.append(tiny.model.training), **SHARED
+    )
+    (alone,) = train_many(tiny, [late], **SHARED)
+    for name, t in alone.adapter.params.items():
+        torch.testing.assert_close(found[2].adapter.params[name], t, rtol=0, atol=1e-6, msg=name)
+    assert modes == [False] * 3
 
 
 def test_passes_hold_the_budget_and_little_padding():

@@ -205,6 +205,7 @@ class _Crew:
 
     def _enter(self, setup: Setup, scratch: Path) -> None:
         start = time.perf_counter()
+        self._backbone.model.eval()  # the passes of the others left it in training; a method may start from a text
         try:
             opened = setup.open(self._read)
             done = setup.finished(opened.settings)
@@ -263,6 +264,7 @@ class _Crew:
         if self._report is not None:
             self._report(f"{setup.name}: {line}")
         if self._ended is not None:
+            self._backbone.model.eval()  # for whoever asks it now; the next pass switches it back
             self._ended(setup.name, result)
 
 
