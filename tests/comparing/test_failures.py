@@ -72,8 +72,14 @@ def with_outcome(record, outcome):
     return type(record)(trial=record.trial, outcome=outcome, purpose=record.purpose, budget=record.budget)
 
 
-def test_a_shared_pass_that_fails_leaves_its_trials_to_run_one_by_one(recipe, tmp_path, failing):
+def test_a_shared_pass_that_fails_takes_nothing_from_its_trials(recipe, tmp_path, failing):
     failing("run_pass", [2], OUT_OF_MEMORY, module=together)
+    found = compare(recipe(seeds=1), tmp_path, max_jobs=3).records
+    assert {r.outcome.status for r in found} == {"finished"} and {r.outcome.together for r in found} == {3}
+
+
+def test_trials_that_fail_in_company_run_one_by_one(recipe, tmp_path, failing):
+    failing("run_pass", range(2, 99), OUT_OF_MEMORY, module=together)
     found = compare(recipe(seeds=1), tmp_path, max_jobs=3).records
     assert {r.outcome.status for r in found} == {"finished"} and {r.outcome.together for r in found} == {1}
 

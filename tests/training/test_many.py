@@ -16,6 +16,7 @@ from multitune import (
     FailedJob,
     LoRA,
     MixError,
+    MultituneError,
     PrefixTuning,
     Task,
     TaskData,
@@ -23,10 +24,11 @@ from multitune import (
     TrainingInterrupted,
     TrainJob,
     TrainResult,
+    get_method,
     train,
     train_many,
 )
-from multitune.training import many
+from multitune.training import many, together
 from multitune.training.together import MOST_PADDING, pack
 
 SHARED = dict(progress=False, batch_size=8, epochs=2, evaluations_per_epoch=2)  # 19 rows: 3 steps an epoch
@@ -108,6 +110,31 @@ def _blowing_up(step, where):
             return None
 
     return BlowingUp()
+
+
+def _raising(step, where):
+    """LoRA of which one hook raises an error of another library in one of its steps."""
+    steps = 0
+
+    @dataclass(frozen=True, kw_only=True)
+    class Raising(LoRA):
+        def deltas(self, params, backbone):
+            nonlocal steps
+            steps += torch.is_grad_enabled() and any(t.requires_grad for t in params.values())
+            self._raise("deltas")
+            return super().deltas(params, backbone)
+
+        def penalty(self, params):
+            self._raise("penalty")
+
+        def after_step(self, params, step, num_steps):
+            self._raise("after_step")
+
+        def _raise(self, here):
+            if steps == step and where == here:
+                raise KeyError(f"nothing in {where}")
+
+    return Raising()
 
 
 # -------------------------------------------------------------------- as if alone
@@ -244,6 +271,59 @@ def test_a_job_that_diverges_leaves_the_others_bit_equal(where, tiny, make_data,
         assert mine.history == theirs.history
 
 
+def test_errors_of_another_library_end_their_jobs_and_leave_the_others_bit_equal(tiny, make_data, same_tensors):
+    """Against a run in which those jobs just end after that step."""
+    data = {kind: make_data(kind, train=19) for kind in KINDS}
+    hooks = ("deltas", "penalty", "after_step")
+
+    def run(method, **own):
+        bad = [TrainJob(data=data["classification"], method=method(h), name=h, settings=own) for h in hooks]
+        return train_many(tiny, [*bad, *_others(data)], token_budget=4000, **SHARED)
+
+    broken, whole = run(lambda hook: _raising(2, hook)), run(lambda hook: "lora", max_steps=2)
+    for hook, failed in zip(hooks, broken, strict=False):
+        assert isinstance(failed, FailedJob) and failed.step == 1 and failed.history[0]["step"] == 1
+        assert type(failed.error) is MultituneError and str(failed.error) == f"KeyError: 'nothing in {hook}'"
+        assert isinstance(failed.error.__cause__, KeyError) and "in _raise" in failed.error.__notes__[0]
+        assert failed.error.__traceback__ is None and failed.error.__cause__.__traceback__ is None
+    for mine, theirs in zip(broken[3:], whole[3:], strict=True):
+        same_tensors(mine.adapter, theirs.adapter)
+        assert mine.history == theirs.history
+
+
+def test_where_a_pass_fails_its_jobs_go_on_one_by_one(tiny, make_data, same_run, monkeypatch):
+    data, lines = make_data(train=19), []
+    own = [{}, {"gradient_accumulation": 2, "batch_size": 4}, {"batch_size": 5}]
+    jobs = [TrainJob(data=data, method="lora", name=f"job{i}", settings=s) for i, s in enumerate(own)]
+    run_joint, calls = tiny.run_joint, []
+
+    def failing(batches):
+        calls.append([len(b.input_ids) for b in batches])
+        if (len(calls) == 2 and len(batches) > 1) or (5 in calls[-1] and len(calls) > 1):
+            raise RuntimeError("no kernel for this\nat all")
+        return run_joint(batches)
+
+    monkeypatch.setattr(tiny, "run_joint", failing)
+    monkeypatch.setattr(together, "MOST_PADDING", 9.0)
+    *fine, bad = train_many(tiny, jobs, token_budget=4000, report=lines.append, **SHARED)
+    monkeypatch.undo()
+    assert isinstance(bad, FailedJob) and str(bad.error) == "RuntimeError: no kernel for this" and bad.step == 1
+    assert any("job0: a pass shared with others failed (RuntimeError: no kernel for this)" in line for line in lines)
+    assert [len(c) for c in calls[:2]] == [3, 3] and {len(c) for c in calls[2:]} == {1}
+    for job, mine in zip(jobs, fine, strict=False):  # the second in the middle of an optimizer step
+        same_run(mine, _alone(tiny, job))
+
+
+@pytest.mark.parametrize("name", ["report", "ended"])
+def test_an_error_of_the_caller_is_no_jobs(name, tiny, make_data):
+    def gone(*args):
+        if "step" in str(args[-1]):
+            raise OSError("the screen is gone")
+
+    with pytest.raises(OSError, match="the screen is gone"):
+        train_many(tiny, [TrainJob(data=make_data(), method="lora")], **{name: gone}, **(SHARED | dict(max_steps=1)))
+
+
 def test_a_job_that_stops_early_leaves_the_others_bit_equal(tiny, make_data, same_tensors):
     data = {kind: make_data(kind, train=19, validation=2) for kind in KINDS}
     shared = SHARED | dict(epochs=5)
@@ -315,6 +395,8 @@ def test_a_job_that_enters_later_starts_as_if_nobody_trained(tiny, make_data):
 
 def test_passes_hold_the_budget_and_little_padding():
     class Run:
+        by_itself = False
+
         def __init__(self, rows, width, depth=1):
             self.batch = {"input_ids": torch.zeros(rows, width)}
             self.trainer = type("T", (), {})()
@@ -416,7 +498,18 @@ def test_a_method_that_changes_the_backbone_is_refused_by_name_or_queued(tiny, m
     found = train_many(tiny, jobs, alone="queue", report=lines.append, **shared)
     for job, mine in zip(jobs, found, strict=True):
         same_run(mine, train(tiny, data, job.method, **shared))
-    assert [line.split(":")[0] for line in lines][-1] == "top"
+    assert lines[-1] == f"top: accuracy {found[0].best_metric:.3f} at step {found[0].best_step}"
+
+
+def test_a_queued_job_that_fails_takes_nothing_from_the_others(tiny, make_data):
+    @dataclass(frozen=True, kw_only=True)
+    class Failing(get_method("top_layers")):
+        def penalty(self, params):
+            raise OSError("no space left")
+
+    jobs = [TrainJob(data=make_data(), method=method) for method in (Failing(), "bitfit")]
+    failed, fine = train_many(tiny, jobs, alone="queue", **(SHARED | dict(max_steps=1)))
+    assert str(failed.error) == "OSError: no space left" and isinstance(fine, TrainResult)
 
 
 def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data, tmp_path, monkeypatch):

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from multitune.backbone import Backbone
-from multitune.comparing.execute import OF_A_TRIAL, as_ours, tidy
+from multitune.comparing.execute import OF_A_TRIAL, tidy
 from multitune.comparing.trials import Plan, Rows
 from multitune.errors import DataWarning, MultituneError
 from multitune.tasks import TaskData
 from multitune.training import TrainConfig, train
+from multitune.training.failures import as_ours
 from multitune.training.idle import without_idle
 
 #: The method that is timed: neither the lightest nor the heaviest.

@@ -23,6 +23,7 @@ from multitune.tasks import Task, TaskData, higher_is_better
 from multitune.tasks.metrics import judge_of_training
 from multitune.training import FailedJob, TrainConfig, TrainJob, TrainResult, train, train_many
 from multitune.training.config import LATER
+from multitune.training.failures import as_ours
 from multitune.training.judging import predict_rows
 
 Done = Callable[[Job, Outcome], None]
@@ -83,39 +84,26 @@ def _together(
     done: Done,
     say: Say,
 ) -> None:
-    """Train these in shared passes. Where a pass fails, nobody can tell whose fault it is: some may not have ended."""
+    """Train these in shared passes; those that fail of what may be the company's fault, such as memory, are left."""
     by_key = {job.trial.key: job for job in jobs}
     company = min(max_jobs, len(jobs))
-    of_the_caller: list[Exception] = []
 
     def ended(key: str, result: TrainResult | FailedJob) -> None:
-        job = by_key[key]
-        backbone.model.eval()  # the next pass of the others switches it back
-        outcome = outcome_of(backbone, job, result, together=company, facts=facts)
-        try:
-            done(job, outcome)
-        except OF_A_TRIAL as error:
-            of_the_caller.append(error)
-            raise
+        if isinstance(result, FailedJob) and type(result.error) is MultituneError:  # another library's error
+            say(f"{key} failed in the company of others ({result.error}); it runs again by itself")
+            return
+        done(by_key[key], outcome_of(backbone, by_key[key], result, together=company, facts=facts))
 
-    try:
-        train_many(
-            backbone,
-            [_train_job(job) for job in jobs],
-            config=TrainConfig(progress=False),
-            max_jobs=max_jobs,
-            token_budget=token_budget,
-            report=say,
-            ended=ended,
-        )
-    except OF_A_TRIAL as error:
-        if any(error is own for own in of_the_caller):
-            raise
-        said = _message(error)
-    else:
-        return
+    train_many(
+        backbone,
+        [_train_job(job) for job in jobs],
+        config=TrainConfig(progress=False),
+        max_jobs=max_jobs,
+        token_budget=token_budget,
+        report=say,
+        ended=ended,
+    )
     tidy(backbone)
-    say(f"a shared pass failed ({said}); what is left runs one by one")
 
 
 def _alone(backbone: Backbone, job: Job, facts: Mapping[str, Any], done: Done, say: Say) -> None:
@@ -150,17 +138,6 @@ def tidy(backbone: Backbone) -> None:
     backbone.model.eval()
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def as_ours(error: Exception) -> MultituneError:
-    """The error of a trial, whoever raised it, without the frames that would keep its tensors."""
-    return error.with_traceback(None) if isinstance(error, MultituneError) else MultituneError(_message(error))
-
-
-def _message(error: Exception) -> str:
-    """An error of another library in one line, with its kind, without which some say little."""
-    first = next(iter(str(error).strip().splitlines()), "no message")
-    return f"{type(error).__name__}: {first}"
 
 
 def _train_job(job: Job) -> TrainJob:

@@ -7,8 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError, DataError, MixError, MultituneError
@@ -18,6 +21,7 @@ from multitune.tasks import Task, TaskData
 from multitune.training.api import train_setup
 from multitune.training.config import TrainConfig
 from multitune.training.data import TaskRows
+from multitune.training.failures import as_ours
 from multitune.training.idle import refuse_idle, without_idle
 from multitune.training.process_state import globals_kept
 from multitune.training.progress import Progress
@@ -57,7 +61,8 @@ class FailedJob:
 
     name: str
     error: MultituneError
-    """Why; its message names the step and the setting to change."""
+    """Why; of a run that diverged, its message names the step and the setting to change. What another library or the
+    method's own code raised is its `__cause__`, with the traceback as text among its `__notes__`."""
     step: int
     """Optimizer steps it had taken."""
     history: list[dict[str, float]]
@@ -113,11 +118,12 @@ def train_many(
             them, or train them one after the other when all others have ended.
         report: called with a line when a job begins, resumes, was evaluated or ends; with a progress bar, begins and
             ends only.
-        ended: called with a job's name and result when it ends, while others still run.
+        ended: called with a job's name and result when it ends, while others still run. An error of it, or of
+            `report`, ends the call.
 
     Returns:
         In the order of `jobs` what `train` returns (`seconds` counts from entering to leaving, so those of jobs that
-        ran together overlap), or a `FailedJob` for one that diverged or could not begin.
+        ran together overlap), or a `FailedJob` for one that diverged, could not begin, or failed of any other error.
 
     Raises:
         ConfigError: an unknown or impossible setting, or two jobs of one name or folder; names the job.
@@ -132,19 +138,54 @@ def train_many(
     setups = [_setup(backbone, job, name, output_dir, shared) for job, name in zip(jobs, names, strict=True)]
     _check_together(backbone, setups, alone)
     found: dict[str, TrainResult | FailedJob] = {}
+    caller = _Caller(report, ended)
     together = [s for s in setups if not s.method.changes_weights]
-    with Progress(shared.progress) as progress:
-        crew = _Crew(backbone, together, max_jobs, token_budget, found, progress, report, ended)
-        try:
-            crew.work()
-            for setup in setups:
-                if setup.method.changes_weights:
-                    found[setup.name] = _train_alone(setup, report)
-                    if ended is not None:
-                        ended(setup.name, found[setup.name])
-        except KeyboardInterrupt:
-            raise TrainingInterrupted(found) from None
+    try:
+        with Progress(shared.progress) as progress:
+            _Crew(backbone, together, max_jobs, token_budget, found, progress, caller).work()
+        for setup in setups:  # outside, because each shows a bar of its own
+            if setup.method.changes_weights:
+                found[setup.name] = _train_alone(setup, caller)
+                caller.ended(setup.name, found[setup.name])
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(found) from None
     return [found[name] for name in names]
+
+
+class _Caller:
+    """What the caller wants to be told. An error of the caller's own functions is no job's."""
+
+    def __init__(
+        self,
+        report: Callable[[str], None] | None,
+        ended: Callable[[str, TrainResult | FailedJob], None] | None,
+    ) -> None:
+        self.listens = report is not None
+        self._report, self._ended = report, ended
+        self._error: Exception | None = None
+
+    def say(self, name: str, line: str) -> None:
+        """A line about a job."""
+        self._call(self._report, f"{name}: {line}")
+
+    def ended(self, name: str, result: TrainResult | FailedJob) -> None:
+        """A job has ended."""
+        self._call(self._ended, name, result)
+
+    def error_of_a_job(self, error: Exception) -> MultituneError:
+        """An error that came up while a job was at it, as the job's; the caller's own goes on to the caller."""
+        if error is self._error:
+            raise error
+        return as_ours(error)
+
+    def _call(self, function: Callable[..., None] | None, *args: Any) -> None:
+        if function is None:
+            return
+        try:
+            function(*args)
+        except Exception as error:
+            self._error = error
+            raise
 
 
 class _Crew:
@@ -158,8 +199,7 @@ class _Crew:
         token_budget: int,
         found: dict[str, TrainResult | FailedJob],
         progress: Progress,
-        report: Callable[[str], None] | None,
-        ended: Callable[[str, TrainResult | FailedJob], None] | None,
+        caller: _Caller,
     ) -> None:
         self._backbone = backbone
         self._waiting = deque(setups)
@@ -168,8 +208,7 @@ class _Crew:
         self._token_budget = token_budget
         self._found = found
         self._progress = progress
-        self._report = report
-        self._ended = ended
+        self._caller = caller
         self._rows: dict[tuple[int, str, int], TaskRows] = {}
         self._tables = [setup.data for setup in setups]
         """Kept, so that the ids in `_rows` stay theirs."""
@@ -190,49 +229,67 @@ class _Crew:
         """One batch of every running job."""
         by_run = {job.run: job for job in self._running}
         for runs in pack(list(by_run), self._token_budget):
-            for run, loss in run_pass(runs):
-                job = by_run[run]
-                try:
-                    if isinstance(loss, MultituneError):
-                        raise loss
-                    run.took(loss)
-                except MultituneError as error:
-                    self._fail(job, error)
-                    continue
-                self._progress.at(job.setup.name, run.trainer.state.global_step)
-                if run.finished:
-                    self._finish(job)
+            for run, loss in self._pass([by_run[run] for run in runs]):
+                failed = loss if isinstance(loss, MultituneError) else self._go_on(by_run[run], loss)
+                if failed is not None:
+                    self._fail(by_run[run], failed)
+                elif run.finished:
+                    self._finish(by_run[run])
+
+    def _pass(self, jobs: Sequence[_Running]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
+        """One batch of jobs that share a pass. Where that fails they go on one by one, and who fails alone ends."""
+        try:
+            return run_pass([job.run for job in jobs])
+        except Exception as error:
+            failed = as_ours(error)
+        if len(jobs) == 1:
+            return [(jobs[0].run, failed)]
+        for job in jobs:
+            self._caller.say(job.setup.name, f"a pass shared with others failed ({failed}); it goes on by itself")
+            job.run.restart_by_itself()
+        return []
+
+    def _go_on(self, job: _Running, loss: Tensor) -> MultituneError | None:
+        """Let a job take what a pass gave it; returns what ends the job, if anything does."""
+        try:
+            job.run.took(loss)
+        except Exception as error:
+            return self._caller.error_of_a_job(error)
+        self._progress.at(job.setup.name, job.run.trainer.state.global_step)
+        return None
 
     def _enter(self, setup: Setup, scratch: Path) -> None:
-        start = time.perf_counter()
         self._backbone.model.eval()  # the passes of the others left it in training; a method may start from a text
         try:
-            opened = setup.open(self._read)
-            done = setup.finished(opened.settings)
-            if done is not None:
-                self._leave(setup, done, "was finished before")
-                return
-            opened.claim()
-            run = self._start(setup, opened, scratch)
-        except MultituneError as error:
-            self._leave(setup, FailedJob(name=setup.name, error=error, step=0, history=[]), f"cannot begin: {error}")
+            begun = self._begin(setup, scratch)
+        except Exception as error:
+            failed = FailedJob(name=setup.name, error=self._caller.error_of_a_job(error), step=0, history=[])
+            self._leave(setup, failed, f"cannot begin: {failed.error}")
             return
-        job = _Running(setup, opened, run, start)
-        self._running.append(job)
-        self._progress.begin(setup.name, run.trainer.max_steps)
-        if run.finished:  # killed between its last step and the end of the run
-            self._finish(job)
+        if isinstance(begun, TrainResult):
+            self._leave(setup, begun, "was finished before")
+            return
+        self._running.append(begun)
+        self._progress.begin(setup.name, begun.run.trainer.max_steps)
+        if begun.run.finished:  # killed between its last step and the end of the run
+            self._finish(begun)
+
+    def _begin(self, setup: Setup, scratch: Path) -> _Running | TrainResult:
+        start = time.perf_counter()
+        opened = setup.open(self._read)
+        done = setup.finished(opened.settings)
+        if done is not None:
+            return done
+        opened.claim()
+        return _Running(setup, opened, self._start(setup, opened, scratch), start)
 
     def _start(self, setup: Setup, opened: Opened, scratch: Path) -> SteppedRun:
-        def say(line: str) -> None:
-            if self._report is not None:
-                self._report(f"{setup.name}: {line}")
-
+        say = partial(self._caller.say, setup.name)
         say(f"{setup.method.name} on {opened.facts['num_train']} rows")
         for line in opened.remarks:
             say(line)
         config = replace(setup.config, progress=False)  # the bars are those of all jobs together
-        lines = None if self._report is None or self._progress.shown else say
+        lines = say if self._caller.listens and not self._progress.shown else None
         rows = opened.rows
         trainer = TuningTrainer(
             opened.model, config, rows["train"], rows["validation"], opened.checkpoints, scratch, lines
@@ -246,26 +303,26 @@ class _Crew:
         return self._rows[key]
 
     def _finish(self, job: _Running) -> None:
+        try:
+            result = job.setup.close(job.opened, job.run.trainer, job.start, job=True)
+        except Exception as error:
+            self._fail(job, as_ours(error))
+            return
         self._running.remove(job)
-        result = job.setup.close(job.opened, job.run.trainer, job.start, job=True)
         self._leave(job.setup, result, f"{result.metric} {result.best_metric:.3f} at step {result.best_step}")
 
     def _fail(self, job: _Running, error: MultituneError) -> None:
         self._running.remove(job)
-        state = job.run.trainer.state
-        failed = FailedJob(
-            name=job.setup.name, error=error, step=state.global_step, history=history_of(job.run.trainer)
-        )
+        history = history_of(job.run.trainer)
+        failed = FailedJob(name=job.setup.name, error=error, step=job.run.trainer.state.global_step, history=history)
         self._leave(job.setup, failed, str(error))
 
     def _leave(self, setup: Setup, result: TrainResult | FailedJob, line: str) -> None:
         self._found[setup.name] = result
         self._progress.end(setup.name, isinstance(result, FailedJob))
-        if self._report is not None:
-            self._report(f"{setup.name}: {line}")
-        if self._ended is not None:
-            self._backbone.model.eval()  # for whoever asks it now; the next pass switches it back
-            self._ended(setup.name, result)
+        self._caller.say(setup.name, line)
+        self._backbone.model.eval()  # for a caller who asks it now; the next pass switches it back
+        self._caller.ended(setup.name, result)
 
 
 # -------------------------------------------------------------------- checks
@@ -373,16 +430,15 @@ def _check_together(backbone: Backbone, setups: Sequence[Setup], alone: Alone) -
         folders[place] = setup.name
 
 
-def _train_alone(setup: Setup, report: Callable[[str], None] | None) -> TrainResult | FailedJob:
+def _train_alone(setup: Setup, caller: _Caller) -> TrainResult | FailedJob:
     """A job that needs a backbone of its own."""
-
-    def say(line: str) -> None:
-        if report is not None:
-            report(f"{setup.name}: {line}")
-
+    say = partial(caller.say, setup.name)
     say("by itself, because it changes the backbone's own weights")
     try:
-        return train_setup(setup, time.perf_counter(), say, job=True)
-    except MultituneError as error:
-        say(str(error))
-        return FailedJob(name=setup.name, error=error, step=0, history=[])
+        result = train_setup(setup, time.perf_counter(), say, job=True)
+    except Exception as error:
+        failed = FailedJob(name=setup.name, error=caller.error_of_a_job(error), step=0, history=[])
+        say(str(failed.error))
+        return failed
+    say(f"{result.metric} {result.best_metric:.3f} at step {result.best_step}")
+    return result

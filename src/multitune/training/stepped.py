@@ -32,7 +32,10 @@ class SteppedRun:
         last, self.finished = trainer.open_checkpoint()
         self.stream = RandomStream(trainer.tuned.backbone.device)
         """Every random number of this run."""
+        self.by_itself = False
+        """Whether it shares no pass."""
         self._pending: list[dict[str, Tensor]] = []
+        self._taken = 0
         self._num_items = 0
         if not self.finished:
             self._begin(last)
@@ -41,7 +44,7 @@ class SteppedRun:
     @property
     def batch(self) -> dict[str, Tensor]:
         """What the model is to be called with next."""
-        return self._pending[0]
+        return self._pending[self._taken]
 
     @property
     def num_items(self) -> int:
@@ -56,11 +59,20 @@ class SteppedRun:
 
         Raises:
             ConfigError: the run has diverged.
+            Exception: whatever hooks of its method, its metric, or writing its checkpoint raise.
         """
         self._loss += loss.detach().to(self._loss.device)
-        self._pending.pop(0)
-        if not self._pending:
+        self._taken += 1
+        if self._taken == len(self._pending):
             self._step()
+
+    def restart_by_itself(self) -> None:
+        """Begin this optimizer step again, and share no pass from here on: one that it shared has failed."""
+        assert self.trainer.optimizer is not None
+        self.trainer.optimizer.zero_grad()
+        stream, loss = self._at_start
+        self.stream, self._loss, self._taken = stream.copy(), loss.clone(), 0
+        self.by_itself = True
 
     # ---------------------------------------------------------------- inside
 
@@ -93,6 +105,8 @@ class SteppedRun:
             self._batches = list(t.loader.order)
         picked = self._batches[step * per_step : (step + 1) * per_step]
         self._pending = [t.collator([t.train_rows[i] for i in rows]) for rows in picked]
+        self._taken = 0
+        self._at_start = self.stream.copy(), self._loss.clone()
         self._num_items = t._get_num_items_in_batch(self._pending, t.args.device)
         self._epoch = epoch + min(len(self._batches), (step + 1) * per_step) / len(self._batches)
         t.control = t.callback_handler.on_step_begin(t.args, t.state, t.control)

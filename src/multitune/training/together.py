@@ -11,6 +11,8 @@ from torch import Tensor
 from multitune.backbone import Backbone
 from multitune.errors import MultituneError
 from multitune.joint import JointBatch
+from multitune.plan import Plan
+from multitune.training.failures import as_ours
 from multitune.training.stepped import SteppedRun
 
 #: A run joins a pass only if the pass is then at most this many times the tokens of its runs by themselves: beyond
@@ -47,7 +49,8 @@ def pack(runs: Sequence[SteppedRun], token_budget: int) -> list[list[SteppedRun]
 def _kind(run: SteppedRun) -> tuple[object, ...]:
     """What the runs of one pass share; those that train a head alone need no gradients through the backbone."""
     tuned, config = run.trainer.tuned, run.trainer.config
-    return tuned.autocast, config.gradient_checkpointing, tuned.num_trained > 0
+    alone = id(run) if run.by_itself else None
+    return tuned.autocast, config.gradient_checkpointing, tuned.num_trained > 0, alone
 
 
 def _width(run: SteppedRun) -> int:
@@ -59,6 +62,9 @@ def run_pass(runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | Mult
 
     Returns:
         With each run its loss, or the error that ends it; such a run has no part in the backward pass.
+
+    Raises:
+        Exception: what the pass itself failed of; nobody can tell whose fault that is, and gradients may be half added.
     """
     backbone = runs[0].trainer.tuned.backbone
     backbone.model.train()
@@ -83,11 +89,22 @@ def _checkpointing(backbone: Backbone, wanted: bool) -> Iterator[None]:
 
 
 def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
-    batches = [_joint_batch(run) for run in runs]
+    batches, failed = [], {}
+    for run in runs:
+        try:
+            plan = _plan(run)
+        except Exception as error:
+            # Its rows stay, without deltas: the pass has the shape, and the others the bits, that they would have.
+            failed[run] = as_ours(error)
+            plan = Plan([None] * len(run.batch["input_ids"]))
+        batches.append(_joint_batch(run, plan))
     with runs[0].trainer.tuned.arithmetic():
         hidden = backbone.run_joint(batches)
     found: list[tuple[SteppedRun, Tensor | MultituneError]] = []
     for run, batch, own in zip(runs, batches, hidden, strict=True):
+        if run in failed:
+            found.append((run, failed[run]))
+            continue
         tuned, targets = run.trainer.tuned, run.batch["targets"]
         tuned.training = True  # an evaluation may have switched it off; the backbone is switched on above
         with run.stream.drawing():
@@ -95,19 +112,22 @@ def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[Steppe
                 more = (run.batch.get(name) for name in ("index", "teacher"))
                 outputs = tuned.read(own, batch.attention_mask, targets, *more)
                 found.append((run, run.trainer.share_of_loss(outputs, targets, run.num_items)))
-            except MultituneError as error:
-                found.append((run, error))
+            except Exception as error:
+                found.append((run, as_ours(error)))
     return found
 
 
-def _joint_batch(run: SteppedRun) -> JointBatch:
-    tuned, inputs = run.trainer.tuned, run.batch
-    device = tuned.backbone.device
+def _plan(run: SteppedRun) -> Plan:
+    tuned = run.trainer.tuned
+    with tuned.arithmetic(), run.stream.drawing():
+        return tuned.plan(len(run.batch["input_ids"]))
+
+
+def _joint_batch(run: SteppedRun, plan: Plan) -> JointBatch:
+    device, inputs = run.trainer.tuned.backbone.device, run.batch
     given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "slots", "pieces"))
     ids, mask, types, slots, pieces = (None if t is None else t.to(device) for t in given)
     assert ids is not None
-    with tuned.arithmetic(), run.stream.drawing():
-        plan = tuned.plan(len(ids))
     return JointBatch(
         plan=plan,
         input_ids=ids,
