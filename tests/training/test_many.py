@@ -398,7 +398,7 @@ def test_passes_hold_the_budget_and_little_padding():
         by_itself = False
 
         def __init__(self, rows, width, depth=1):
-            self.batch = {"input_ids": torch.zeros(rows, width)}
+            self.batch, self.width = {"input_ids": torch.zeros(rows, width)}, width
             self.trainer = type("T", (), {})()
             self.trainer.tuned = type("M", (), {"autocast": None, "num_trained": depth})()
             self.trainer.config = TrainConfig()
@@ -412,6 +412,25 @@ def test_passes_hold_the_budget_and_little_padding():
         assert len(same) == 1 or padded <= min(400, MOST_PADDING * sum(r.batch["input_ids"].numel() for r in same))
         assert len({r.trainer.tuned.num_trained for r in same}) == 1
     assert [len(p) for p in passes] == [4, 1, 1, 1, 1]
+
+
+def test_the_vectors_of_prompts_count_as_tokens(tiny, make_data, monkeypatch):
+    data, passes = make_data(train=19), []
+    run_joint = tiny.run_joint
+
+    def noted(batches):
+        passes.append([(len(b.input_ids), b.input_ids.shape[1], b.plan.ordered[0].prompt_length) for b in batches])
+        return run_joint(batches)
+
+    monkeypatch.setattr(tiny, "run_joint", noted)
+    methods = [get_method("prompt")(length=n) for n in (1, 12, 13, 20)]
+    jobs = [TrainJob(data=data, method=method) for method in (*methods, "lora")]
+    train_many(tiny, jobs, token_budget=400, **(SHARED | dict(max_steps=2)))
+    assert any(len(of_pass) > 1 for of_pass in passes)
+    for of_pass in passes:
+        padded = sum(rows for rows, _, _ in of_pass) * max(width + more for _, width, more in of_pass)
+        own = sum(rows * (width + more) for rows, width, more in of_pass)
+        assert len(of_pass) == 1 or padded <= min(400, MOST_PADDING * own)
 
 
 # -------------------------------------------------------------------- folders

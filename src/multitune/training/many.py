@@ -112,8 +112,8 @@ def train_many(
             The same call after a kill goes on: finished jobs are read, others resume from their last evaluation.
         config: training settings of all jobs; `overrides` are fields of it, and a job's `settings` come last.
         max_jobs: most jobs that run at a time; the others wait in the order given.
-        token_budget: most tokens in one pass, padding included: bounds the memory; much larger passes are slower, as
-            they leave the processor's cache. A job whose batch exceeds it runs by itself.
+        token_budget: most tokens in one pass, padding and the vectors of prompts included: bounds the memory; much
+            larger passes are slower, as they leave the processor's cache. A job whose batch exceeds it runs by itself.
         alone: what to do with jobs whose method changes the backbone's own weights, which cannot share a pass: refuse
             them, or train them one after the other when all others have ended.
         report: called with a line when a job begins, resumes, was evaluated or ends; with a progress bar, begins and
@@ -294,7 +294,7 @@ class _Crew:
         trainer = TuningTrainer(
             opened.model, config, rows["train"], rows["validation"], opened.checkpoints, scratch, lines
         )
-        return SteppedRun(trainer)
+        return SteppedRun(trainer, opened.prompt_length)
 
     def _read(self, task: Task, table: Any, split: str, max_length: int) -> TaskRows:
         key = (id(table), f"{split} {task.to_dict()}", max_length)

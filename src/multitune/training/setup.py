@@ -45,6 +45,8 @@ class Opened:
     rows: dict[str, TaskRows]
     """By split."""
     max_length: int
+    prompt_length: int
+    """Vectors that the method puts into every row beside its tokens."""
     checkpoints: Checkpoints | None
     settings: dict[str, Any]
     """What a resumed run must share, see `Checkpoints.open`."""
@@ -149,9 +151,10 @@ class Setup:
         """
         backbone, data = self.backbone, self.data
         model = _model(backbone, data, self.method, self.config)
-        max_length = _room(model, self.config)
+        first = model.checked_delta_set()
+        max_length = min(self.config.max_length, backbone.max_length - first.num_positions)
         if self.config.packing:
-            check_packing(self.method, model.delta_set())
+            check_packing(self.method, first)
         read = read or partial(read_rows, backbone)
         teachers = self._text_teachers()
         rows = {
@@ -176,6 +179,7 @@ class Setup:
             model=model,
             rows=rows,
             max_length=max_length,
+            prompt_length=first.prompt_length,
             checkpoints=None if self.output is None else Checkpoints(self.output),
             settings=settings,
             facts=facts,
@@ -442,11 +446,6 @@ def _prompt_length(item: Item) -> int:
     if item.ranked is None:
         return len(item) - int(item.target)
     return min(choice.places[0] for choice in item.ranked.choices) + 1
-
-
-def _room(model: TuningModel, config: TrainConfig) -> int:
-    """Tokens a text may have beside the prompt; the first look at the method's deltas, so also the check of them."""
-    return min(config.max_length, model.backbone.max_length - model.checked_delta_set().num_positions)
 
 
 def _settings(

@@ -23,15 +23,18 @@ from multitune.training.trainer import TuningTrainer
 class SteppedRun:
     """Where a run stands: the batch that it needs gradients of next."""
 
-    def __init__(self, trainer: TuningTrainer) -> None:
+    def __init__(self, trainer: TuningTrainer, prompt_length: int) -> None:
         """
         Args:
             trainer: just made, so that the global random numbers are those of its seed.
+            prompt_length: vectors that its method puts into every row.
         """
         self.trainer = trainer
         last, self.finished = trainer.open_checkpoint()
         self.stream = RandomStream(trainer.tuned.backbone.device)
         """Every random number of this run."""
+        lsg = trainer.tuned.backbone.lsg
+        self._beside_tokens = prompt_length + (0 if lsg is None else lsg.num_global)
         self.by_itself = False
         """Whether it shares no pass."""
         self._pending: list[dict[str, Tensor]] = []
@@ -45,6 +48,11 @@ class SteppedRun:
     def batch(self) -> dict[str, Tensor]:
         """What the model is to be called with next."""
         return self._pending[self._taken]
+
+    @property
+    def width(self) -> int:
+        """Columns of `batch` in a pass: with the vectors of a prompt, and a converted backbone's global tokens."""
+        return int(self.batch["input_ids"].shape[1]) + self._beside_tokens
 
     @property
     def num_items(self) -> int:

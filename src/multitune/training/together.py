@@ -26,7 +26,7 @@ def pack(runs: Sequence[SteppedRun], token_budget: int) -> list[list[SteppedRun]
     Depends on the shapes of the batches alone. A batch that exceeds the budget by itself is a pass by itself.
 
     Args:
-        token_budget: most tokens of a pass, padding included.
+        token_budget: most tokens of a pass, padding and prompts included.
     """
     alike: dict[tuple[object, ...], list[SteppedRun]] = {}
     for run in runs:
@@ -35,13 +35,13 @@ def pack(runs: Sequence[SteppedRun], token_budget: int) -> list[list[SteppedRun]
     for same in alike.values():
         rows = own = 0
         passes.append([])
-        for run in sorted(same, key=_width):  # stable: of equal widths in the order given
-            ids = run.batch["input_ids"]
-            rows, own = rows + len(ids), own + ids.numel()
-            padded = rows * _width(run)
+        for run in sorted(same, key=lambda run: run.width):  # stable: of equal widths in the order given
+            count = len(run.batch["input_ids"])
+            rows, own = rows + count, own + count * run.width
+            padded = rows * run.width
             if passes[-1] and padded > min(token_budget, MOST_PADDING * own):
                 passes.append([])
-                rows, own = len(ids), ids.numel()
+                rows, own = count, count * run.width
             passes[-1].append(run)
     return passes
 
@@ -51,10 +51,6 @@ def _kind(run: SteppedRun) -> tuple[object, ...]:
     tuned, config = run.trainer.tuned, run.trainer.config
     alone = id(run) if run.by_itself else None
     return tuned.autocast, config.gradient_checkpointing, tuned.num_trained > 0, alone
-
-
-def _width(run: SteppedRun) -> int:
-    return int(run.batch["input_ids"].shape[1])
 
 
 def run_pass(runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
