@@ -1,7 +1,9 @@
 """Many jobs in one pass: each ends as if it had trained alone, whatever becomes of the others."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -431,6 +433,40 @@ def test_the_vectors_of_prompts_count_as_tokens(tiny, make_data, monkeypatch):
         padded = sum(rows for rows, _, _ in of_pass) * max(width + more for _, width, more in of_pass)
         own = sum(rows * (width + more) for rows, width, more in of_pass)
         assert len(of_pass) == 1 or padded <= min(400, MOST_PADDING * own)
+
+
+def test_nothing_is_kept_of_a_job_that_has_ended_but_its_result(tiny, make_data, monkeypatch):
+    """Without waiting for the garbage collector, which does not see how much memory a tensor holds."""
+    watched: dict[str, list[weakref.ref]] = {}
+    kept: dict[str, list[str]] = {}
+
+    class Watched(many.SteppedRun):
+        def took(self, loss):
+            super().took(loss)
+            t = self.trainer
+            held = [self, t, t.tuned, t.train_rows, t.tuned.params[0]]
+            held += [v for state in t.optimizer.state.values() for v in state.values()]
+            watched[f"seed {t.config.seed}"] = [weakref.ref(thing) for thing in held]
+
+    def ended(name, result):
+        if name == "last":
+            kept.update({n: [type(r()).__name__ for r in refs if r() is not None] for n, refs in watched.items()})
+
+    jobs = [
+        TrainJob(data=make_data(train=11), method="lora", settings={"seed": 1, "max_steps": 1}),
+        TrainJob(data=make_data(train=12), method=_blowing_up(2, "loss"), settings={"seed": 2}),
+        TrainJob(data=make_data(train=13), method=_raising(2, "after_step"), settings={"seed": 3}),
+        TrainJob(data=make_data(train=19), method="lora", name="last", settings={"seed": 4}),
+    ]
+    monkeypatch.setattr(many, "SteppedRun", Watched)
+    gc.disable()
+    try:
+        found = train_many(tiny, jobs, token_budget=4000, ended=ended, **SHARED)
+    finally:
+        gc.enable()
+    assert [isinstance(f, FailedJob) for f in found] == [False, True, True, False]
+    assert len(kept) == 4 and kept.pop("seed 4")  # which is still there when it says that it has ended
+    assert kept == {"seed 1": [], "seed 2": [], "seed 3": []}
 
 
 # -------------------------------------------------------------------- folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -210,8 +210,11 @@ class _Crew:
         self._progress = progress
         self._caller = caller
         self._rows: dict[tuple[int, str, int], TaskRows] = {}
+        """Tokenized rows, by the table's id, its split and task, and the length they are cut to."""
         self._tables = [setup.data for setup in setups]
-        """Kept, so that the ids in `_rows` stay theirs."""
+        """Kept, so that the ids stay theirs."""
+        self._users = Counter(id(table) for data in self._tables for table in (data.train, data.validation))
+        """How many jobs that have not ended read a table, by its id."""
 
     def work(self) -> None:
         """Train all to their ends."""
@@ -317,8 +320,16 @@ class _Crew:
         failed = FailedJob(name=job.setup.name, error=error, step=job.run.trainer.state.global_step, history=history)
         self._leave(job.setup, failed, str(error))
 
+    def _forget_rows(self, table: Any) -> None:
+        """A job that reads the table has ended; rows that no other will read go."""
+        self._users[id(table)] -= 1
+        if not self._users[id(table)]:
+            self._rows = {key: rows for key, rows in self._rows.items() if key[0] != id(table)}
+
     def _leave(self, setup: Setup, result: TrainResult | FailedJob, line: str) -> None:
         self._found[setup.name] = result
+        for table in (setup.data.train, setup.data.validation):
+            self._forget_rows(table)
         self._progress.end(setup.name, isinstance(result, FailedJob))
         self._caller.say(setup.name, line)
         self._backbone.model.eval()  # for a caller who asks it now; the next pass switches it back
