@@ -578,6 +578,12 @@ def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data
 
     refused(ConfigError, "two jobs are called 'fine'", fine)
     refused(ConfigError, "both write to", TrainJob(data=data, method="lora", output_dir=tmp_path / "fine"))
+    again = tmp_path / "x" / ".." / "fine"
+    refused(ConfigError, "'fine' and 'x' both write to", TrainJob(data=data, method="lora", name="x", output_dir=again))
+    inner = TrainJob(data=data, method="lora", name="fine/x")
+    refused(ConfigError, "job 'fine/x' writes to a folder in that of job 'fine'.*beside each other", inner)
+    outer = TrainJob(data=data, method="lora", name="all", output_dir=tmp_path)
+    refused(ConfigError, "job 'fine' writes to a folder in that of job 'all'", outer)
     refused(
         ConfigError,
         "job 'x': no training setting 'lr'",

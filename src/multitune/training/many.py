@@ -420,7 +420,6 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
 
 
 def _check_together(backbone: Backbone, setups: Sequence[Setup], alone: Alone) -> None:
-    folders: dict[Path, str] = {}
     for setup in setups:
         if setup.method.changes_weights and alone == "refuse":
             raise MixError(
@@ -433,12 +432,29 @@ def _check_together(backbone: Backbone, setups: Sequence[Setup], alone: Alone) -
                 f"job '{setup.name}': cache_frozen={setup.config.cache_frozen!r} runs the layers above alone, while "
                 f"all jobs of a pass run through the same layers; leave it out, or train this one with train(...)"
             )
+    _check_folders(setups)
+
+
+def _check_folders(setups: Sequence[Setup]) -> None:
+    """Raise `ConfigError` for two jobs of one folder, however it is spelled, or one in the other's."""
+    folders: dict[Path, str] = {}
+    above: dict[Path, str] = {}
+    for setup in setups:
         if setup.output is None:
             continue
-        place = setup.output.absolute()
+        place = setup.output.resolve()
         if place in folders:
             raise ConfigError(f"jobs '{folders[place]}' and '{setup.name}' both write to {place}; give each a folder")
+        around = next((folders[parent] for parent in place.parents if parent in folders), None)
+        inside = above.get(place)
+        if around is not None or inside is not None:
+            outer, inner = (around, setup.name) if around is not None else (setup.name, inside)
+            raise ConfigError(
+                f"job '{inner}' writes to a folder in that of job '{outer}', which holds that adapter alone, so that "
+                f"neither could go on after a kill; give them folders beside each other"
+            )
         folders[place] = setup.name
+        above |= dict.fromkeys(place.parents, setup.name)
 
 
 def _train_alone(setup: Setup, caller: _Caller) -> TrainResult | FailedJob:
