@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from multitune import (
     Adapter,
+    AdapterError,
     ConfigError,
     DataError,
     FailedJob,
@@ -535,6 +536,16 @@ def test_a_finished_job_of_other_settings_is_not_taken_for_this_one(tiny, make_d
     assert not (tmp_path / "x" / "job.json").exists()
     with pytest.raises(ConfigError, match="job 'x': output_dir .* holds a finished adapter"):
         train_many(tiny, [other], tmp_path, **shared)
+
+
+@pytest.mark.parametrize("file", ["job.json", "history.json"])
+def test_what_a_finished_job_noted_is_named_where_it_is_damaged(file, tiny, make_data, tmp_path):
+    job = TrainJob(data=make_data(), method="bitfit", name="x")
+    train_many(tiny, [job], tmp_path, **(SHARED | dict(max_steps=1)))
+    (tmp_path / "x" / file).write_text('{"settings"')
+    (failed,) = train_many(tiny, [job], tmp_path, **(SHARED | dict(max_steps=1)))
+    assert isinstance(failed.error, AdapterError) and f"{file} is damaged" in str(failed.error)
+    assert "overwrite=True" in str(failed.error)
 
 
 # -------------------------------------------------------------------- refusals

@@ -17,7 +17,7 @@ from multitune.adapter import CONFIG_FILE, Adapter
 from multitune.answers import settle_format
 from multitune.backbone import Backbone, check_is_backbone
 from multitune.deltas import Prompt
-from multitune.errors import ConfigError, DataError
+from multitune.errors import AdapterError, ConfigError, DataError
 from multitune.heads import Head
 from multitune.layers import LayerChoice, choose_layers_for
 from multitune.methods import Method, get_method, make_method, method_names
@@ -249,11 +249,12 @@ class Setup:
 
         Raises:
             ConfigError: one of other settings did; names them.
+            AdapterError: what it left is damaged; names the file.
         """
         if self.output is None or self.overwrite or not (self.output / CONFIG_FILE).exists():
             return None
         adapter = Adapter.load(self.output, self.backbone)
-        job = json.loads((self.output / JOB_FILE).read_text("utf-8"))
+        job, history = _noted(self.output / JOB_FILE), _noted(self.output / HISTORY_FILE)
         differing = differences(job["settings"], settings)
         if job["tensors_sha256"] != adapter.digest:
             differing = ["it was not trained by train_many"]
@@ -265,7 +266,7 @@ class Setup:
         recipe = adapter.recipe
         return TrainResult(
             adapter=adapter,
-            history=json.loads((self.output / HISTORY_FILE).read_text("utf-8")),
+            history=history,
             seconds=0.0,
             metric=judge_of_run(adapter.task, self.config),
             best_metric=adapter.metrics[judge_of_run(adapter.task, self.config)],
@@ -276,6 +277,17 @@ class Setup:
             peak_memory_bytes=peak_memory(self.backbone.device),
             layer_choice=self.choice,
         )
+
+
+def _noted(file: Path) -> Any:
+    """What a finished run noted beside its adapter."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{file} is damaged: {error}; give overwrite=True (overwrite: true) to train the adapter beside it anew, "
+            f"or another folder"
+        ) from error
 
 
 def read_rows(backbone: Backbone, task: Task, table: Any, split: str, max_length: int) -> TaskRows:
