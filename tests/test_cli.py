@@ -860,9 +860,23 @@ def test_a_recipe_of_many_jobs_is_checked(tmp_path: Path) -> None:
     assert "'set' in the recipe is a mapping" in refused("set: r=4\njobs: [{task: demo/topic, method: lora}]\n")
     one = "jobs: [{task: demo/topic, method: lora, overwrite: %s}]\n"
     assert "job 1: 'overwrite' in the recipe is true or false, not 'no'" in refused(one % "'no'")
+    for number in ("many", "2.5", "true"):
+        said = refused(f"max_jobs: {number}\njobs: [{{task: demo/topic, method: lora}}]\n")
+        assert "'max_jobs' in the recipe is a whole number" in said
     recipe.write_text("jobs: [{task: demo/topic, method: lora}]\n")
     assert "needs --out" in bad("train-many", recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_of_folders_of_one_name_are_called_by_their_paths(tmp_path: Path, short: tuple[str, ...]) -> None:
+    recipe = tmp_path / "many.yaml"
+    outs = [tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "b" / "y"]
+    shared = f"backbone: {short[1]}\ntask: demo/topic\nmax_steps: 1\nbatch_size: 2\neval_batch_size: 64\nmax_length: 8"
+    recipe.write_text(f"{shared}\nmethod: bitfit\njobs: [{', '.join(f'{{out: {out}}}' for out in outs)}]\n")
+    lines = good("train-many", recipe, "--out", tmp_path / "all", "--json").json
+    whole = ["-".join(out.parts[1:]) for out in outs]
+    assert [line["job"] for line in lines] == [*whole[:2], "y"]
+    assert [line["adapter"] for line in lines] == list(map(str, outs))
 
 
 # ---- answers as text

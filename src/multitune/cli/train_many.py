@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from multitune.training import FailedJob, TrainConfig, TrainingInterrupted, Trai
 
 #: Keys that say where and how all jobs run, and so cannot differ between them.
 _COMMON = {"backbone": str, "device": str, "dtype": str}
-_LIMITS = {"max_jobs": int, "token_budget": int, "alone": str}
+_LIMITS = ("max_jobs", "token_budget", "alone")
 _OF_ALL = (*_COMMON, *_LIMITS, "out", "jobs")
 _OF_A_JOB = tuple(key for key in OPTIONS if key not in _COMMON)
 
@@ -48,8 +50,9 @@ def train_many_command(
         raise ConfigError("train-many needs --out, or 'out' in the recipe; for example --out adapters")
     shared_options = {key: value for key, value in given.items() if key not in _OF_ALL}
     data: dict[str, TaskData] = {}
+    limits = {key: _limit(key, given[key]) for key in _LIMITS if key in given}
     jobs = [_job(number, shared_options, entry, data) for number, entry in enumerate(given["jobs"], start=1)]
-    limits = {key: kind(given[key]) for key, kind in _LIMITS.items() if key in given}
+    jobs = _with_names(jobs)
     place = {key: str(given[key]) for key in ("device", "dtype") if key in given}
     backbone = shared.load_backbone(str(given.get("backbone", "minilm")), **place)
     try:
@@ -87,6 +90,31 @@ def _read(recipe: Path) -> dict[str, Any]:
     return given
 
 
+def _limit(key: str, value: Any) -> Any:
+    """What a recipe says about how all jobs run; its range is checked where it is used."""
+    if key == "alone":
+        return str(value)
+    try:
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"'{key}' in the recipe is a whole number, such as {key}: 16, not {value!r}")
+
+
+def _with_names(jobs: list[TrainJob]) -> list[TrainJob]:
+    """Jobs that have a folder are called as it is; by all of its path where folders of one name lie apart."""
+    folders = [None if job.output_dir is None else Path(job.output_dir) for job in jobs]
+    often = Counter(folder.name for folder in folders if folder is not None)
+    named = []
+    for job, folder in zip(jobs, folders, strict=True):
+        if folder is not None:
+            whole = "-".join(part for part in folder.parts if part != folder.anchor)
+            job = replace(job, name=whole if often[folder.name] > 1 else folder.name)
+        named.append(job)
+    return named
+
+
 def _job(number: int, common: dict[str, Any], entry: dict[str, Any], data: dict[str, TaskData]) -> TrainJob:
     """One entry of the list, with what it shares with the others."""
     try:
@@ -110,7 +138,6 @@ def _job(number: int, common: dict[str, Any], entry: dict[str, Any], data: dict[
         data=data[key],
         method=method,
         settings=settings,
-        name=None if folder is None else Path(str(folder)).name,
         output_dir=None if folder is None else str(folder),
         overwrite=chosen.get("overwrite", False),
     )
