@@ -17,7 +17,7 @@ class Progress:
         self.shown = wanted and console.is_terminal
         """Whether anything is to be seen."""
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),  # a name may hold brackets
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(),
