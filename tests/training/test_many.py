@@ -1,6 +1,7 @@
 """Many jobs in one pass: each ends as if it had trained alone, whatever becomes of the others."""
 
 import gc
+import io
 import json
 import math
 import weakref
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from multitune import (
     Adapter,
@@ -32,6 +34,7 @@ from multitune import (
     train_many,
 )
 from multitune.training import many, together
+from multitune.training.progress import Progress
 from multitune.training.together import MOST_PADDING, pack
 
 SHARED = dict(progress=False, batch_size=8, epochs=2, evaluations_per_epoch=2)  # 19 rows: 3 steps an epoch
@@ -608,10 +611,39 @@ def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data
     refused(ConfigError, "max_jobs=0", max_jobs=0)
     refused(ConfigError, "token_budget=0", token_budget=0)
     refused(ConfigError, "alone='later'", alone="later")
+    refused(ConfigError, "max_jobs='4'", max_jobs="4")
     refused(ConfigError, "takes TrainJob", ("a", "b"))
+    for jobs, said in (
+        (fine, r"not a TrainJob; put the one job into a list"),
+        ((j for j in [fine]), "not a generator"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train_many(tiny, jobs)
+    with pytest.raises(ConfigError, match="job 'fine': .*test_many.py is a file, and no folder for fine"):
+        train_many(tiny, [fine], __file__)
     with pytest.raises(ConfigError, match="no jobs"):
         train_many(tiny, [])
     assert not list(tmp_path.iterdir())
+
+
+def test_jobs_of_one_table_have_its_rows_checked_and_read_once(tiny, make_data, monkeypatch):
+    read, examples = [], Task.examples
+
+    def noted(self, table, **settings):
+        read.append(len(table))
+        return examples(self, table, **settings)
+
+    monkeypatch.setattr(Task, "examples", noted)
+    jobs = [TrainJob(data=make_data(train=19), method="bitfit")] * 3
+    train_many(tiny, jobs, **(SHARED | dict(max_steps=1)))
+    assert sorted(read) == [8, 8, 19, 19]
+
+
+def test_bars_show_names_with_brackets():
+    bars, shown = Progress(wanted=False), Console(file=io.StringIO(), width=60)
+    bars.begin("topic[/r=2]", 3)
+    shown.print(bars._bars.make_tasks_table(bars._bars.tasks))
+    assert "topic[/r=2]" in shown.file.getvalue()
 
 
 def test_layers_left_out_at_random_are_refused(make_backbone, make_data):

@@ -135,7 +135,8 @@ def train_many(
     shared = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
     _check_arguments(backbone, jobs, max_jobs, token_budget, alone)
     names = _names(jobs)
-    setups = [_setup(backbone, job, name, output_dir, shared) for job, name in zip(jobs, names, strict=True)]
+    seen: set[tuple[Any, ...]] = set()
+    setups = [_setup(backbone, job, name, output_dir, shared, seen) for job, name in zip(jobs, names, strict=True)]
     _check_together(backbone, setups, alone)
     found: dict[str, TrainResult | FailedJob] = {}
     caller = _Caller(report, ended)
@@ -343,10 +344,13 @@ def _check_arguments(
     backbone: Backbone, jobs: Sequence[TrainJob], max_jobs: int, token_budget: int, alone: Alone
 ) -> None:
     for name, value in (("max_jobs", max_jobs), ("token_budget", token_budget)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} is not possible; give at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r} is not possible; give a whole number, at least 1")
     if alone not in get_args(Alone):
         raise ConfigError(f"alone={alone!r} is unknown; choose {' or '.join(map(repr, get_args(Alone)))}")
+    if not isinstance(jobs, Sequence) or isinstance(jobs, str):
+        few = "; put the one job into a list: [job]" if isinstance(jobs, TrainJob) else "; give list(jobs)"
+        raise ConfigError(f"train_many takes a list of jobs, not a {type(jobs).__name__}{few}")
     if not jobs:
         raise ConfigError("train_many has no jobs; give a list with at least one TrainJob")
     for job in jobs:
@@ -366,7 +370,7 @@ def _names(jobs: Sequence[TrainJob]) -> list[str]:
     """A name for every job; those that were given are kept."""
     taken = {job.name for job in jobs if job.name is not None}
     given = [job.name for job in jobs if job.name is not None]
-    twice = sorted({name for name in given if given.count(name) > 1})
+    twice = sorted(name for name, count in Counter(given).items() if count > 1)
     if twice:
         raise ConfigError(f"two jobs are called '{twice[0]}'; give each a name of its own")
     names: list[str] = []
@@ -385,8 +389,19 @@ def _names(jobs: Sequence[TrainJob]) -> list[str]:
     return names
 
 
-def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path | None, shared: TrainConfig) -> Setup:
-    """The job's run, checked as far as that can be done before it begins."""
+def _setup(
+    backbone: Backbone,
+    job: TrainJob,
+    name: str,
+    output_dir: str | Path | None,
+    shared: TrainConfig,
+    seen: set[tuple[Any, ...]],
+) -> Setup:
+    """The job's run, checked as far as that can be done before it begins.
+
+    Args:
+        seen: what tells rows apart that an earlier job has been checked with; added to.
+    """
     folder = job.output_dir
     if folder is None and output_dir is not None:
         folder = Path(output_dir) / name
@@ -412,8 +427,10 @@ def _setup(backbone: Backbone, job: TrainJob, name: str, output_dir: str | Path 
             backbone.shapes_of(setup.method)
         labelled = setup.config.distill_new_tokens is None  # else a teacher writes the answers
         for split, table in (("training", job.data.train), ("validation", job.data.validation)):
-            if not job.data.task.examples(table, labelled=labelled):
+            key = (id(table), split, f"{job.data.task.to_dict()}", labelled)  # the jobs keep their tables
+            if key not in seen and not job.data.task.examples(table, labelled=labelled):
                 raise DataError(f"task '{job.data.task.name}' has no {split} rows; give a table with at least one")
+            seen.add(key)
     except MultituneError as error:
         raise type(error)(f"job '{name}': {error}") from error
     return setup
@@ -443,6 +460,11 @@ def _check_folders(setups: Sequence[Setup]) -> None:
         if setup.output is None:
             continue
         place = setup.output.resolve()
+        file = next((parent for parent in place.parents if parent.is_file()), None)
+        if file is not None:
+            raise ConfigError(
+                f"job '{setup.name}': {file} is a file, and no folder for {place.name}; give another folder"
+            )
         if place in folders:
             raise ConfigError(f"jobs '{folders[place]}' and '{setup.name}' both write to {place}; give each a folder")
         around = next((folders[parent] for parent in place.parents if parent in folders), None)
