@@ -4,9 +4,11 @@ import gc
 import io
 import json
 import math
+import random
 import weakref
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -183,6 +185,37 @@ def test_settings_of_one_task_share_its_rows(tiny, make_data, same_run):
             same_run(mine, _alone(tiny, job))
         assert mine.adapter.name.startswith(data.task.name)
     assert len({r.adapter.name for r in [*train_many(tiny, jobs[:3], **SHARED)]}) == 3
+
+
+def test_a_methods_own_random_numbers_are_its_jobs(tiny, make_data, same_tensors, tmp_path):
+    """Python's, NumPy's and torch's, in every hook, and after a kill."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Noisy(LoRA):
+        def deltas(self, params, backbone):
+            if torch.is_grad_enabled() and any(t.requires_grad for t in params.values()):
+                params = {k: t * (1 + random.random() + np.random.rand()) for k, t in params.items()}
+            return super().deltas(params, backbone)
+
+        def penalty(self, params):
+            return sum(t.square().sum() for t in params.values()) * random.random()
+
+        def after_step(self, params, step, num_steps):
+            if step == stop:
+                raise Halt
+            for t in params.values():
+                t.add_(float(np.random.rand() + torch.rand(())), alpha=1e-3)
+
+    data, stop = make_data(train=19), None
+    jobs = [TrainJob(data=data, method=Noisy(), name=f"{seed}", settings={"seed": seed}) for seed in (1, 2)]
+    alone = [_alone(tiny, job) for job in jobs]
+    stop = 4  # after an evaluation
+    with pytest.raises(TrainingInterrupted):
+        train_many(tiny, jobs, tmp_path, token_budget=1, **SHARED)
+    stop = None
+    for mine, theirs in zip(train_many(tiny, jobs, tmp_path, token_budget=1, **SHARED), alone, strict=True):
+        same_tensors(mine.adapter, theirs.adapter)
+        assert mine.history == theirs.history
 
 
 def test_a_job_that_shares_no_pass_is_bit_equal_to_one_alone(tiny, make_data, same_tensors):

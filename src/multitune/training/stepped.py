@@ -97,7 +97,7 @@ class SteppedRun:
         t.create_scheduler(num_training_steps=t.max_steps)
         if last is not None:
             t._load_optimizer_and_scheduler(str(last))
-            with self.stream.drawing():
+            with self.stream.drawing_all():
                 t._load_rng_state(str(last))
         t.control = t.callback_handler.on_train_begin(t.args, t.state, t.control)
         self._loss = torch.zeros((), device=t.args.device)
@@ -128,7 +128,7 @@ class SteppedRun:
         if not bool(torch.isfinite(norm)):
             raise ConfigError(t.diverged(t.state.global_step + 1, f"the norm of the gradient is {float(norm)}"))
         optimizer.step()
-        with self.stream.drawing():
+        with self.stream.drawing_all():
             t.control = callbacks.on_optimizer_step(t.args, t.state, t.control)
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -136,7 +136,7 @@ class SteppedRun:
         t.state.global_step += 1
         t.state.epoch = self._epoch
         t.control = callbacks.on_step_end(t.args, t.state, t.control)
-        with self.stream.drawing():
+        with self.stream.drawing_all():
             self._report(norm, float(rate))
         self.finished = bool(t.control.should_training_stop)
         if not self.finished:

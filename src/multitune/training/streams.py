@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class RandomStream:
-    """Torch's global generators as one run sees them: it draws on, whatever others draw in between."""
+    """The global generators as one run sees them: it draws on, whatever others draw in between."""
 
     def __init__(self, device: torch.device) -> None:
-        """Goes on from what the global generators of the CPU and of `device` would draw next."""
+        """Goes on from what the global generators of Python, NumPy, and torch's CPU and `device` would draw next."""
         self.device = device
+        self._python: Any = random.getstate()
+        self._numpy: Any = np.random.get_state()
         self._cpu: Tensor = torch.get_rng_state()
         self._cuda: Tensor | None = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """While it lasts, the global generators are this stream's. They are not put back: streams take turns."""
+        """While it lasts, torch's global generators are this stream's. They are not put back: streams take turns."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self.device)
@@ -31,8 +37,20 @@ class RandomStream:
             if self._cuda is not None:
                 self._cuda = torch.cuda.get_rng_state(self.device)
 
+    @contextmanager
+    def drawing_all(self) -> Iterator[None]:
+        """`drawing`, and Python's and NumPy's generators too: for a method's own code.
+
+        No model draws from those, and they take too long to change for every mask of a dropout.
+        """
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        try:
+            with self.drawing():
+                yield
+        finally:
+            self._python, self._numpy = random.getstate(), np.random.get_state()
+
     def copy(self) -> RandomStream:
         """A stream that goes on from here by itself."""
-        copied = object.__new__(RandomStream)
-        copied.device, copied._cpu, copied._cuda = self.device, self._cpu, self._cuda
-        return copied
+        return copy.copy(self)  # states are replaced and never changed

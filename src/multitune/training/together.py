@@ -85,7 +85,8 @@ def _checkpointing(backbone: Backbone, wanted: bool) -> Iterator[None]:
 
 
 def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
-    batches, failed = [], {}
+    batches: list[JointBatch] = []
+    failed: dict[SteppedRun, MultituneError] = {}
     for run in runs:
         try:
             plan = _plan(run)
@@ -103,7 +104,7 @@ def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[Steppe
             continue
         tuned, targets = run.trainer.tuned, run.batch["targets"]
         tuned.training = True  # an evaluation may have switched it off; the backbone is switched on above
-        with run.stream.drawing():
+        with run.stream.drawing_all():
             try:
                 more = (run.batch.get(name) for name in ("index", "teacher"))
                 outputs = tuned.read(own, batch.attention_mask, targets, *more)
@@ -115,7 +116,7 @@ def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[Steppe
 
 def _plan(run: SteppedRun) -> Plan:
     tuned = run.trainer.tuned
-    with tuned.arithmetic(), run.stream.drawing():
+    with tuned.arithmetic(), run.stream.drawing_all():
         return tuned.plan(len(run.batch["input_ids"]))
 
 
