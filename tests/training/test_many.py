@@ -24,6 +24,7 @@ from multitune import (
     LoRA,
     MixError,
     MultituneError,
+    PlanError,
     PrefixTuning,
     Task,
     TaskData,
@@ -330,7 +331,8 @@ def test_errors_of_another_library_end_their_jobs_and_leave_the_others_bit_equal
         assert mine.history == theirs.history
 
 
-def test_where_a_pass_fails_its_jobs_go_on_one_by_one(tiny, make_data, same_run, monkeypatch):
+@pytest.mark.parametrize("fault", ["one job's", "the company's"])
+def test_where_a_pass_fails_its_jobs_go_on_one_by_one(fault, tiny, make_data, same_run, monkeypatch):
     data, lines = make_data(train=19), []
     own = [{}, {"gradient_accumulation": 2, "batch_size": 4}, {"batch_size": 5}]
     jobs = [TrainJob(data=data, method="lora", name=f"job{i}", settings=s) for i, s in enumerate(own)]
@@ -338,18 +340,23 @@ def test_where_a_pass_fails_its_jobs_go_on_one_by_one(tiny, make_data, same_run,
 
     def failing(batches):
         calls.append([len(b.input_ids) for b in batches])
-        if (len(calls) == 2 and len(batches) > 1) or (5 in calls[-1] and len(calls) > 1):
+        if len(calls) > 1 and (5 in calls[-1] if fault == "one job's" else len(batches) > 1):
             raise RuntimeError("no kernel for this\nat all")
         return run_joint(batches)
 
     monkeypatch.setattr(tiny, "run_joint", failing)
     monkeypatch.setattr(together, "MOST_PADDING", 9.0)
-    *fine, bad = train_many(tiny, jobs, token_budget=4000, report=lines.append, **SHARED)
+    found = train_many(tiny, jobs, token_budget=4000, report=lines.append, **SHARED)
     monkeypatch.undo()
-    assert isinstance(bad, FailedJob) and str(bad.error) == "RuntimeError: no kernel for this" and bad.step == 1
     assert any("job0: a pass shared with others failed (RuntimeError: no kernel for this)" in line for line in lines)
-    assert [len(c) for c in calls[:2]] == [3, 3] and {len(c) for c in calls[2:]} == {1}
-    for job, mine in zip(jobs, fine, strict=False):  # the second in the middle of an optimizer step
+    assert [len(c) for c in calls[:5]] == [3, 3, 1, 1, 1]
+    if fault == "one job's":
+        bad = found.pop()
+        assert isinstance(bad, FailedJob) and str(bad.error) == "RuntimeError: no kernel for this" and bad.step == 1
+        assert len(calls[5]) == 2  # the others share passes again
+    else:
+        assert {len(c) for c in calls[5:]} == {1}
+    for job, mine in zip(jobs, found, strict=False):  # the second in the middle of an optimizer step
         same_run(mine, _alone(tiny, job))
 
 
@@ -434,7 +441,7 @@ def test_a_job_that_enters_later_starts_as_if_nobody_trained(tiny, make_data):
 
 def test_passes_hold_the_budget_and_little_padding():
     class Run:
-        by_itself = False
+        apart = None
 
         def __init__(self, rows, width, depth=1):
             self.batch, self.width = {"input_ids": torch.zeros(rows, width)}, width
@@ -652,6 +659,9 @@ def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data
     ):
         with pytest.raises(ConfigError, match=said):
             train_many(tiny, jobs)
+    tiny.detach()
+    refused(PlanError, "detached")
+    tiny.attach()
     with pytest.raises(ConfigError, match="job 'fine': .*test_many.py is a file, and no folder for fine"):
         train_many(tiny, [fine], __file__)
     with pytest.raises(ConfigError, match="no jobs"):

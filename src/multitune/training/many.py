@@ -130,6 +130,7 @@ def train_many(
         DataError: rows that do not fit their task; names the job.
         MixError: a job whose method cannot share a pass, unless `alone="queue"`.
         BackboneError: an encoder-decoder whose decoder runs; or a backbone without the head that a job needs.
+        PlanError: a detached backbone.
         TrainingInterrupted: Ctrl-C; holds the results so far.
     """
     shared = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
@@ -247,11 +248,19 @@ class _Crew:
         except Exception as error:
             failed = as_ours(error)
         if len(jobs) == 1:
+            self._rejoin(jobs[0].run.apart)
             return [(jobs[0].run, failed)]
+        mark = object()
         for job in jobs:
             self._caller.say(job.setup.name, f"a pass shared with others failed ({failed}); it goes on by itself")
-            job.run.restart_by_itself()
+            job.run.restart(apart=mark)
         return []
+
+    def _rejoin(self, mark: object | None) -> None:
+        """It is known whose fault a failed pass was: the others of that pass share passes again."""
+        for job in self._running:
+            if job.run.apart is mark:
+                job.run.apart = None
 
     def _go_on(self, job: _Running, loss: Tensor) -> MultituneError | None:
         """Let a job take what a pass gave it; returns what ends the job, if anything does."""
@@ -357,6 +366,7 @@ def _check_arguments(
         if not isinstance(job, TrainJob):
             raise ConfigError(f"train_many takes TrainJob(data=..., method=...), not a {type(job).__name__}")
         check_backbone_and_method(backbone, job.method)
+    backbone.check_attached()
     backbone.refuse_decoder("adapters are not trained together", "train them one by one: train(...)")
     dropped = [name for name in _LAYER_DROPS if getattr(backbone.running.config, name, 0)]
     if dropped:

@@ -35,8 +35,8 @@ class SteppedRun:
         """Every random number of this run."""
         lsg = trainer.tuned.backbone.lsg
         self._beside_tokens = prompt_length + (0 if lsg is None else lsg.num_global)
-        self.by_itself = False
-        """Whether it shares no pass."""
+        self.apart: object | None = None
+        """Where set: it shares no pass, and which failed pass it shared last, by a mark of that pass."""
         self._pending: list[dict[str, Tensor]] = []
         self._taken = 0
         self._num_items = 0
@@ -74,13 +74,13 @@ class SteppedRun:
         if self._taken == len(self._pending):
             self._step()
 
-    def restart_by_itself(self) -> None:
-        """Begin this optimizer step again, and share no pass from here on: one that it shared has failed."""
+    def restart(self, apart: object) -> None:
+        """Begin this optimizer step again, and share no pass while `apart` is set: one that it shared has failed."""
         assert self.trainer.optimizer is not None
         self.trainer.optimizer.zero_grad()
         stream, loss = self._at_start
         self.stream, self._loss, self._taken = stream.copy(), loss.clone(), 0
-        self.by_itself = True
+        self.apart = apart
 
     # ---------------------------------------------------------------- inside
 

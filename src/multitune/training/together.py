@@ -49,7 +49,7 @@ def pack(runs: Sequence[SteppedRun], token_budget: int) -> list[list[SteppedRun]
 def _kind(run: SteppedRun) -> tuple[object, ...]:
     """What the runs of one pass share; those that train a head alone need no gradients through the backbone."""
     tuned, config = run.trainer.tuned, run.trainer.config
-    alone = id(run) if run.by_itself else None
+    alone = None if run.apart is None else id(run)
     return tuned.autocast, config.gradient_checkpointing, tuned.num_trained > 0, alone
 
 
