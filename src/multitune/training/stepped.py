@@ -114,7 +114,7 @@ class SteppedRun:
         picked = self._batches[step * per_step : (step + 1) * per_step]
         self._pending = [t.collator([t.train_rows[i] for i in rows]) for rows in picked]
         self._taken = 0
-        self._at_start = self.stream.copy(), self._loss.clone()
+        self._at_start: tuple[RandomStream, Tensor] = self.stream.copy(), self._loss.clone()
         self._num_items = t._get_num_items_in_batch(self._pending, t.args.device)
         self._epoch = epoch + min(len(self._batches), (step + 1) * per_step) / len(self._batches)
         t.control = t.callback_handler.on_step_begin(t.args, t.state, t.control)
