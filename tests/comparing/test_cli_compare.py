@@ -160,6 +160,10 @@ def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_f
     scores = [r.outcome.score for r in Store(tmp_path / "compare-moods" / FILE).records() if r.trial.method == "head"]
     (line,) = (line for line in told["results"] if line["method"] == "head")
     assert line["score"] == pytest.approx(sum(scores) / 2)
+    assert "other comparisons" not in again.stderr
+    fewer = run(moods, "--backbone", tiny_folder, "--methods", "bitfit", "--seeds", "1")
+    assert "compare-moods holds 3 trials of other comparisons, which this report leaves out" in fewer.stderr
+    assert "`multitune report compare-moods` writes one of all" in fewer.stderr
 
 
 COST = Cost(fixed=3.0, step=0.5, batch_size=16, row=0.01)

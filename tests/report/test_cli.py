@@ -37,6 +37,24 @@ def test_it_writes_the_report_beside_the_store(folder):
     assert (folder / "report.csv").read_text().count("\n") == 1 + 2 * 3
 
 
+@pytest.mark.parametrize(
+    ("methods", "seeds", "others"),
+    [
+        ("[head, lora]", 3, ""),
+        ("[lora]", 3, "head"),
+        ("[head, lora]", 2, "seed 2"),
+        ("[lora]", 1, "head and seed 1, 2"),
+    ],
+)
+def test_a_recipe_that_gave_only_some_of_the_runs_is_not_said_to_give_them_all(folder, methods, seeds, others):
+    recipe = f"name: the-recipe\ntasks: [demo/topic, demo/intent]\nmethods: {methods}\nseeds: {seeds}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    result = run(folder)
+    page = (folder / "report.html").read_text()
+    assert ("the-recipe" in page) == ("multitune compare " + str(folder) in page) == (not others)
+    assert (f"these runs are of {others} too" in result.stderr) == bool(others)
+
+
 def test_a_store_its_tasks_and_the_time_of_serving_can_be_chosen(folder, tmp_path):
     row = OverheadRow(method="lora", form="alone", rows=1, length=16, ratio=1.25, milliseconds=1.0, rounds=3)
     (tmp_path / "overhead.jsonl").write_text(json.dumps(row.to_dict()) + "\n" + '{"method": "lo')

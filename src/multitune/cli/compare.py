@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,7 +35,7 @@ from multitune.comparing.run import (
 )
 from multitune.comparing.runners import make_runner
 from multitune.comparing.sources import recipe_of, suites
-from multitune.comparing.store import RECIPE_FILE
+from multitune.comparing.store import FILE, RECIPE_FILE, Store
 from multitune.comparing.trials import Job, Plan, name_of
 from multitune.errors import ConfigError, MultituneError
 from multitune.methods import make_method
@@ -401,11 +402,23 @@ def _finish(comparison: Comparison, as_json: bool) -> None:
         _show(lines)
         print(f"\nrecommended: {advice.candidate or 'none'}", *advice.reasons, sep="\n- ")
         print(f"\nreport: {comparison.folder / 'report.html'}")
+    others = _others(comparison)
+    if others:
+        note(
+            f"{folder} holds {_several(others, 'trial')} of other comparisons, which this report leaves out; "
+            f"`multitune report {quote(str(folder))}` writes one of all"
+        )
     if comparison.failed:
         first = comparison.failed[0].outcome.error
         note(f"{_several(len(comparison.failed), 'trial')} failed (--retry-failed runs them again); the first: {first}")
     if not any(r.outcome.score is not None for r in comparison.records):
         raise typer.Exit(1)
+
+
+def _others(comparison: Comparison) -> int:
+    """How many trials stand in the store that this comparison did not ask for."""
+    own = {r.trial.key for r in (*comparison.searched, *comparison.records)}
+    return len({r.trial.key for r in Store(comparison.folder / FILE).records()} - own)
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import typer
 
 from multitune.cli.shared import AsJson, Overhead, app, note, print_json
 from multitune.comparing.overhead import read_overhead
+from multitune.comparing.recipe import Recipe
 from multitune.comparing.records import Record
 from multitune.comparing.report import write_report
 from multitune.comparing.store import FILE, RECIPE_FILE, Store
@@ -43,12 +44,20 @@ def report_command(
     files = [_store_file(path) for path in stores]
     records = read_stores(stores)
     measured = [row for file in overhead or [] for row in read_overhead(file)]
+    place = files[0].parent
+    others = _of_other_recipes(place / RECIPE_FILE, records) if len(files) == 1 else ""
+    if others:
+        note(
+            f"{place / RECIPE_FILE} is of the last comparison alone, and these runs are of {others} too: the report "
+            f"shows a recipe for each row instead"
+        )
+    whole = len(files) == 1 and not others
     written = write_report(
         _of_tasks(records, task),
-        out or files[0].parent,
+        out or place,
         overhead=measured,
-        recipe_text=_recipe(files[0]) if len(files) == 1 else None,
-        command=command_of(files[0].parent) if len(files) == 1 else None,
+        recipe_text=_recipe(files[0]) if whole else None,
+        command=command_of(place) if whole else None,
         title=title,
     )
     advice = written.recommendation
@@ -66,6 +75,19 @@ def command_of(folder: Path) -> str | None:
     """The command that runs a comparison again, from the recipe that lies in its folder."""
     file = folder / RECIPE_FILE
     return f"multitune compare {quote(str(file))} --out {quote(str(folder))}" if file.is_file() else None
+
+
+def _of_other_recipes(file: Path, records: list[Record]) -> str:
+    """The methods and seeds that runs have and the recipe in their folder has not, in words; empty if there are none,
+    or no recipe that can be read."""
+    try:
+        recipe = Recipe.read(file)
+    except ConfigError:
+        return ""
+    methods = sorted({r.trial.method for r in records} - {m.name for m in recipe.methods})
+    seeds = sorted({r.trial.seed for r in records} - set(recipe.seeds))
+    said = [", ".join(methods)] if methods else []
+    return " and ".join(said + ([f"seed {', '.join(map(str, seeds))}"] if seeds else []))
 
 
 def read_stores(paths: list[Path]) -> list[Record]:
