@@ -362,7 +362,10 @@ def test_a_task_given_here_replaces_the_recipes_rows(tmp_path: Path, short: tupl
         ("a: [", "is not YAML"),
         ("task: demo/topic\nmethod: lora\nout: x\nset: r=2", "is a mapping of settings"),
         ("task: demo/topic\nmethod: lora\nout: x\noverwrite: perhaps", "is true or false"),
-        ("train: rows.csv\nmethod: lora\nout: x\nvalidation: 0.2", "not 0.2; without it a tenth of the rows"),
+        (
+            "train: rows.csv\nmethod: lora\nout: x\nvalidation: 2",
+            "or the share of the rows to hold out, such as 0.3, not 2",
+        ),
         ("task: demo/topic\nmethod: lora\nout: x\nepochs: many", "epochs='many'"),
         ("task: demo/topic\nmethod: []\nout: x", "'method' in the recipe is a name, or a list"),
         ("task: demo/topic\nmethod: [lora: 4]\nout: x", "'method' in the recipe is a name, or a list"),
@@ -418,7 +421,7 @@ def test_own_rows_with_a_tenth_held_out(tmp_path: Path, rows_file: Path, short: 
     answer = good("train", "--train", rows_file, *columns, "--method", "head", "--out", tmp_path / "a", *short)
     assert "reviews (classification) on 27 rows, judged by macro_f1 on 3" in answer.err
     assert "judged by only 3 rows: one row more or less is 33.3 points" in answer.err
-    assert "--validation FILE" in answer.err
+    assert "--validation FILE or --validation 0.3" in answer.err
     assert "macro_f1" in answer.out
     found = good("inspect", tmp_path / "a", "--json").json
     assert found["task"]["labels"] == ["no", "yes"]

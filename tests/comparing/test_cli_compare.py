@@ -58,6 +58,24 @@ def test_a_dry_run_says_what_it_took_for_text_and_answer(run, moods, tiny_folder
     assert json.loads(told.stdout)["trials"] and "answer from mood" in told.stderr
 
 
+def test_more_rows_can_be_held_out_of_a_table_and_run_again(run, moods, tiny_folder, tmp_path):
+    given = ("--backbone", tiny_folder, "--methods", "head", "--seeds", "1", "--validation", "0.5")
+    told = run(moods, *given, "--dry-run")
+    assert "24 rows to learn from, 24 to judge by" in told.stderr and "--validation FILE before" in told.stderr
+    (tmp_path / "again.yaml").write_text(run(moods, *given, "--print-recipe").stdout)
+    again = run("again.yaml", "--dry-run")
+    assert "24 rows to learn from, 24 to judge by" in again.stderr
+
+
+def test_rows_to_judge_by_that_are_learnt_from_are_said_before_anything_runs(run, tiny_folder, tmp_path):
+    rows = [f"film number {i % 10},{'good' if i % 2 else 'bad'}" for i in range(40)]
+    (tmp_path / "doubles.csv").write_text("\n".join(["text,label", *rows]))
+    given = ("--backbone", tiny_folder, "--methods", "head", "--seeds", "1", "--dry-run")
+    assert "4 of the 4 rows to judge by have the texts of rows to learn from" in run("doubles.csv", *given).stderr
+    (tmp_path / "single.csv").write_text("\n".join(["text,label", *rows[:11]]))  # one double at most
+    assert "have the texts" not in run("single.csv", *given).stderr
+
+
 def test_a_dry_run_of_a_search_says_the_most_it_can_come_to(run, file):
     result = run(file(search={"trials": 1}), "--dry-run")
     assert result.stdout.splitlines()[-1].startswith(
@@ -147,8 +165,9 @@ def test_a_table_is_read_compared_and_reported_in_one_command(run, moods, tiny_f
     assert result.exit_code == 0, result.stderr
     said = result.stderr.splitlines()
     assert said[0].startswith("moods: classification, 2 labels, text from text, answer from mood; 43 rows")
-    assert said[1].startswith("4 trials: 2 methods on 1 task, 2 seeds; about ")
-    assert said[2].startswith("1 of 4: moods head seed 0 accuracy ")
+    assert said[1].startswith("judged by only 5 rows: one row more or less is 20.0 points")
+    assert said[-6].startswith("4 trials: 2 methods on 1 task, 2 seeds; about ")
+    assert said[-5].startswith("1 of 4: moods head seed 0 accuracy ")
     assert "recommended: " in result.stdout and "report: compare-moods/report.html" in result.stdout
     assert {"report.html", "report.md", "report.csv", "recipe.yaml", FILE} <= {
         p.name for p in (tmp_path / "compare-moods").iterdir()

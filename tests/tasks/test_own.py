@@ -28,6 +28,7 @@ def test_a_tenth_is_held_out_in_equal_shares_of_every_label(tmp_path: Path) -> N
 def test_another_share_and_another_file_are_honoured(tmp_path: Path) -> None:
     file = csv(tmp_path / "pairs.csv")
     assert len(load_table(file, validation=0.5).validation) == 10
+    assert list(load_table(file, validation="0.5").validation) == list(load_table(file, validation=0.5).validation)
     data = load_table(ROWS, validation=csv(tmp_path / "more.csv", ROWS[:6]))
     assert (len(data.train), len(data.validation)) == (20, 6)
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from multitune.cli import shared
+from multitune.cli.data import remarks
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, written
 from multitune.comparing.estimate import Spent, estimate
 from multitune.comparing.gathering import that_count
@@ -166,7 +167,12 @@ def compare_command(
     ] = None,
     validation: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Rows to judge by.", rich_help_panel=_DATA, show_default=False),
+        typer.Option(
+            metavar="FILE|SHARE",
+            help="Rows to judge by, or the share of the rows to hold out, such as 0.3. \\[default: a tenth]",
+            rich_help_panel=_DATA,
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -265,6 +271,9 @@ def _describe_tables(plan: Plan) -> None:
             f"{cell.draws[0].task}: {task.kind}{labels}, text from {' | '.join(task.template.parts)}, answer from "
             f"{task.label}; {count(len(data.train))} rows to learn from, {count(len(data.validation))} to judge by"
         )
+        if "data" in cell.draws[0].facts:
+            for line in remarks(data, own=True):
+                note(line)
 
 
 def _announce(plan: Plan, folder: Path, retry_failed: bool) -> None:

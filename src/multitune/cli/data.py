@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from multitune.cli.mixtures import read_mixture
@@ -10,6 +10,13 @@ from multitune.cli.options import LISTS, OWN_DATA, OWN_PATTERN
 from multitune.errors import ConfigError
 from multitune.tasks import Pattern, TaskData, load_table, load_task
 from multitune.yaml_file import read_names
+
+#: Under so many rows to judge by, it is said how much one of them moves the score.
+FEW_ROWS = 50
+#: Above this share of the rows to judge by that are among those to learn from, it is said how many.
+_SHARED = 0.1
+#: From this share of the table on, a larger one is not advised.
+_LARGE = 0.25
 
 
 def task_data(chosen: Mapping[str, Any], seed: int) -> TaskData:
@@ -51,6 +58,36 @@ def _data_alone(chosen: Mapping[str, Any], seed: int) -> TaskData:
             "train needs data: --task NAME (`multitune tasks` lists them), --train FILE, or --mixture FILE"
         )
     return load_table(own.pop("train"), **own, seed=seed)
+
+
+def remarks(data: TaskData, *, own: bool) -> list[str]:
+    """What makes a score say less than it seems to, in sentences: few rows to judge by, or rows that were learnt.
+
+    own: whether the rows are a table of the user's, who can choose others.
+    """
+    judged, found = len(data.validation), []
+    if data.task.kind in ("classification", "multiple_choice") and 0 < judged < FEW_ROWS:
+        share = " or --validation 0.3" if judged < _LARGE * (judged + len(data.train)) else ""
+        more = f"; give more with --validation FILE{share} before relying on the score" if own else ""
+        only = f"only {judged} rows" if judged > 1 else "only one row"
+        found.append(f"judged by {only}: one row more or less is {100 / judged:.1f} points of accuracy{more}")
+    learnt = _learnt(data) if own else 0
+    if learnt > max(1, _SHARED * judged):
+        found.append(
+            f"{learnt} of the {judged} rows to judge by have the texts of rows to learn from, so that the score is of "
+            f"rows learnt by heart too; drop doubles from the table, or give rows of their own with --validation FILE"
+        )
+    return found
+
+
+def _learnt(data: TaskData) -> int:
+    """How many rows to judge by have the same texts as one to learn from."""
+
+    def texts(table: Any) -> Iterator[str]:
+        return map(repr, zip(*(table[column] for column in data.task.columns), strict=True))
+
+    seen = set(texts(data.train))
+    return sum(row in seen for row in texts(data.validation))
 
 
 def _in_pattern(data: TaskData, chosen: Mapping[str, Any]) -> TaskData:

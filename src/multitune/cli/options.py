@@ -96,7 +96,10 @@ OPTIONS: dict[str, Any] = {
     "instruction": _option(_PATTERN, "What stands in front of every row.", metavar="TEXT"),
     "train": _option(_DATA, "Rows to learn from: a file, a folder, or a hub data set.", metavar="FILE"),
     "validation": _option(
-        _DATA, "Rows to judge by; by default the folder's own, or a tenth held out by seed.", metavar="FILE"
+        _DATA,
+        "Rows to judge by, or the share of the rows to hold out, such as 0.3; by default the folder's own, or a tenth "
+        "held out by seed.",
+        metavar="FILE|SHARE",
     ),
     "text": _option(_DATA, 'Column of the text, or a template such as "{title} {body}".', metavar="COLUMN"),
     "text_pair": _option(_DATA, "Column or template of a second text.", metavar="COLUMN"),

@@ -107,10 +107,10 @@ def check_forms(options: Mapping[str, Any]) -> None:
     if not isinstance(options.get("overwrite", False), bool):
         raise ConfigError(f"'overwrite' in the recipe is true or false, not {options['overwrite']!r}")
     for key in ("train", "validation"):
-        if not isinstance(options.get(key, ""), str):
-            more = "; without it a tenth of the rows is held out" if key == "validation" else ""
+        if not isinstance(options.get(key, ""), (str, float) if key == "validation" else str):
+            more = ", or the share of the rows to hold out, such as 0.3" if key == "validation" else ""
             raise ConfigError(
-                f"'{key}' in the recipe is a file, a folder or a hub data set, not {options[key]!r}{more}"
+                f"'{key}' in the recipe is a file, a folder or a hub data set{more}, not {options[key]!r}"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from multitune.cli import shared
-from multitune.cli.data import task_data
+from multitune.cli.data import remarks, task_data
 from multitune.cli.options import SETTINGS, TASK_PANEL, with_options
 from multitune.cli.recipe import chosen_options, flat_settings, read_method
 from multitune.cli.shared import AsJson, app, count, note, print_json, score, show, size
@@ -18,9 +18,6 @@ from multitune.tasks import TaskData
 from multitune.training import TrainConfig, TrainResult, train
 from multitune.training.checkpoints import Checkpoints
 from multitune.training.written import judge_of_run
-
-#: Under so many rows to judge by, training says how much one of them moves the score.
-FEW_ROWS = 50
 
 
 @app.command("train")
@@ -82,10 +79,8 @@ def _announce(chosen: Mapping[str, Any], data: TaskData, method: Method, config:
             f"{task.metric} is of written texts: `multitune generate` judges the adapter by it; --eval-texts "
             f"50 has it choose the best tensors too, and takes longer"
         )
-    judged = len(data.validation)
-    if task.kind in ("classification", "multiple_choice") and 0 < judged < FEW_ROWS:
-        more = "; give more with --validation FILE before relying on the score" if "train" in chosen else ""
-        note(f"judged by only {judged} rows: one row more or less is {100 / judged:.1f} points of accuracy{more}")
+    for line in remarks(data, own="train" in chosen):
+        note(line)
 
 
 def _show_result(method: Method, result: TrainResult, out: Path, as_json: bool) -> None:

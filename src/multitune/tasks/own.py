@@ -47,8 +47,8 @@ def load_table(
     format: of a generation: plain, chat or auto, see `Task.format`.
     name: the task's name; by default that of the file.
     task: a task made by hand instead of all of these.
-    validation: rows to judge by, as another source or as the share of the rows to hold out; by default the
-        source's own validation split, or a tenth of the rows.
+    validation: rows to judge by, as another source or as the share of the rows to hold out, 0.3 or "0.3"; by default
+        the source's own validation split, or a tenth of the rows.
     seed: draws the rows that are held out, in equal shares of every label.
 
     Raises DataError when rows cannot be read or columns not be told apart, ConfigError when both a task and
@@ -59,6 +59,7 @@ def load_table(
     given = {key: value for key, value in stated.items() if value is not None}
     if task is not None and given:
         raise ConfigError(f"a task={task.name!r} already says {', '.join(given)}; give one of them")
+    validation = _number(validation)
     splits = list_splits(source)
     table = read_table(source, split="train" if "train" in splits else None)
     if task is None:
@@ -73,6 +74,16 @@ def load_table(
     else:
         train_rows, held_out = split_table(table, HELD_OUT, seed, label=_stratified(task))
     return TaskData(task=task, train=train_rows, validation=held_out)
+
+
+def _number(validation: Source | float | None) -> Source | float | None:
+    """A share that a recipe or the command line gives as a text, which else names a file, as a number."""
+    if not isinstance(validation, str) or Path(validation).exists():
+        return validation
+    try:
+        return float(validation)
+    except ValueError:
+        return validation
 
 
 def any_split(source: Source, split: str) -> Dataset:
