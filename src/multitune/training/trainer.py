@@ -214,11 +214,13 @@ class TuningTrainer(Trainer):
 
     def diverged(self, step: int, what: str) -> str:
         """The message that ends a run which diverged."""
-        rate = self.config.learning_rate
+        rate, method = self.config.learning_rate, self.tuned.method
         assert rate is not None
+        usual = method.recipe.learning_rate
+        lower = f"{rate / 10:g}" if rate <= usual else f"{usual:g}, the usual one of {method.name}"
         return (
             f"training diverged at step {step}: {what}. Nothing of it was saved; "
-            f"lower learning_rate={rate:g}, for example to {rate / 10:g}"
+            f"lower learning_rate={rate:g}, for example to {lower}"
         )
 
     # ---------------------------------------------------------------- evaluation
