@@ -358,7 +358,7 @@ def test_a_task_given_here_replaces_the_recipes_rows(tmp_path: Path, short: tupl
     [
         ("metod: lora", "Did you mean 'method'?"),
         ("epoch: 3", "Did you mean 'epochs'?"),
-        ("[a, b]", "is a mapping of options"),
+        ("[a, b]", "is no mapping of options"),
         ("a: [", "is not YAML"),
         ("task: demo/topic\nmethod: lora\nout: x\nset: r=2", "is a mapping of settings"),
         ("task: demo/topic\nmethod: lora\nout: x\noverwrite: perhaps", "is true or false"),
@@ -857,6 +857,12 @@ def test_a_recipe_of_many_jobs_is_checked(tmp_path: Path) -> None:
     )
     assert "job 1: it names no method" in refused("jobs: [{task: demo/topic}]\n")
     assert "job 1: train needs data" in refused("jobs: [{method: lora}]\n")
+    named = refused("jobs: [{task: demo/topic, method: lora, lr: 1}]\n")
+    assert "job 1: key 'lr' is unknown" in named and "Did you mean 'learning_rate'" in named
+    assert "a job is called as its folder: give out: FOLDER/mine" in refused(
+        "jobs: [{task: demo/topic, method: lora, name: mine}]\n"
+    )
+    assert f"no recipe {tmp_path / 'mani.yaml'}. Did you mean 'many.yaml'?" in bad("train-many", tmp_path / "mani.yaml")
     assert "job 2: 'set' in the recipe is a mapping" in refused(
         "set: {r: 4}\njobs: [{task: demo/topic, method: lora}, {task: demo/topic, method: lora, set: r=16}]\n"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from multitune.errors import ConfigError
+from multitune.errors import ConfigError, suggest_file
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -17,8 +17,10 @@ def read_yaml(path: Path, what: str) -> Any:
         what: what messages call it, such as "recipe".
 
     Raises:
-        ConfigError: it cannot be read, or is not YAML.
+        ConfigError: it is not there, which names the nearest, cannot be read, or is not YAML.
     """
+    if not path.exists():
+        raise ConfigError(f"no {what} {path}.{suggest_file(path)}")
     try:
         return yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

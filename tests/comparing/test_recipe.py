@@ -65,6 +65,8 @@ def test_a_setting_that_is_both_goes_to_the_method(values):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"epochs": 2}, "'epochs' is a setting of training, .* write training: {epochs: 2}"),
+        ({"lr": 0.1}, "'lr' is a setting of training, .* write training: {learning_rate: 0.1}"),
         ({"methds": ["lora"]}, "unknown key 'methds'.* Did you mean 'methods'"),
         ({"tasks": []}, "needs 'tasks'"),
         ({"tasks": "demo/topic"}, "'tasks' is a list"),

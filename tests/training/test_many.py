@@ -640,7 +640,7 @@ def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data
     refused(ConfigError, "job 'fine' writes to a folder in that of job 'all'", outer)
     refused(
         ConfigError,
-        "job 'x': no training setting 'lr'",
+        "job 'x': no training setting 'lr'. Did you mean 'learning_rate'?",
         TrainJob(data=data, method="lora", name="x", settings={"lr": 1}),
     )
     refused(ConfigError, "job 'x': .*loar", TrainJob(data=data, method="loar", name="x"))
@@ -666,6 +666,8 @@ def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data
         train_many(tiny, [fine], __file__)
     with pytest.raises(ConfigError, match="no jobs"):
         train_many(tiny, [])
+    with pytest.raises(ConfigError, match=r"a list of jobs, not one; give \[TrainJob"):
+        train_many(tiny, fine)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from multitune.cli.options import LISTS, OPTIONS, OWN_DATA
 from multitune.errors import ConfigError, suggest
 from multitune.methods.combined import part_names
+from multitune.training.config import ALSO_CALLED
 from multitune.yaml_file import read_names, read_yaml
 
 
@@ -83,12 +84,13 @@ def read_recipe(path: Path, known: Sequence[str] = tuple(OPTIONS)) -> dict[str, 
     """
     read = read_yaml(path, "recipe")
     if not isinstance(read, dict):
-        raise ConfigError(f"recipe {path} is a mapping of options to values, such as 'method: lora'")
+        raise ConfigError(f"recipe {path} is no mapping of options to values, such as 'method: lora'")
     named = {str(key).replace("-", "_"): value for key, value in read.items()}
     for key in named:
         if key not in known:
             keys = ", ".join(known)
-            raise ConfigError(f"recipe {path} has the unknown key '{key}'.{suggest(key, known)} Keys: {keys}")
+            near = suggest(ALSO_CALLED.get(key, key), known)
+            raise ConfigError(f"recipe {path} has the unknown key '{key}'.{near} Keys: {keys}")
     found = {key: value for key, value in named.items() if value is not None}
     check_forms(found)
     return found

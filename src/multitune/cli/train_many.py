@@ -19,6 +19,7 @@ from multitune.errors import ConfigError, MultituneError, suggest
 from multitune.methods import make_method
 from multitune.tasks import TaskData
 from multitune.training import FailedJob, TrainConfig, TrainingInterrupted, TrainJob, TrainResult, train_many
+from multitune.training.config import ALSO_CALLED
 
 #: Keys that say where and how all jobs run, and so cannot differ between them.
 _COMMON = {"backbone": str, "device": str, "dtype": str}
@@ -85,7 +86,7 @@ def _read(recipe: Path) -> dict[str, Any]:
         for key in (key for key in entry if key not in _OF_A_JOB):
             raise ConfigError(
                 f"recipe {recipe}, job {number}: key '{key}' is unknown, or the same for all jobs."
-                f"{suggest(key, _OF_A_JOB)} A job's keys: {', '.join(_OF_A_JOB)}"
+                f"{suggest(ALSO_CALLED.get(key, key), _OF_A_JOB)} A job's keys: {', '.join(_OF_A_JOB)}"
             )
     return given
 
@@ -120,6 +121,11 @@ def _job(number: int, common: dict[str, Any], entry: dict[str, Any], data: dict[
     try:
         check_forms(entry)
         chosen = override(common, entry)
+        if "name" in entry and "train" not in chosen:
+            raise ConfigError(
+                f"'name' is what a table of your own is called, which needs 'train'; a job is called as its folder: "
+                f"give out: FOLDER/{entry['name']}"
+            )
         if "method" not in chosen:
             raise ConfigError("it names no method; give 'method: lora'")
         name, inline = read_method(chosen["method"])
@@ -165,7 +171,7 @@ def _show(lines: list[dict[str, Any]]) -> None:
     rows = []
     for line in lines:
         if "error" in line:
-            rows.append((line["job"], "", "", "", "", "failed", f"step {line['steps']}", ""))
+            rows.append((line["job"], "", "", "", "", "failed", f"none in {count(line['steps'])} steps", ""))
             continue
         kept = f"step {count(line['best_step'])} of {count(line['steps'])}"
         cells = (line["job"], line["task"], line["method"], count(line["parameters"]), line["metric"])

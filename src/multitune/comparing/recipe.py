@@ -19,6 +19,7 @@ from multitune.comparing.recipe_reading import (
     read_seeds,
     read_tasks,
     read_training,
+    refuse_training_keys,
 )
 from multitune.errors import ConfigError
 from multitune.yaml_file import read_yaml
@@ -51,6 +52,7 @@ class Recipe:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where} is a mapping with the keys tasks and methods, not {values!r}")
         given = {str(key).replace("-", "_"): value for key, value in values.items() if value is not None}
+        refuse_training_keys(given, where)
         check_keys(given, _TOP, where)
         for key in ("tasks", "methods"):
             if not given.get(key):

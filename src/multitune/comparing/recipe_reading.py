@@ -23,6 +23,7 @@ from multitune.comparing.recipe_entries import (
 from multitune.errors import ConfigError, MultituneError, suggest
 from multitune.methods import make_method
 from multitune.methods.base import ALSO_CALLED
+from multitune.training.config import ALSO_CALLED as SETTINGS_TOO
 from multitune.training.config import TrainConfig
 from multitune.yaml_file import read_names
 
@@ -143,7 +144,7 @@ def _check_names(entry: MethodEntry, point: Point) -> None:
     known = [*make_method(entry.name).settings(), *(k for k in TRAINING if k not in _NOT_HERE)]
     for key in point:
         if key not in known and key not in _NOT_HERE:
-            near = suggest(key, known) or suggest(ALSO_CALLED.get(key, ""), known)
+            near = suggest(key, known) or suggest(({**ALSO_CALLED, **SETTINGS_TOO}).get(key, ""), known)
             raise ConfigError(
                 f"neither method '{entry.name}' nor training has a setting '{key}'.{near} There are {', '.join(known)}"
             )
@@ -217,6 +218,17 @@ def _whole(values: Mapping[str, Any], key: str, where: str, least: int = 1) -> i
 def as_list(given: Any) -> list[Any]:
     """What may stand without its list."""
     return given if isinstance(given, list) else [given]
+
+
+def refuse_training_keys(given: Mapping[str, Any], where: str) -> None:
+    """Refuse a setting of training among the keys of the recipe itself; says where it goes."""
+    for key, value in given.items():
+        name = SETTINGS_TOO.get(key, key)
+        if name in TRAINING and name not in _NOT_HERE:
+            raise ConfigError(
+                f"{where}: '{key}' is a setting of training, which stands under 'training': write training: "
+                f"{{{name}: {value}}}"
+            )
 
 
 def check_keys(given: Iterable[Any], known: Sequence[str], where: str) -> None:

@@ -40,6 +40,19 @@ _POSITIVE = ("learning_rate", "epochs", "distill_weight")
 #: Parts of `TrainConfig.losses`; training/choices.py says what each is.
 LOSS_NAMES = ("language", "unlikelihood", "choice")
 
+#: What other tools call a setting.
+ALSO_CALLED = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "lr_scheduler_type": "scheduler",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_seq_length": "max_length",
+}
+
 #: What neither changes the tensors nor the metrics of a run, so that a resumed run may change it.
 COSMETIC = ("progress", "keep_checkpoints")
 
@@ -173,7 +186,8 @@ class TrainConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(
-                    f"no training setting '{key}'.{suggest(str(key), known)} There are {', '.join(known)}"
+                    f"no training setting '{key}'.{suggest(ALSO_CALLED.get(str(key), str(key)), known)} There are "
+                    f"{', '.join(known)}"
                 )
         return cls(**{key: _checked(key, value, strict=False) for key, value in values.items()})
 

@@ -362,6 +362,8 @@ def _check_arguments(
         raise ConfigError(f"train_many takes a list of jobs, not a {type(jobs).__name__}{few}")
     if not jobs:
         raise ConfigError("train_many has no jobs; give a list with at least one TrainJob")
+    if isinstance(jobs, TrainJob):
+        raise ConfigError("train_many takes a list of jobs, not one; give [TrainJob(...)], or train(...) for one alone")
     for job in jobs:
         if not isinstance(job, TrainJob):
             raise ConfigError(f"train_many takes TrainJob(data=..., method=...), not a {type(job).__name__}")
