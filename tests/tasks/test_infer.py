@@ -184,6 +184,34 @@ def test_labels_of_one_row_each_are_taken_and_said_to_look_like_texts():
     assert len(infer_task(table(few)).labels) == 19  # warnings are errors here
 
 
+def test_whole_numbers_that_hardly_recur_are_asked_about():
+    rows = {"text": [f"x {i}" for i in range(40)], "price": [-(i // 2) if i < 20 else i for i in range(40)]}
+    with pytest.raises(DataError, match="'price' holds 30 different whole numbers: classes, or an amount"):
+        infer_task(table(rows), label="price")
+    assert infer_task(table({**rows, "price": [i // 4 for i in range(40)]}), label="price").kind == "classification"
+
+
+def test_labels_that_seem_to_be_several_in_a_cell_are_said():
+    rows = {"text": ["a", "b", "c", "d", "e"], "tags": ["x", "y", "x|y", "y|z", "x|y|z"]}
+    with pytest.warns(DataWarning, match=r"holds 'x\|y', 'x\|y\|z', 'y\|z', .*set --kind multilabel"):
+        assert infer_task(table(rows)).kind == "classification"
+    assert infer_task(table(rows), kind="multilabel").labels == ("x", "y", "z")  # and no warning
+    assert len(infer_task(table({**rows, "tags": ["x|y", "x|z", "x|y", "w", "w"]})).labels) == 3
+
+
+def test_a_file_whose_first_line_is_a_row_is_said():
+    with pytest.warns(DataWarning, match="column 'billing' is called as one of its own labels.*text,label"):
+        infer_task(table({"The card is lost.": list("abcdefghij"), "billing": ["billing", "account"] * 5}))
+
+
+def test_all_rows_without_a_label_are_named():
+    with pytest.raises(DataError, match="rows 2, 4: the label in column 'label' is empty in 2 of 5 rows"):
+        infer_task(table({"text": list("abcde"), "label": ["x", "", "y", " ", "x"]}))
+    assert infer_task(table({"text": list("abc"), "tags": ["x|y", "", ""]}), kind="multilabel").labels == ("x", "y")
+    with pytest.raises(DataError, match="row 3: the label in column 'label' is empty"):
+        infer_task(table({"text": list("abcde"), "label": ["x", "y", None, "y", "x"]}))
+
+
 def test_many_labels_that_recur_are_labels():
     columns = {"text": ["x"] * 450, "label": [f"intent {i % 150}" for i in range(450)]}
     assert len(infer_task(table(columns)).labels) == 150

@@ -122,12 +122,27 @@ def _kind(table: "Dataset", template: Template, label: str, *, named: bool) -> s
         return "regression"
     if columns.is_integer(features, label):
         num_values = len(set(table[label]))
-        if label in _SCORES or num_values > MAX_CLASSES:
+        rare = len(table) >= _FEW_ROWS and num_values > len(table) / 2
+        if label in _SCORES or num_values > MAX_CLASSES or rare:
             raise DataError(
                 f"column {label!r} holds {num_values} different whole numbers: classes, or an amount? Set "
                 "--kind (kind=…) to classification or regression"
             )
+    _warn_of_several(table, label)
     return "classification"
+
+
+def _warn_of_several(table: "Dataset", label: str) -> None:
+    """Warn of labels such as "a|b" where cells seem to hold several: apart they are fewer than together."""
+    together = {cell for cell in table[label] if isinstance(cell, str)}
+    joined = sorted(cell for cell in together if "|" in cell)
+    if joined and len({name.strip() for cell in together for name in cell.split("|")}) < len(together):
+        warnings.warn(
+            f"column {label!r} holds {shown(joined[:3])}, each of which is taken for one label. Where '|' stands "
+            f"between several labels of a row, set --kind multilabel (kind=…)",
+            DataWarning,
+            stacklevel=2,
+        )
 
 
 def _labels(table: "Dataset", label: str, kind: str) -> tuple[str, ...]:
@@ -136,12 +151,26 @@ def _labels(table: "Dataset", label: str, kind: str) -> tuple[str, ...]:
     if names:
         return names
     cells = list(table[label])
+    if kind == "classification":
+        _refuse_empty(cells, label)
     found: dict[str, None] = {}  # in order of appearance, which sorting then makes irrelevant
     for row, value in enumerate(cells, start=1):
         found.update(dict.fromkeys(_name(item, label, row) for item in _items(value, kind, label, row)))
     if kind == "classification":
         _check_classes(table, label, list(found), len(cells))
     return _in_order(found)
+
+
+def _refuse_empty(cells: Sequence[object], label: str) -> None:
+    """Raise DataError where several cells are empty, which names them; a single one is met on the way."""
+    empty = [cell is None or (isinstance(cell, str) and not cell.strip()) for cell in cells]
+    rows = [row for row, lacks in enumerate(empty, start=1) if lacks]
+    if len(rows) > 1:
+        first = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+        raise DataError(
+            f"rows {first}: the label in column {label!r} is empty in {len(rows)} of {len(cells)} rows. Fill them in "
+            f"or drop the rows"
+        )
 
 
 def _items(value: object, kind: str, label: str, row: int) -> Sequence[object]:
@@ -179,6 +208,13 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
 def _check_classes(table: "Dataset", label: str, names: Sequence[str], num_rows: int) -> None:
     if len(names) == 1:
         raise DataError(f"every row has the label {names[0]!r} in column {label!r}; two labels are needed to learn")
+    if label in names:
+        warnings.warn(
+            f"column {label!r} is called as one of its own labels, so the first line of the file may be a row that was "
+            f"taken for the names of the columns. If so, put a line with names in front of it, such as text,label",
+            DataWarning,
+            stacklevel=2,
+        )
     if len(names) > MAX_CLASSES and len(names) > num_rows / 2:
         raise DataError(
             f"column {label!r} holds {len(names)} different values in {num_rows} rows, such as "
