@@ -67,6 +67,14 @@ def test_more_rows_can_be_held_out_of_a_table_and_run_again(run, moods, tiny_fol
     assert "24 rows to learn from, 24 to judge by" in again.stderr
 
 
+def test_a_warning_of_a_table_stands_there_once(run, tiny_folder, tmp_path):
+    (tmp_path / "tags.csv").write_text("text,tags\n" + "the film,a|b\na film,a\nfilm,b\n" * 8)
+    given = ("--backbone", tiny_folder, "--methods", "head", "--seeds", "1", "--dry-run")
+    assert run("tags.csv", *given).stderr.count("set --kind multilabel") == 1
+    (tmp_path / "tags.xlsx").write_text("no table")
+    assert "tags.xlsx is of a kind that is not read; save its rows as one of .csv" in run("tags.xlsx").stderr
+
+
 def test_rows_to_judge_by_that_are_learnt_from_are_said_before_anything_runs(run, tiny_folder, tmp_path):
     rows = [f"film number {i % 10},{'good' if i % 2 else 'bad'}" for i in range(40)]
     (tmp_path / "doubles.csv").write_text("\n".join(["text,label", *rows]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from multitune.comparing.recipe import Recipe
 from multitune.comparing.recipe_entries import MethodEntry, TaskEntry
-from multitune.errors import ConfigError, suggest, suggest_file
+from multitune.errors import ConfigError, DataWarning, suggest, suggest_file
 from multitune.heads import Head
 from multitune.tasks import Task
 from multitune.tasks.files import READERS
@@ -62,6 +63,10 @@ def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: Any) -> Rec
             f"repository, and see its file with `multitune report FOLDER --overhead FILE`"
         )
     known = ", ".join(suites()) or "none"
+    if path.is_file():
+        raise ConfigError(
+            f"{given} is of a kind that is not read; save its rows as one of {', '.join(READERS)}, or a recipe as .yaml"
+        )
     raise ConfigError(
         f"'{given}' is no suite.{suggest(str(given), suites())} Give a suite ({known}), a recipe (a .yaml file), or a "
         f"table of your own rows ({', '.join(READERS)})"
@@ -75,7 +80,9 @@ def recipe_for_table(data: str, **own: Any) -> Recipe:
         DataError: the table cannot be read, or its columns not be told apart.
     """
     entry = TaskEntry(data=data, own=own)
-    loaded = entry.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # the plan reads the table again, and warns of it then
+        loaded = entry.load()
     rows = min(len(loaded.train), _TRAIN_ROWS)
     per_epoch = -(-rows // _BATCH_SIZE)
     epochs = min(_MOST_EPOCHS, max(1, round(_STEPS / per_epoch)))
