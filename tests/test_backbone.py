@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 import shlex
 
 import pytest
@@ -240,9 +241,9 @@ def test_a_packaged_name_with_a_typo_is_refused_before_the_hub_is_asked(tmp_path
     assert ".." not in str(refused.value)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
-def test_a_device_that_is_not_there_says_what_to_do(device):
-    with pytest.raises(ConfigError, match=f"cannot use device '{device}': .* Leave it out to use the CPU"):
+@pytest.mark.parametrize(("device", "near"), [("cuda:99", ""), ("gpu", "Did you mean 'cuda'? "), ("cuad", "'cuda'? ")])
+def test_a_device_that_is_not_there_says_what_to_do(device, near):
+    with pytest.raises(ConfigError, match=f"cannot use device '{device}': .*{re.escape(near)}.*Leave it out to use"):
         Backbone.load("minilm", device=device)
 
 

@@ -165,13 +165,19 @@ def _is_copied(hub_id: str) -> bool:
         return False
 
 
+#: The usual ones, as torch calls them.
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
 def _check_device(device: str | torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # how torch refuses a device that it does not have
+        kind = str(device).partition(":")[0].lower()
+        near = "" if kind in _DEVICES else suggest({"gpu": "cuda"}.get(kind, kind), _DEVICES)
         raise ConfigError(
-            f"cannot use device '{device}': {str(error).splitlines()[0]}. Leave it out to use the CPU; a GPU needs its "
-            f"driver and a build of torch for it (https://pytorch.org/get-started)"
+            f"cannot use device '{device}': {str(error).splitlines()[0]}.{near} Leave it out to use the CPU; a GPU "
+            f"needs its driver and a build of torch for it (https://pytorch.org/get-started)"
         ) from error
 
 
