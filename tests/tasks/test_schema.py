@@ -129,6 +129,11 @@ def test_a_label_with_a_comma_is_not_split():
             {"premise": "p", "question": "q", "choice1": "a", "choice2": "b", "label": 2},
             "0 … 1 or one of 'choice1'",
         ),
+        (
+            COPA,
+            {"premise": "p", "question": "q", "choice1": "a", "choice2": "b", "label": "b"},
+            "not 'b', which is the text of 'choice2': write 'choice2' or 1 instead",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_encoded(task, row, message):

@@ -291,7 +291,7 @@ class Task:
             case "multilabel":
                 return targets.label_vector(value, self.labels)
             case "multiple_choice":
-                return targets.right_items(value, choices) if choices else targets.choice_id(value, self.choices)
+                return targets.right_items(value, choices) if choices else targets.choice_id(value, self.choices, row)
             case "tagging":
                 return targets.tag_ids(value, self.labels, num_words)
             case "generation":

@@ -8,8 +8,9 @@ the names. Where a name is a number ("1" … "5" for stars), integers are names 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 from multitune.errors import DataError, suggest
 
@@ -76,17 +77,22 @@ def number(value: object) -> float:
     return result
 
 
-def choice_id(value: object, choices: Sequence[str]) -> int:
-    """Which choice is right: its position, or the name of the column that holds it."""
+def choice_id(value: object, choices: Sequence[str], row: Mapping[str, Any]) -> int:
+    """Which choice is right: its position, or the name of the column that holds it.
+
+    Its text is none of these, since a text such as "2" could be a position as well; the message says whose it is.
+    """
     names = [choice.removeprefix("{").removesuffix("}") for choice in choices]
     if value in names:
         return names.index(str(value))
     position = as_integer(value)
     if position is not None and 0 <= position < len(choices):
         return position
+    same = [name for name in names if row.get(name) == value]
+    fix = f", which is the text of {same[0]!r}: write {same[0]!r} or {names.index(same[0])} instead" if same else ""
     raise DataError(
         f"the answer to a multiple choice is 0 … {len(choices) - 1} or one of {', '.join(map(repr, names))}, "
-        f"not {value!r}"
+        f"not {value!r}{fix}"
     )
 
 
