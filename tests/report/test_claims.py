@@ -367,6 +367,12 @@ def test_the_command_writes_the_document_and_prints_every_claim(tmp_path):
     assert text.count("\n### ") == 8 and text.count("**holds here**") == 1
     assert text.count("**cannot be tested here**") == 3
     assert {line.split()[0] for line in result.stdout.splitlines()[2:]} == set("12345678")
+    assert "nothing given here" not in result.stderr
+    other = Store(tmp_path / "mine" / FILE)
+    for each in runs({"lora": HIGH}, task="tickets"):
+        other.add(each)
+    nothing = CliRunner().invoke(app, ["claims", str(tmp_path / "mine")])
+    assert "nothing given here is what a claim is about (tasks: tickets); `multitune compare glue`" in nothing.stderr
     found = json.loads(CliRunner().invoke(app, ["claims", str(tmp_path / "done"), "--json"]).stdout)
     assert [c["number"] for c in found] == list(range(1, 9))
 

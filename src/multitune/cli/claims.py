@@ -18,6 +18,9 @@ from multitune.comparing.papers import CLAIMS
 from multitune.errors import ConfigError, DataError, suggest_file
 from multitune.files import replace_file
 
+#: Verdicts that runs were needed for.
+_DECIDED = ("holds here", "does not hold here", "cannot be told here")
+
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 
 
@@ -62,6 +65,13 @@ def claims_command(
     if as_json:
         print_json([asdict(c) | {"findings": [asdict(f) for f in findings[c.number]]} for c in CLAIMS])
         return
+    if not any(f.verdict in _DECIDED for of in findings.values() for f in of):
+        tasks = ", ".join(sorted({r.trial.task for r in records}))
+        note(
+            "nothing given here is what a claim is about"
+            + (f" (tasks: {tasks})" if tasks else "")
+            + "; `multitune compare glue` is the first of the comparisons that are, and docs/claims.md has all of them"
+        )
     lines = [(number, f.runs, f.part.words, f.ours, f.verdict) for number, of in findings.items() for f in of]
     show(shared.table(lines, ("claim", "runs", "read as", "ours", "verdict")))
 
