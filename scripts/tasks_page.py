@@ -42,7 +42,8 @@ the Hugging Face hub; its columns are those of the folder, its rows may be more.
 `multitune train --train FILE` and `mt.load_table(FILE)` read a CSV, TSV, JSONL, JSON or Parquet file, a folder with one
 such file a split (`train.csv`, `validation.csv`), or a data set of the hub; `multitune compare` a file or a folder.
 Columns of usual names are found; `--text`, `--text-pair` and `--label` name others, and a text may be a template over
-several columns, `--text "{title} {body}"`. Without validation rows a tenth is held out. Lists need JSONL or Parquet.
+several columns, `--text "{title} {body}"`. Without validation rows a tenth is held out (`--validation 0.3` holds
+out more). Lists need JSONL or Parquet.
 
 {kinds}
 Label names are the values of the column, sorted, unless `--labels` gives them in an order; a whole number may stand

@@ -80,10 +80,10 @@ from multitune.tasks import load_task as load_task
 from multitune.tasks import read_table as read_table
 from multitune.training.api import train as train
 from multitune.training.config import TrainConfig as TrainConfig
+from multitune.training.jobs import FailedJob as FailedJob
+from multitune.training.jobs import TrainJob as TrainJob
+from multitune.training.jobs import TrainingInterrupted as TrainingInterrupted
 from multitune.training.judging import evaluate as evaluate
-from multitune.training.many import FailedJob as FailedJob
-from multitune.training.many import TrainJob as TrainJob
-from multitune.training.many import TrainingInterrupted as TrainingInterrupted
 from multitune.training.many import train_many as train_many
 from multitune.training.results import TrainResult as TrainResult
 from multitune.version import __version__ as __version__

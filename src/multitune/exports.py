@@ -63,7 +63,8 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "multitune.training.api": ("train",),
     "multitune.training.config": ("TrainConfig",),
     "multitune.training.judging": ("evaluate",),
-    "multitune.training.many": ("FailedJob", "TrainJob", "TrainingInterrupted", "train_many"),
+    "multitune.training.jobs": ("FailedJob", "TrainJob", "TrainingInterrupted"),
+    "multitune.training.many": ("train_many",),
     "multitune.training.results": ("TrainResult",),
     "multitune.version": ("__version__",),
 }

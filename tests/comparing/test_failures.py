@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import multitune.training.many as together
+import multitune.training.crew as together
 from multitune import compare
 from multitune.cli.shared import app, load_command
 from multitune.comparing import Store, execute
