@@ -38,16 +38,17 @@ def test_it_writes_the_report_beside_the_store(folder):
 
 
 @pytest.mark.parametrize(
-    ("methods", "seeds", "others"),
+    ("methods", "seeds", "tasks", "others"),
     [
-        ("[head, lora]", 3, ""),
-        ("[lora]", 3, "head"),
-        ("[head, lora]", 2, "seed 2"),
-        ("[lora]", 1, "head and seed 1, 2"),
+        ("[head, lora]", 3, "[demo/topic, demo/intent]", ""),
+        ("[lora]", 3, "[demo/topic, demo/intent]", "head"),
+        ("[head, lora]", 2, "[demo/topic, demo/intent]", "seed 2"),
+        ("[lora]", 1, "[demo/topic, demo/intent]", "head and seed 1, 2"),
+        ("[head, lora]", 3, "[demo/topic]", "task demo/intent"),
     ],
 )
-def test_a_recipe_that_gave_only_some_of_the_runs_is_not_said_to_give_them_all(folder, methods, seeds, others):
-    recipe = f"name: the-recipe\ntasks: [demo/topic, demo/intent]\nmethods: {methods}\nseeds: {seeds}\n"
+def test_a_recipe_that_gave_only_some_of_the_runs_is_not_said_to_give_them_all(folder, methods, seeds, tasks, others):
+    recipe = f"name: the-recipe\ntasks: {tasks}\nmethods: {methods}\nseeds: {seeds}\n"
     (folder / "recipe.yaml").write_text(recipe)
     result = run(folder)
     page = (folder / "report.html").read_text()

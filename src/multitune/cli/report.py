@@ -78,16 +78,24 @@ def command_of(folder: Path) -> str | None:
 
 
 def _of_other_recipes(file: Path, records: list[Record]) -> str:
-    """The methods and seeds that runs have and the recipe in their folder has not, in words; empty if there are none,
-    or no recipe that can be read."""
+    """The methods, seeds and tasks that runs have and the recipe in their folder has not, in words; empty if there are
+    none, or no recipe that can be read."""
     try:
         recipe = Recipe.read(file)
     except ConfigError:
         return ""
     methods = sorted({r.trial.method for r in records} - {m.name for m in recipe.methods})
     seeds = sorted({r.trial.seed for r in records} - set(recipe.seeds))
+    sources = {entry.source.get("task") or entry.source["data"] for entry in recipe.tasks}
+    tasks = sorted({r.trial.task for r in records if _source(r) not in sources})
     said = [", ".join(methods)] if methods else []
-    return " and ".join(said + ([f"seed {', '.join(map(str, seeds))}"] if seeds else []))
+    said += [f"seed {', '.join(map(str, seeds))}"] if seeds else []
+    return " and ".join(said + ([f"task {', '.join(tasks)}"] if tasks else []))
+
+
+def _source(record: Record) -> str:
+    """Where a run's rows come from: a known task, or the file of a table, whatever name was given to its task."""
+    return str(record.trial.data.get("task") or record.trial.data.get("data") or record.trial.task)
 
 
 def read_stores(paths: list[Path]) -> list[Record]:
