@@ -204,6 +204,11 @@ def test_a_file_whose_first_line_is_a_row_is_said():
         infer_task(table({"The card is lost.": list("abcdefghij"), "billing": ["billing", "account"] * 5}))
 
 
+def test_a_column_of_spam_called_spam_beside_texts_that_are_called_so_is_no_row():
+    named = {"Message": list("abcdefghij"), "spam": ["spam", "ham"] * 5}
+    assert infer_task(table(named), label="spam").labels == ("ham", "spam")  # warnings are errors here
+
+
 def test_all_rows_without_a_label_are_named():
     with pytest.raises(DataError, match="rows 2, 4: the label in column 'label' is empty in 2 of 5 rows"):
         infer_task(table({"text": list("abcde"), "label": ["x", "", "y", " ", "x"]}))

@@ -53,6 +53,11 @@ IDS = ("id", "idx", "index", "uid", "guid", "row", "column_1")
 """Columns that number the rows; `column_1` is what the reader calls the nameless index of a CSV file."""
 
 
+def is_usual(column: str) -> bool:
+    """Whether the column is called as columns often are, in capitals or not, so that a file has a line of names."""
+    return column.casefold() in {*TEXTS, *LABELS, *ANSWERS, *PROMPTS, *IDS, *_flat(PAIRS)}
+
+
 def is_text(features: "Features", column: str) -> bool:
     """Whether the column holds strings."""
     from datasets import Value

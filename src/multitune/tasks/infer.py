@@ -208,7 +208,7 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
 def _check_classes(table: "Dataset", label: str, names: Sequence[str], num_rows: int) -> None:
     if len(names) == 1:
         raise DataError(f"every row has the label {names[0]!r} in column {label!r}; two labels are needed to learn")
-    if label in names:
+    if label in names and not any(columns.is_usual(column) for column in table.column_names if column != label):
         warnings.warn(
             f"column {label!r} is called as one of its own labels, so the first line of the file may be a row that was "
             f"taken for the names of the columns. If so, put a line with names in front of it, such as text,label",
