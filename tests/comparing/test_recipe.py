@@ -87,6 +87,7 @@ def test_a_setting_that_is_both_goes_to_the_method(values):
         ({"methods": ["loar"]}, "no method is called 'loar'.* Did you mean 'lora'"),
         ({"methods": {"lora": {"lora_alpha": [2]}}}, "has a setting 'lora_alpha'.* Did you mean 'alpha'"),
         ({"methods": {"lora": {"learning_rat": 1}}}, "setting 'learning_rat'.* Did you mean 'learning_rate'"),
+        ({"methods": {"lora": {"lr": 1}}}, "has a setting 'lr'.* Did you mean 'learning_rate'"),
         ({"methods": {"lora": {"r": []}}}, "list of 'r' is empty"),
         ({"methods": {"lora": {"r": [2, 2]}}}, "has a value twice"),
         ({"methods": {"lora": {"r": [4, 0]}}}, "r=0 is not possible"),

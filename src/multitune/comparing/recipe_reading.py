@@ -144,7 +144,8 @@ def _check_names(entry: MethodEntry, point: Point) -> None:
     known = [*make_method(entry.name).settings(), *(k for k in TRAINING if k not in _NOT_HERE)]
     for key in point:
         if key not in known and key not in _NOT_HERE:
-            near = suggest(key, known) or suggest(({**ALSO_CALLED, **SETTINGS_TOO}).get(key, ""), known)
+            # another tool's name first: 'lr' is spelled much like 'r'
+            near = suggest(SETTINGS_TOO.get(key, key), known) or suggest(ALSO_CALLED.get(key, ""), known)
             raise ConfigError(
                 f"neither method '{entry.name}' nor training has a setting '{key}'.{near} There are {', '.join(known)}"
             )
