@@ -22,10 +22,11 @@ from multitune.cli.fields import fields_of
 from multitune.cli.options import OPTIONS
 from multitune.cli.recipe import read_recipe
 from multitune.cli.shared import COMMANDS, load_backbone, load_command, size
+from multitune.cli.train_many import _with_names
 from multitune.comparing.sources import suites
 from multitune.heads import Head
 from multitune.tasks import list_tasks, load_task
-from multitune.training import TrainConfig
+from multitune.training import TrainConfig, TrainJob
 
 SHORT = (
     "--max-steps",
@@ -875,6 +876,12 @@ def test_a_recipe_of_many_jobs_is_checked(tmp_path: Path) -> None:
     recipe.write_text("jobs: [{task: demo/topic, method: lora}]\n")
     assert "needs --out" in bad("train-many", recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_whose_folders_join_to_one_name_keep_the_slashes() -> None:
+    folders = ["a-b/c", "a/b/c", "d/c", "e"]
+    jobs = [TrainJob(data=None, method="lora", output_dir=folder) for folder in folders]  # type: ignore[arg-type]
+    assert [job.name for job in _with_names(jobs)] == ["a-b/c", "a/b/c", "d-c", "e"]
 
 
 def test_jobs_of_folders_of_one_name_are_called_by_their_paths(tmp_path: Path, short: tuple[str, ...]) -> None:

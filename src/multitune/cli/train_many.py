@@ -104,16 +104,25 @@ def _limit(key: str, value: Any) -> Any:
 
 
 def _with_names(jobs: list[TrainJob]) -> list[TrainJob]:
-    """Jobs that have a folder are called as it is; by all of its path where folders of one name lie apart."""
+    """Jobs that have a folder are called as it is; by all of its path where folders of one name lie apart.
+
+    Where a path joined by dashes is the name of another (a-b/c and a/b/c), the slashes stay.
+    """
     folders = [None if job.output_dir is None else Path(job.output_dir) for job in jobs]
     often = Counter(folder.name for folder in folders if folder is not None)
-    named = []
-    for job, folder in zip(jobs, folders, strict=True):
-        if folder is not None:
-            whole = "-".join(part for part in folder.parts if part != folder.anchor)
-            job = replace(job, name=whole if often[folder.name] > 1 else folder.name)
-        named.append(job)
-    return named
+    names = [
+        "" if folder is None else folder.name if often[folder.name] == 1 else "-".join(_below_root(folder))
+        for folder in folders
+    ]
+    twice = Counter(names)
+    return [
+        job if folder is None else replace(job, name=name if twice[name] == 1 else str(folder))
+        for job, folder, name in zip(jobs, folders, names, strict=True)
+    ]
+
+
+def _below_root(folder: Path) -> list[str]:
+    return [part for part in folder.parts if part != folder.anchor]
 
 
 def _job(number: int, common: dict[str, Any], entry: dict[str, Any], data: dict[str, TaskData]) -> TrainJob:
