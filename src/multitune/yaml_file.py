@@ -20,7 +20,7 @@ def read_yaml(path: Path, what: str) -> Any:
         ConfigError: it is not there, which names the nearest, cannot be read, or is not YAML.
     """
     if not path.exists():
-        raise ConfigError(f"no {what} {path}.{suggest_file(path)}")
+        raise ConfigError(f"there is no {what} {path}.{suggest_file(path)}")
     try:
         return yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

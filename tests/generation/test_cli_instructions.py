@@ -182,7 +182,7 @@ def test_the_bare_backbone_needs_to_be_told_what_to_write(place, arguments, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--mixture", "no.yaml"), "cannot read mixture no.yaml"),
+        (("--mixture", "no.yaml"), "there is no mixture no.yaml"),
         (("--mixture", "no.yaml", "--task", "nlg/e2e_nlg"), "--task brings its own data, so --mixture cannot be"),
         (("--task", "moods/one", "--examples", "2"), "exemplars stand in prompts of tasks that write"),
         (("--task", "nlg/e2e_nlg", "--examples", "0"), "k=0 examples are not possible"),
