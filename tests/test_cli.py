@@ -187,6 +187,7 @@ def test_an_unknown_command_and_option_are_refused() -> None:
     assert Answer("trian").code == 2
     assert Answer("methods", "--jsn").code == 2
     assert "--learning-rate" in Answer("train", "--lr", "1e-3").err
+    assert "--scheduler" in Answer("train", "--lr-scheduler-type", "linear").err
 
 
 def test_sizes() -> None:

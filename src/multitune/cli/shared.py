@@ -61,13 +61,8 @@ COMMANDS = {
 }  # fmt: skip
 
 
-#: What other tools call an option.
+#: What other tools call an option that is no setting of training, whose names `training.config` has.
 ALSO_CALLED = {
-    "--lr": "--learning-rate",
-    "--bs": "--batch-size",
-    "--per-device-train-batch-size": "--batch-size",
-    "--num-epochs": "--epochs",
-    "--num-train-epochs": "--epochs",
     "--model": "--backbone",
     "--model-name-or-path": "--backbone",
     "--output": "--out",
@@ -76,6 +71,14 @@ ALSO_CALLED = {
     "--rank": "--set",
     "--force": "--overwrite",
 }
+
+
+def _usual(option: str) -> str | None:
+    """What an option is called here that has another name in other tools; none where no such name is known."""
+    from multitune.training.config import ALSO_CALLED as settings  # in here: it takes a while to load
+
+    setting = settings.get(option.removeprefix("--").replace("-", "_"))
+    return ALSO_CALLED.get(option) if setting is None else f"--{setting.replace('_', '-')}"
 
 
 class Group(TyperGroup):
@@ -108,7 +111,7 @@ class Group(TyperGroup):
                 raise
             problem = f"{error.strerror}: {error.filename}"
         except Exception as error:
-            usual = ALSO_CALLED.get(getattr(error, "option_name", ""))
+            usual = _usual(getattr(error, "option_name", ""))
             if usual is not None and hasattr(error, "possibilities"):  # typer's error about an unknown option
                 error.possibilities = [usual]
             raise

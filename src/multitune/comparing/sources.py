@@ -10,7 +10,7 @@ from typing import Any
 
 from multitune.comparing.recipe import Recipe
 from multitune.comparing.recipe_entries import MethodEntry, TaskEntry
-from multitune.errors import ConfigError, DataWarning, suggest, suggest_file
+from multitune.errors import ConfigError, DataWarning, suggest
 from multitune.heads import Head
 from multitune.tasks import Task
 from multitune.tasks.files import READERS
@@ -52,8 +52,6 @@ def recipe_of(given: Recipe | Mapping[str, Any] | str | Path, **own: Any) -> Rec
     if own:
         raise ConfigError(f"--{next(iter(own)).replace('_', '-')} is for a table of your own rows, not for '{given}'")
     if path.suffix.lower() in _YAML:
-        if not path.is_file():
-            raise ConfigError(f"no recipe {path}.{suggest_file(path)}")
         return Recipe.read(path)
     if str(given) in suites():
         return Recipe.read(suites()[str(given)])
