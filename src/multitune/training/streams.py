@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+#: The global generators are one for all threads: while a stream draws, others wait. The same thread may draw within.
+_DRAWING = threading.RLock()
 
 
 class RandomStream:
@@ -27,15 +31,16 @@ class RandomStream:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """While it lasts, torch's global generators are this stream's. They are not put back: streams take turns."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self.device)
-        try:
-            yield
-        finally:
-            self._cpu = torch.get_rng_state()
+        with _DRAWING:
+            torch.set_rng_state(self._cpu)
             if self._cuda is not None:
-                self._cuda = torch.cuda.get_rng_state(self.device)
+                torch.cuda.set_rng_state(self._cuda, self.device)
+            try:
+                yield
+            finally:
+                self._cpu = torch.get_rng_state()
+                if self._cuda is not None:
+                    self._cuda = torch.cuda.get_rng_state(self.device)
 
     @contextmanager
     def drawing_all(self) -> Iterator[None]:
@@ -43,13 +48,14 @@ class RandomStream:
 
         No model draws from those, and they take too long to change for every mask of a dropout.
         """
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        try:
-            with self.drawing():
-                yield
-        finally:
-            self._python, self._numpy = random.getstate(), np.random.get_state()
+        with _DRAWING:
+            random.setstate(self._python)
+            np.random.set_state(self._numpy)
+            try:
+                with self.drawing():
+                    yield
+            finally:
+                self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def copy(self) -> RandomStream:
         """A stream that goes on from here by itself."""
