@@ -1,10 +1,11 @@
 """Is training many adapters together faster than one after the other, and how much memory does it take?
 
-    python benchmarks/train_many.py [--jobs 16] [--steps 40] [--threads 2] [--rounds 1] [--write docs/results.md]
+    python benchmarks/train_many.py [--jobs 16] [--steps 40] [--threads 2] [--rounds 3] [--write docs/results.md]
 
 Jobs of 8 methods on 4 tasks of short texts are trained on minilm, each by itself with `train` and all together with
 `train_many`, from the same settings. Both systems run in turns, `--rounds` times, each in a process of its own, which
-loads the backbone and trains one step before the clock starts. Peak memory is that of the process, libraries and
+loads the backbone and trains one step before the clock starts. Seconds are medians of the rounds, and so are their
+ratios to "alone" of the same round, with the lowest and the highest. Peak memory is that of the process, libraries and
 backbone included (Linux); a single run is the largest of `--singles` of the jobs, each in a process of its own. The
 curves of both are compared too: the largest difference of a logged loss stands in the last column.
 """
@@ -29,7 +30,9 @@ BEGIN, END = "<!-- train_many:begin -->", "<!-- train_many:end -->"
 METHODS = ("lora", "bitfit", "ia3", "ptuning_v2", "prompt", "houlsby", "aot_fc", "adalora")
 TASKS = ("demo/sentiment", "demo/topic", "demo/urgency", "demo/paraphrase")
 #: (tokens of a pass) of the systems in which all jobs train together.
-BUDGETS = (512, 1024, 2048)
+BUDGETS = (512, 1024)
+#: (passes at a time)
+PASSES = (1, 2)
 
 
 def jobs_of(count: int, steps: int) -> list[multitune.TrainJob]:
@@ -49,7 +52,7 @@ def run(system: str, count: int, steps: int, threads: int, sender: Any) -> None:
     """Train in this process, and send seconds, peak memory and the logged losses of every job.
 
     Args:
-        system: "alone", "alone:I" for job I only, or "together:BUDGET".
+        system: "alone", "alone:I" for job I only, or "together:BUDGETxPASSES".
     """
     torch.set_num_threads(threads)
     backbone = multitune.Backbone.load("minilm")
@@ -64,7 +67,8 @@ def run(system: str, count: int, steps: int, threads: int, sender: Any) -> None:
     if what == "alone":
         found = [multitune.train(backbone, job.data, job.method, **job.settings) for job in jobs]
     else:
-        found = multitune.train_many(backbone, jobs, token_budget=int(number))
+        budget, passes = (int(part) for part in number.split("x"))
+        found = multitune.train_many(backbone, jobs, token_budget=budget, passes=passes)
     seconds = time.perf_counter() - start
     losses = [[entry["loss"] for entry in result.history if "loss" in entry] for result in found]
     sender.send((seconds, peak_memory(backbone.device), losses))
@@ -87,7 +91,7 @@ def measure(system: str, options: argparse.Namespace) -> tuple[float, int, list[
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per system."""
-    systems = ["alone", *(f"together:{budget}" for budget in options.budgets)]
+    systems = ["alone", *(f"together:{b}x{p}" for p in options.passes for b in options.budgets)]
     seconds: dict[str, list[float]] = {system: [] for system in systems}
     memory: dict[str, list[int]] = {system: [] for system in systems}
     losses: dict[str, list[list[float]]] = {}
@@ -97,13 +101,17 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             seconds[system].append(took)
             memory[system].append(peak)
     single = max(measure(f"alone:{i}", options)[1] for i in range(min(options.jobs, options.singles)))
+    ratios = {
+        system: [mine / alone for mine, alone in zip(seconds[system], seconds["alone"], strict=True)]
+        for system in systems
+    }
     return [
         {
             "system": system,
             "seconds": statistics.median(seconds[system]),
-            "ratio": statistics.median(
-                mine / alone for mine, alone in zip(seconds[system], seconds["alone"], strict=True)
-            ),
+            "ratio": statistics.median(ratios[system]),
+            "lowest_ratio": min(ratios[system]),
+            "highest_ratio": max(ratios[system]),
             "peak_bytes": max(memory[system]),
             "peak_ratio": max(memory[system]) / single,
             "largest_difference": max(
@@ -116,6 +124,12 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def name(system: str) -> str:
+    """A system as a reader would call it."""
+    what, _, limits = system.partition(":")
+    return f"{what}, token_budget={limits.replace('x', ', passes=')}" if limits else what
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -123,8 +137,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        ratio, low, high = (f"{row[key]:.2f}" for key in ("ratio", "lowest_ratio", "highest_ratio"))
+        spread = "" if low == high else f" ({low} to {high})"
         lines.append(
-            f"| {row['system'].replace(':', ', token_budget=')} | {row['seconds']:.1f} | {row['ratio']:.2f} "
+            f"| {name(row['system'])} | {row['seconds']:.1f} | {ratio}{spread} "
             f"| {row['peak_bytes'] / 1e6:.0f} | {row['peak_ratio']:.2f} | {row['largest_difference']:.1e} |"
         )
     return "\n".join(lines)
@@ -145,16 +161,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each job")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1, help="how often the systems take turns")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the systems take turns")
     parser.add_argument("--singles", type=int, default=len(METHODS), help="jobs whose memory is measured by itself")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="TOKENS")
+    parser.add_argument("--passes", type=int, nargs="+", default=PASSES, metavar="N", help="passes at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between this document's markers")
     options = parser.parse_args()
     rows = compare(options)
     where = environment(options.threads)
     text = (
-        f"{options.jobs} jobs of {options.steps} steps, {options.threads} threads, {where['machine']}.\n\n{table(rows)}"
+        f"{options.jobs} jobs of {options.steps} steps, {options.threads} threads, {options.rounds} "
+        f"{'round' if options.rounds == 1 else 'rounds, of which medians'}, {where['machine']}.\n\n{table(rows)}"
     )
     print(text)
     if options.json:

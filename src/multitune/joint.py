@@ -109,7 +109,7 @@ class _JointStep(Step):
                 for step in steps:
                     new = step(read, new, module)
             out.append(_widen(new, y.shape[1]).to(y.dtype))
-        return torch.cat(out)
+        return _stacked(out)
 
 
 class _JointPlan(Plan):
@@ -227,7 +227,12 @@ def _widen(t: Tensor, width: int) -> Tensor:
 def _each(parts: Sequence[_Part], t: Tensor, function: Callable[[Call, Tensor], Tensor]) -> Tensor:
     """`function` applied to every call's own part of `t [B, T, ...]`."""
     pieces = zip(parts, t.split([part.rows for part in parts]), strict=True)
-    return torch.cat([_widen(function(part.call, part.cut(own)), t.shape[1]) for part, own in pieces])
+    return _stacked([_widen(function(part.call, part.cut(own)), t.shape[1]) for part, own in pieces])
+
+
+def _stacked(pieces: Sequence[Tensor]) -> Tensor:
+    """The rows of all; a single piece is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))
 
 
 def _joint_inputs(backbone: Backbone, inputs: Sequence[dict[str, Any]], masked: bool) -> dict[str, Any]:
@@ -284,7 +289,7 @@ def attend_apart(call: JointCall, tensors: Sequence[Tensor], columns: int, atten
     for part, *own in zip(call.parts, *pieces, strict=True):
         with active(part.call):
             out.append(_widen(attend(part, *(t.narrow(columns, 0, part.width) for t in own)), width))
-    return torch.cat(out)
+    return _stacked(out)
 
 
 # -------------------------------------------------------------------- random numbers
@@ -330,6 +335,9 @@ def _dropout(
     if input.shape[0] != call.plan.num_rows:  # some models flatten rows and tokens
         wide = input.unflatten(0, (call.plan.num_rows, -1))
         return _dropout(call, func, wide, p).flatten(0, 1)
+    if len(call.parts) == 1:
+        with call.parts[0].call.drawing():
+            return func(input, p, True)
     masks = []
     with torch.no_grad():
         for part in call.parts:

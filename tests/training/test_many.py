@@ -5,8 +5,11 @@ import io
 import json
 import math
 import random
+import threading
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +39,7 @@ from multitune import (
     train,
     train_many,
 )
-from multitune.training import crew, together
+from multitune.training import crew, many, together
 from multitune.training.progress import Progress
 from multitune.training.together import MOST_PADDING, pack
 
@@ -45,6 +48,12 @@ METHODS = (
     "lora", "bitfit", "prompt", "ptuning_v2", "aot_fc", "houlsby", "ia3", "adalora", "head", "sift", "mam", "dora",
 )  # fmt: skip
 KINDS = ("classification", "regression", "multilabel", "multiple_choice", "tagging")
+
+
+@pytest.fixture(name="train_many", params=[1, 3], ids=["one pass at a time", "three passes at a time"])
+def _train_many(request):
+    """`train_many` with passes one after the other, or side by side, each on one thread."""
+    return partial(train_many, passes=request.param)
 
 
 @pytest.fixture
@@ -149,7 +158,7 @@ def _raising(step, where):
 # -------------------------------------------------------------------- as if alone
 
 
-def test_every_job_ends_as_if_it_had_trained_alone(tiny, make_data, same_run):
+def test_every_job_ends_as_if_it_had_trained_alone(train_many, tiny, make_data, same_run):
     data = {kind: make_data(kind, train=19) for kind in KINDS}
     jobs = [
         TrainJob(
@@ -188,7 +197,7 @@ def test_settings_of_one_task_share_its_rows(tiny, make_data, same_run):
     assert len({r.adapter.name for r in [*train_many(tiny, jobs[:3], **SHARED)]}) == 3
 
 
-def test_a_methods_own_random_numbers_are_its_jobs(tiny, make_data, same_tensors, tmp_path):
+def test_a_methods_own_random_numbers_are_its_jobs(train_many, tiny, make_data, same_tensors, tmp_path):
     """Python's, NumPy's and torch's, in every hook, and after a kill."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -219,8 +228,10 @@ def test_a_methods_own_random_numbers_are_its_jobs(tiny, make_data, same_tensors
         assert mine.history == theirs.history
 
 
-def test_a_job_that_shares_no_pass_is_bit_equal_to_one_alone(tiny, make_data, same_tensors):
+def test_a_job_that_shares_no_pass_is_bit_equal_to_one_alone(train_many, tiny, make_data, same_tensors):
     jobs = [TrainJob(data=make_data(kind), method="lora", settings={"seed": 7}) for kind in KINDS]
+    jobs += [replace(jobs[0], method=method, settings={"seed": 8}) for method in ("houlsby", "adalora", "prompt")]
+    jobs += [replace(jobs[0], settings={"seed": 7, "gradient_checkpointing": on}) for on in (True, True, False)]
     jobs.append(replace(jobs[0], settings={"seed": 7, "precision": "bf16"}))
     found = train_many(tiny, jobs, token_budget=1, **SHARED)
     for job, mine in zip(jobs, found, strict=True):
@@ -268,15 +279,17 @@ def test_writing_and_reading_share_passes(make_backbone, one_thread, make_data, 
     ),
     max_jobs=st.integers(1, 4),
     token_budget=st.sampled_from([1, 150, 5000]),
+    passes=st.integers(1, 4),
 )
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_mix_of_jobs(tiny, make_data, same_run, picked, max_jobs, token_budget):
+def test_any_mix_of_jobs(tiny, make_data, same_run, picked, max_jobs, token_budget, passes):
     jobs = [
         TrainJob(data=make_data(kind, train=9), method=method, settings={"seed": seed, "batch_size": batch_size})
         for method, kind, seed, batch_size in picked
     ]
     shared = dict(epochs=1, evaluations_per_epoch=1)
-    found = train_many(tiny, jobs, max_jobs=max_jobs, token_budget=token_budget, **(SHARED | shared))
+    limits = dict(max_jobs=max_jobs, token_budget=token_budget, passes=passes)
+    found = train_many(tiny, jobs, **limits, **(SHARED | shared))
     for job, mine in zip(jobs, found, strict=True):
         same_run(mine, _alone(tiny, job, **shared))
 
@@ -293,7 +306,7 @@ def _others(data):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_job_that_diverges_leaves_the_others_bit_equal(where, tiny, make_data, same_tensors):
+def test_a_job_that_diverges_leaves_the_others_bit_equal(where, train_many, tiny, make_data, same_tensors):
     """Against a run with the same rows up to there, in which that job just ends."""
     data = {kind: make_data(kind, train=19) for kind in KINDS}
     lines = []
@@ -311,7 +324,9 @@ def test_a_job_that_diverges_leaves_the_others_bit_equal(where, tiny, make_data,
         assert mine.history == theirs.history
 
 
-def test_errors_of_another_library_end_their_jobs_and_leave_the_others_bit_equal(tiny, make_data, same_tensors):
+def test_errors_of_another_library_end_their_jobs_and_leave_the_others_bit_equal(
+    train_many, tiny, make_data, same_tensors
+):
     """Against a run in which those jobs just end after that step."""
     data = {kind: make_data(kind, train=19) for kind in KINDS}
     hooks = ("deltas", "penalty", "after_step")
@@ -332,7 +347,7 @@ def test_errors_of_another_library_end_their_jobs_and_leave_the_others_bit_equal
 
 
 @pytest.mark.parametrize("fault", ["one job's", "the company's"])
-def test_where_a_pass_fails_its_jobs_go_on_one_by_one(fault, tiny, make_data, same_run, monkeypatch):
+def test_where_a_pass_fails_its_jobs_go_on_one_by_one(fault, train_many, tiny, make_data, same_run, monkeypatch):
     data, lines = make_data(train=19), []
     own = [{}, {"gradient_accumulation": 2, "batch_size": 4}, {"batch_size": 5}]
     jobs = [TrainJob(data=data, method="lora", name=f"job{i}", settings=s) for i, s in enumerate(own)]
@@ -361,7 +376,7 @@ def test_where_a_pass_fails_its_jobs_go_on_one_by_one(fault, tiny, make_data, sa
 
 
 @pytest.mark.parametrize("name", ["report", "ended"])
-def test_an_error_of_the_caller_is_no_jobs(name, tiny, make_data):
+def test_an_error_of_the_caller_is_no_jobs(name, train_many, tiny, make_data):
     def gone(*args):
         if "step" in str(args[-1]):
             raise OSError("the screen is gone")
@@ -370,7 +385,7 @@ def test_an_error_of_the_caller_is_no_jobs(name, tiny, make_data):
         train_many(tiny, [TrainJob(data=make_data(), method="lora")], **{name: gone}, **(SHARED | dict(max_steps=1)))
 
 
-def test_a_job_that_stops_early_leaves_the_others_bit_equal(tiny, make_data, same_tensors):
+def test_a_job_that_stops_early_leaves_the_others_bit_equal(train_many, tiny, make_data, same_tensors):
     data = {kind: make_data(kind, train=19, validation=2) for kind in KINDS}
     shared = SHARED | dict(epochs=5)
 
@@ -387,7 +402,7 @@ def test_a_job_that_stops_early_leaves_the_others_bit_equal(tiny, make_data, sam
         assert mine.history == theirs.history
 
 
-def test_other_values_of_one_job_change_no_bit_of_the_others(tiny, make_data, same_tensors):
+def test_other_values_of_one_job_change_no_bit_of_the_others(train_many, tiny, make_data, same_tensors):
     data = {kind: make_data(kind, train=19) for kind in KINDS}
 
     def run(rate):
@@ -419,7 +434,7 @@ def test_jobs_enter_when_others_leave(tiny, make_data, same_run):
         assert both <= 2
 
 
-def test_a_job_that_enters_later_starts_as_if_nobody_trained(tiny, make_data):
+def test_a_job_that_enters_later_starts_as_if_nobody_trained(train_many, tiny, make_data):
     """Dropout is off where its first tensors come from the frozen backbone, and for whoever looks at a result."""
     data, modes = make_data(train=19), []
     late = TrainJob(
@@ -479,7 +494,7 @@ def test_the_vectors_of_prompts_count_as_tokens(tiny, make_data, monkeypatch):
         assert len(of_pass) == 1 or padded <= min(400, MOST_PADDING * own)
 
 
-def test_nothing_is_kept_of_a_job_that_has_ended_but_its_result(tiny, make_data, monkeypatch):
+def test_nothing_is_kept_of_a_job_that_has_ended_but_its_result(train_many, tiny, make_data, monkeypatch):
     """Without waiting for the garbage collector, which does not see how much memory a tensor holds."""
     watched: dict[str, list[weakref.ref]] = {}
     kept: dict[str, list[str]] = {}
@@ -516,7 +531,7 @@ def test_nothing_is_kept_of_a_job_that_has_ended_but_its_result(tiny, make_data,
 # -------------------------------------------------------------------- folders
 
 
-def test_an_interrupted_run_goes_on_to_the_same_tensors(tiny, make_data, same_tensors, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_tensors(train_many, tiny, make_data, same_tensors, tmp_path):
     data = make_data(train=19)
 
     def jobs(method):
@@ -591,6 +606,48 @@ def test_what_a_finished_job_noted_is_named_where_it_is_damaged(file, tiny, make
     assert "overwrite=True" in str(failed.error)
 
 
+# -------------------------------------------------------------------- passes side by side
+
+
+def test_passes_side_by_side_are_those_one_after_the_other(tiny, make_data, same_tensors):
+    """The same passes, whoever runs them and in whatever order they end: no bit depends on it."""
+    jobs = [
+        TrainJob(data=make_data(KINDS[i % len(KINDS)], train=19), method=method, settings={"seed": i})
+        for i, method in enumerate(METHODS)
+    ]
+    one, *others = (train_many(tiny, jobs, token_budget=300, passes=n, **SHARED) for n in (1, 2, 4, 4))
+    for found in others:
+        for mine, alone in zip(found, one, strict=True):
+            same_tensors(mine.adapter, alone.adapter)
+            assert mine.history == alone.history
+
+
+def test_ctrl_c_beside_other_passes_keeps_what_had_ended(tiny, make_data, tmp_path):
+    jobs = [TrainJob(data=make_data(), method="lora", name=name) for name in ("a", "b")]
+    short = TrainJob(data=make_data(), method="lora", name="short", settings={"max_steps": 1})
+    main, run = threading.current_thread(), tiny.run_joint
+
+    def stopped(batches):
+        if threading.current_thread() is main and (tmp_path / "short" / "job.json").exists():
+            raise KeyboardInterrupt
+        return run(batches)
+
+    tiny.run_joint = stopped
+    with pytest.raises(TrainingInterrupted) as stop:
+        train_many(tiny, [short, *jobs], tmp_path, token_budget=1, passes=2, **SHARED)
+    assert list(stop.value.results) == ["short"] and not tiny.model.training
+    assert not [t for t in threading.enumerate() if t.name.startswith("multitune-pass")]
+
+
+def test_two_passes_at_a_time_are_for_a_cpu_with_threads(one_thread):
+    cpu, gpu = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:1"))
+    assert [many._lanes(place, None) for place in (cpu, gpu)] == [1, 1] and many._lanes(gpu, 1) == 1
+    torch.set_num_threads(2)
+    assert [many._lanes(place, None) for place in (cpu, gpu)] == [2, 1]
+    with pytest.raises(ConfigError, match="passes=2: on cuda:1 one pass runs at a time; leave it out"):
+        many._lanes(gpu, 2)
+
+
 # -------------------------------------------------------------------- refusals
 
 
@@ -630,6 +687,7 @@ def test_what_cannot_be_honoured_is_refused_before_anything_runs(tiny, make_data
         with pytest.raises(error, match=match):
             train_many(tiny, [fine, *jobs], tmp_path, **settings)
 
+    refused(ConfigError, "passes=0 is not possible; give a whole number, at least 1", passes=0)
     refused(ConfigError, "two jobs are called 'fine'", fine)
     refused(ConfigError, "both write to", TrainJob(data=data, method="lora", output_dir=tmp_path / "fine"))
     again = tmp_path / "x" / ".." / "fine"
@@ -695,7 +753,7 @@ def test_layers_left_out_at_random_are_refused(make_backbone, make_data):
         train_many(backbone, [TrainJob(data=make_data(), method="lora")])
 
 
-def test_global_state_is_left_alone(tiny, make_data):
+def test_global_state_is_left_alone(train_many, tiny, make_data):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     train_many(tiny, [TrainJob(data=make_data(), method="lora")], **(SHARED | dict(max_steps=1)))

@@ -23,7 +23,7 @@ from multitune.training.config import ALSO_CALLED
 
 #: Keys that say where and how all jobs run, and so cannot differ between them.
 _COMMON = {"backbone": str, "device": str, "dtype": str}
-_LIMITS = ("max_jobs", "token_budget", "alone")
+_LIMITS = ("max_jobs", "token_budget", "passes", "alone")
 _OF_ALL = (*_COMMON, *_LIMITS, "out", "jobs")
 _OF_A_JOB = tuple(key for key in OPTIONS if key not in _COMMON)
 

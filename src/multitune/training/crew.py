@@ -20,13 +20,17 @@ from multitune.training.api import train_setup
 from multitune.training.data import TaskRows
 from multitune.training.failures import as_ours
 from multitune.training.jobs import FailedJob
+from multitune.training.lanes import Lanes
 from multitune.training.process_state import globals_kept
 from multitune.training.progress import Progress
 from multitune.training.results import TrainResult, history_of
 from multitune.training.setup import Opened, Setup, read_rows
 from multitune.training.stepped import SteppedRun
-from multitune.training.together import pack, run_pass
+from multitune.training.together import needs_process, pack, run_pass
 from multitune.training.trainer import TuningTrainer
+
+#: What a pass gives: its runs, each with the error that ends it, if one does.
+_Found = list[tuple[SteppedRun, MultituneError | None]]
 
 
 @dataclass(eq=False)
@@ -84,6 +88,7 @@ class Crew:
         setups: Sequence[Setup],
         max_jobs: int,
         token_budget: int,
+        lanes: int,
         found: dict[str, TrainResult | FailedJob],
         progress: Progress,
         caller: Caller,
@@ -93,6 +98,7 @@ class Crew:
         self._running: list[_Running] = []
         self._max_jobs = max_jobs
         self._token_budget = token_budget
+        self._lanes = Lanes(lanes)
         self._found = found
         self._progress = progress
         self._caller = caller
@@ -106,7 +112,7 @@ class Crew:
     def work(self) -> None:
         """Train all to their ends."""
         self._progress.expect(len(self._waiting))
-        with tempfile.TemporaryDirectory() as scratch, globals_kept():
+        with tempfile.TemporaryDirectory() as scratch, globals_kept(), self._lanes:
             try:
                 while self._waiting or self._running:
                     while self._waiting and len(self._running) < self._max_jobs:
@@ -118,26 +124,33 @@ class Crew:
     def _round(self) -> None:
         """One batch of every running job."""
         by_run = {job.run: job for job in self._running}
-        for runs in pack(list(by_run), self._token_budget):
-            for run, loss in self._pass([by_run[run] for run in runs]):
-                failed = loss if isinstance(loss, MultituneError) else self._go_on(by_run[run], loss)
+        passes = pack(list(by_run), self._token_budget)
+        for runs, found in zip(passes, self._run(passes), strict=True):
+            for run, failed in self._shared_out([by_run[run] for run in runs], found):
+                failed = failed or self._go_on(by_run[run])
                 if failed is not None:
                     self._fail(by_run[run], failed)
                 elif run.finished:
                     self._finish(by_run[run])
 
-    def _pass(self, jobs: Sequence[_Running]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
-        """One batch of jobs that share a pass. Where that fails they go on one by one, and who fails alone ends."""
-        try:
-            return run_pass([job.run for job in jobs])
-        except Exception as error:
-            failed = as_ours(error)
+    def _run(self, passes: Sequence[list[SteppedRun]]) -> list[_Found | MultituneError]:
+        """What every pass gave, or what it failed of."""
+        beside = [runs for runs in passes if not needs_process(runs[0])]
+        alone = [runs for runs in passes if needs_process(runs[0])]
+        given = [*self._lanes.map(_tried, beside), *map(_tried, alone)]
+        of_first = {runs[0]: found for runs, found in zip([*beside, *alone], given, strict=True)}
+        return [of_first[runs[0]] for runs in passes]
+
+    def _shared_out(self, jobs: Sequence[_Running], found: _Found | MultituneError) -> _Found:
+        """What a pass gave each of its jobs. Where it failed they go on one by one, and who fails alone ends."""
+        if not isinstance(found, MultituneError):
+            return found
         if len(jobs) == 1:
             self._rejoin(jobs[0].run.apart)
-            return [(jobs[0].run, failed)]
+            return [(jobs[0].run, found)]
         mark = object()
         for job in jobs:
-            self._caller.say(job.setup.name, f"a pass shared with others failed ({failed}); it goes on by itself")
+            self._caller.say(job.setup.name, f"a pass shared with others failed ({found}); it goes on by itself")
             job.run.restart(apart=mark)
         return []
 
@@ -147,10 +160,10 @@ class Crew:
             if job.run.apart is mark:
                 job.run.apart = None
 
-    def _go_on(self, job: _Running, loss: Tensor) -> MultituneError | None:
-        """Let a job take what a pass gave it; returns what ends the job, if anything does."""
+    def _go_on(self, job: _Running) -> MultituneError | None:
+        """What is due after a job took what a pass gave it; returns what ends the job, if anything does."""
         try:
-            job.run.took(loss)
+            job.run.go_on()
         except Exception as error:
             return self._caller.error_of_a_job(error)
         self._progress.at(job.setup.name, job.run.trainer.state.global_step)
@@ -229,6 +242,27 @@ class Crew:
         self._caller.say(setup.name, line)
         self._backbone.model.eval()  # for a caller who asks it now; the next pass switches it back
         self._caller.ended(setup.name, result)
+
+
+def _tried(runs: Sequence[SteppedRun]) -> _Found | MultituneError:
+    """A pass, and what each run does with its gradients; or what the pass failed of.
+
+    The gradients are used up at once: kept until all passes have run, they would lie scattered among the memory that
+    the next pass needs.
+    """
+    try:
+        found = run_pass(runs)
+    except Exception as error:
+        return as_ours(error)
+    return [(run, loss if isinstance(loss, MultituneError) else _taken(run, loss)) for run, loss in found]
+
+
+def _taken(run: SteppedRun, loss: Tensor) -> MultituneError | None:
+    try:
+        run.took(loss)
+    except Exception as error:
+        return as_ours(error)
+    return None
 
 
 def train_alone(setup: Setup, caller: Caller) -> TrainResult | FailedJob:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError, DataError, MixError, MultituneError
 from multitune.heads import Head
@@ -33,6 +35,7 @@ def train_many(
     config: TrainConfig | None = None,
     max_jobs: int = 16,
     token_budget: int = 512,
+    passes: int | None = None,
     alone: Alone = "refuse",
     report: Callable[[str], None] | None = None,
     ended: Callable[[str, TrainResult | FailedJob], None] | None = None,
@@ -51,6 +54,9 @@ def train_many(
         max_jobs: most jobs that run at a time; the others wait in the order given.
         token_budget: most tokens in one pass, padding and the vectors of prompts included: bounds the memory; much
             larger passes are slower, as they leave the processor's cache. A job whose batch exceeds it runs by itself.
+        passes: how many passes run at a time, each on its share of torch's threads: more are faster, and each takes its
+            memory. By default two on a CPU with more than one thread, else one, the only number on a GPU. Results do
+            not depend on it beyond the rounding of a matrix product.
         alone: what to do with jobs whose method changes the backbone's own weights, which cannot share a pass: refuse
             them, or train them one after the other when all others have ended.
         report: called with a line when a job begins, resumes, was evaluated or ends; with a progress bar, begins and
@@ -72,6 +78,7 @@ def train_many(
     """
     shared = TrainConfig.from_dict({**(config or TrainConfig()).to_dict(), **overrides})
     _check_arguments(backbone, jobs, max_jobs, token_budget, alone)
+    lanes = _lanes(backbone, passes)
     names = _names(jobs)
     seen: set[tuple[Any, ...]] = set()
     setups = [_setup(backbone, job, name, output_dir, shared, seen) for job, name in zip(jobs, names, strict=True)]
@@ -81,7 +88,7 @@ def train_many(
     together = [s for s in setups if not s.method.changes_weights]
     try:
         with Progress(shared.progress) as progress:
-            Crew(backbone, together, max_jobs, token_budget, found, progress, caller).work()
+            Crew(backbone, together, max_jobs, token_budget, lanes, found, progress, caller).work()
         for setup in setups:  # outside, because each shows a bar of its own
             if setup.method.changes_weights:
                 found[setup.name] = train_alone(setup, caller)
@@ -97,9 +104,8 @@ def train_many(
 def _check_arguments(
     backbone: Backbone, jobs: Sequence[TrainJob], max_jobs: int, token_budget: int, alone: Alone
 ) -> None:
-    for name, value in (("max_jobs", max_jobs), ("token_budget", token_budget)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}={value!r} is not possible; give a whole number, at least 1")
+    _check_count("max_jobs", max_jobs)
+    _check_count("token_budget", token_budget)
     if alone not in get_args(Alone):
         raise ConfigError(f"alone={alone!r} is unknown; choose {' or '.join(map(repr, get_args(Alone)))}")
     if not isinstance(jobs, Sequence) or isinstance(jobs, str):
@@ -119,6 +125,24 @@ def _check_arguments(
             f"backbone '{backbone.name}' leaves layers out at random while it trains ({dropped[0]} of its config), "
             f"which would be one draw for all jobs; set it to 0, or train each by itself: train(...)"
         )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} is not possible; give a whole number, at least 1")
+
+
+def _lanes(backbone: Backbone, passes: int | None) -> int:
+    """How many passes run at a time."""
+    if passes is None:
+        return 2 if backbone.device.type == "cpu" and torch.get_num_threads() > 1 else 1
+    _check_count("passes", passes)
+    if passes > 1 and backbone.device.type != "cpu":
+        raise ConfigError(
+            f"passes={passes}: on {backbone.device} one pass runs at a time; leave it out, or load the backbone on "
+            f"device='cpu'"
+        )
+    return passes
 
 
 def _names(jobs: Sequence[TrainJob]) -> list[str]:

@@ -60,19 +60,36 @@ class SteppedRun:
         return self._num_items
 
     def took(self, loss: Tensor) -> None:
-        """Go on, after the gradients of `batch` were added up.
+        """The gradients of `batch` were added up: with those of a whole step, the optimizer takes it.
+
+        Runs side by side may do this at the same time. `go_on` comes next, whatever was due.
 
         Args:
             loss: its share of the loss, a scalar.
 
         Raises:
             ConfigError: the run has diverged.
-            Exception: whatever hooks of its method, its metric, or writing its checkpoint raise.
+            Exception: whatever hooks of its method raise.
         """
         self._loss += loss.detach().to(self._loss.device)
         self._taken += 1
         if self._taken == len(self._pending):
             self._step()
+
+    def go_on(self) -> None:
+        """Log, evaluate and save where it is time to, and make the next batches; while no pass is under way.
+
+        Raises:
+            ConfigError: the run has diverged.
+            Exception: whatever its metric, or writing its checkpoint raise.
+        """
+        if self._taken < len(self._pending):
+            return
+        with self.stream.drawing_all():
+            self._report(*self._stepped)
+        self.finished = bool(self.trainer.control.should_training_stop)
+        if not self.finished:
+            self._next_step()
 
     def restart(self, apart: object) -> None:
         """Begin this optimizer step again, and share no pass while `apart` is set: one that it shared has failed."""
@@ -120,7 +137,7 @@ class SteppedRun:
         t.control = t.callback_handler.on_step_begin(t.args, t.state, t.control)
 
     def _step(self) -> None:
-        """One step of the optimizer, and what is due after it."""
+        """One step of the optimizer."""
         t = self.trainer
         optimizer, scheduler, callbacks = t.optimizer, t.lr_scheduler, t.callback_handler
         assert optimizer is not None and scheduler is not None
@@ -136,11 +153,7 @@ class SteppedRun:
         t.state.global_step += 1
         t.state.epoch = self._epoch
         t.control = callbacks.on_step_end(t.args, t.state, t.control)
-        with self.stream.drawing_all():
-            self._report(norm, float(rate))
-        self.finished = bool(t.control.should_training_stop)
-        if not self.finished:
-            self._next_step()
+        self._stepped = norm, float(rate)
 
     def _report(self, norm: Tensor, rate: float) -> None:
         """Log, evaluate and save where it is time to."""

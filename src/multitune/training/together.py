@@ -53,6 +53,15 @@ def _kind(run: SteppedRun) -> tuple[object, ...]:
     return tuned.autocast, config.gradient_checkpointing, tuned.num_trained > 0, alone
 
 
+def needs_process(run: SteppedRun) -> bool:
+    """Whether a pass of such runs needs the process for itself, so that none may run beside it.
+
+    Layers are recomputed because of a switch on the backbone, and with random numbers that are set for all threads.
+    Mixed precision keeps its casts in a table of the process, which whoever ends a pass empties.
+    """
+    return run.trainer.config.gradient_checkpointing or run.trainer.tuned.autocast is not None
+
+
 def run_pass(runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | MultituneError]]:
     """Add the gradients of every run's batch to its tensors.
 
