@@ -1,13 +1,14 @@
 """Is training many adapters together faster than one after the other, and how much memory does it take?
 
-    python benchmarks/train_many.py [--jobs 16] [--steps 40] [--threads 2] [--rounds 3] [--write docs/results.md]
+    python benchmarks/train_many.py [--jobs 16] [--steps 40] [--threads 2] [--rounds 1] [--write docs/results.md]
 
 Jobs of 8 methods on 4 tasks of short texts are trained on minilm, each by itself with `train` and all together with
-`train_many`, from the same settings. Both systems run in turns, `--rounds` times, each in a process of its own, which
-loads the backbone and trains one step before the clock starts. Seconds are medians of the rounds, and so are their
-ratios to "alone" of the same round, with the lowest and the highest. Peak memory is that of the process, libraries and
-backbone included (Linux); a single run is the largest of `--singles` of the jobs, each in a process of its own. The
-curves of both are compared too: the largest difference of a logged loss stands in the last column.
+`train_many`, from the same settings. Each system is a process of its own, which loads the backbone and trains one step
+before its clock starts. All are under way at once, but only one runs at a time: they take turns of `--turn` seconds,
+stopped and continued by signals, and a clock counts its own turns only. So what else goes on in the machine, which can
+change its speed from one minute to the next, meets all of them alike. Peak memory is that of the process, libraries and
+backbone included; a single run is the largest of `--singles` of the jobs, each in a process of its own. The curves of
+both are compared too: the largest difference of a logged loss stands in the last column. Linux and macOS.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import signal
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +55,17 @@ def jobs_of(count: int, steps: int) -> list[multitune.TrainJob]:
     ]
 
 
-def run(system: str, count: int, steps: int, threads: int, sender: Any) -> None:
-    """Train in this process, and send seconds, peak memory and the logged losses of every job.
+@dataclass(frozen=True)
+class Found:
+    """What a process sends back."""
+
+    peak_bytes: int
+    losses: list[list[float]]
+    """Of every job, as logged."""
+
+
+def run(system: str, count: int, steps: int, threads: int, parent: Connection) -> None:
+    """Load, say that all is ready, wait for an answer, train, and send a `Found`.
 
     Args:
         system: "alone", "alone:I" for job I only, or "together:BUDGETxPASSES".
@@ -62,31 +78,61 @@ def run(system: str, count: int, steps: int, threads: int, sender: Any) -> None:
         jobs = [jobs[int(number)]]
     warm = dict(jobs[0].settings) | {"max_steps": 1}
     multitune.train(backbone, jobs[0].data, "lora", **warm)
-    start = time.perf_counter()
-    found: list[multitune.TrainResult | multitune.FailedJob]
+    parent.send("ready")
+    parent.recv()
+    results: list[multitune.TrainResult | multitune.FailedJob]
     if what == "alone":
-        found = [multitune.train(backbone, job.data, job.method, **job.settings) for job in jobs]
+        results = [multitune.train(backbone, job.data, job.method, **job.settings) for job in jobs]
     else:
         budget, passes = (int(part) for part in number.split("x"))
-        found = multitune.train_many(backbone, jobs, token_budget=budget, passes=passes)
-    seconds = time.perf_counter() - start
-    losses = [[entry["loss"] for entry in result.history if "loss" in entry] for result in found]
-    sender.send((seconds, peak_memory(backbone.device), losses))
+        results = multitune.train_many(backbone, jobs, token_budget=budget, passes=passes)
+    losses = [[entry["loss"] for entry in result.history if "loss" in entry] for result in results]
+    parent.send(Found(peak_memory(backbone.device), losses))
 
 
-def measure(system: str, options: argparse.Namespace) -> tuple[float, int, list[list[float]]]:
-    """`run` in a process of its own."""
+def start(system: str, options: argparse.Namespace) -> tuple[BaseProcess, Connection]:
+    """`run` in a process of its own, once it is ready."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (system, options.jobs, options.steps, options.threads, sender)
-    process = context.Process(target=run, args=arguments)
+    here, there = context.Pipe()
+    arguments = (system, options.jobs, options.steps, options.threads, there)
+    process = context.Process(target=run, args=arguments, daemon=True)
     process.start()
-    sender.close()
+    there.close()
+    here.recv()
+    return process, here
+
+
+def in_turns(systems: Sequence[str], options: argparse.Namespace) -> dict[str, tuple[float, Found]]:
+    """Seconds that each was running, and what it sent."""
+    running = {system: start(system, options) for system in systems}
+    seconds = dict.fromkeys(systems, 0.0)
+    found: dict[str, Found] = {}
+    for _, connection in running.values():
+        connection.send("go")
+    for process, _ in running.values():
+        _signal(process, signal.SIGSTOP)
     try:
-        result: tuple[float, int, list[list[float]]] = receiver.recv()
+        while running:
+            for system, (process, connection) in list(running.items()):
+                began = time.perf_counter()
+                _signal(process, signal.SIGCONT)
+                ended = connection.poll(options.turn)
+                if not ended:
+                    _signal(process, signal.SIGSTOP)
+                seconds[system] += time.perf_counter() - began
+                if ended:
+                    found[system] = connection.recv()
+                    process.join()
+                    del running[system]
     finally:
-        process.join()
-    return result
+        for process, _ in running.values():
+            process.kill()
+    return {system: (seconds[system], found[system]) for system in systems}
+
+
+def _signal(process: BaseProcess, number: int) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -96,11 +142,12 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     memory: dict[str, list[int]] = {system: [] for system in systems}
     losses: dict[str, list[list[float]]] = {}
     for _ in range(options.rounds):
-        for system in systems:
-            took, peak, losses[system] = measure(system, options)
+        for system, (took, found) in in_turns(systems, options).items():
             seconds[system].append(took)
-            memory[system].append(peak)
-    single = max(measure(f"alone:{i}", options)[1] for i in range(min(options.jobs, options.singles)))
+            memory[system].append(found.peak_bytes)
+            losses[system] = found.losses
+    singles = [f"alone:{i}" for i in range(min(options.jobs, options.singles))]
+    single = max(in_turns([name], options)[name][1].peak_bytes for name in singles)
     ratios = {
         system: [mine / alone for mine, alone in zip(seconds[system], seconds["alone"], strict=True)]
         for system in systems
@@ -161,7 +208,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each job")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the systems take turns")
+    parser.add_argument("--rounds", type=int, default=1, help="how often all is measured")
+    parser.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of a system before the next one's")
     parser.add_argument("--singles", type=int, default=len(METHODS), help="jobs whose memory is measured by itself")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="TOKENS")
     parser.add_argument("--passes", type=int, nargs="+", default=PASSES, metavar="N", help="passes at a time")
