@@ -65,7 +65,8 @@ def _by_piece(head: AnyLanguageHead, piece: Callable[..., Tensor], *tensors: Ten
     if len(tensors[0]) <= step:
         return piece(*tensors)
     parts = zip(*(t.split(step) for t in tensors), strict=True)
-    return torch.cat([checkpoint(piece, *part, use_reentrant=False) for part in parts])
+    # A piece draws no random numbers. Setting them again as it is recomputed would set them for all threads.
+    return torch.cat([checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def likeliest_words(head: LanguageHead, hidden: Tensor, targets: Tensor, num_words: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import threading
+import time
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import LlamaConfig
 
 from multitune import (
     Adapter,
@@ -41,7 +43,7 @@ from multitune import (
 )
 from multitune.training import crew, many, together
 from multitune.training.progress import Progress
-from multitune.training.together import MOST_PADDING, pack
+from multitune.training.together import MOST_PADDING, needs_process, pack
 
 SHARED = dict(progress=False, batch_size=8, epochs=2, evaluations_per_epoch=2)  # 19 rows: 3 steps an epoch
 METHODS = (
@@ -622,6 +624,84 @@ def test_passes_side_by_side_are_those_one_after_the_other(tiny, make_data, same
             assert mine.history == alone.history
 
 
+def test_writing_beside_other_passes_is_writing_alone(make_backbone, one_thread, make_data, same_tensors, monkeypatch):
+    """Logits in pieces are recomputed in the backward pass, while others draw their masks."""
+    backbone = make_backbone("llama", tie_word_embeddings=True, attention_dropout=0.1)
+    monkeypatch.setattr("multitune.language_loss.MOST_LOGITS", 2 * backbone.vocab_size)
+    task = Task(name="write", kind="generation", template=("{text} :",), label="y")
+    rows = make_data(train=19)
+    write = TaskData(task=task, train=rows.train, validation=rows.validation, test=None)
+    jobs = [
+        TrainJob(data=data, method=method, settings={"seed": i})
+        for i, (data, method) in enumerate((d, m) for m in ("lora", "houlsby", "bitfit") for d in (write, rows))
+    ]
+    shared = SHARED | dict(batch_size=4)
+    one, two = (train_many(backbone, jobs, token_budget=1, passes=n, **shared) for n in (1, 2))
+    for mine, alone in zip(two, one, strict=True):
+        same_tensors(mine.adapter, alone.adapter)
+        assert mine.history == alone.history
+
+
+def test_passes_that_need_the_process_run_alone(tiny, make_data, monkeypatch):
+    run_pass, running, company = crew.run_pass, [], []
+
+    def noted(runs):
+        running.append(runs)
+        company.append((needs_process(runs[0]), len(running)))
+        time.sleep(0.02)
+        company.append((needs_process(runs[0]), len(running)))
+        try:
+            return run_pass(runs)
+        finally:
+            running.remove(runs)
+
+    monkeypatch.setattr(crew, "run_pass", noted)
+    of_jobs = [{}, {"gradient_checkpointing": True}, {"precision": "bf16"}, {}, {}, {"gradient_checkpointing": True}]
+    jobs = [TrainJob(data=make_data(), method="lora", settings=each) for each in of_jobs]
+    found = train_many(tiny, jobs, token_budget=1, passes=3, **(SHARED | dict(max_steps=2)))
+    assert all(isinstance(result, TrainResult) for result in found)
+    assert {count for alone, count in company if alone} == {1} and max(count for _, count in company) == 3
+
+
+def test_who_is_told_of_an_evaluation_may_train_in_turn(tiny, make_data):
+    inner = [TrainJob(data=make_data(), method="bitfit") for _ in range(3)]
+    outer, shared, found = make_data(), SHARED | dict(max_steps=1), []
+
+    def report(line):
+        if "step 1" in line and not found:
+            found.extend(train_many(tiny, inner, token_budget=1, passes=2, **shared))
+
+    jobs = [TrainJob(data=outer, method="lora") for _ in range(2)]
+    results = train_many(tiny, jobs, token_budget=1, passes=2, report=report, **shared)
+    assert len(found) == 3 and all(isinstance(result, TrainResult) for result in [*found, *results])
+
+
+@pytest.mark.parametrize("token_budget", [1, 350])
+def test_a_failed_pass_is_tried_again_with_nobody_beside_it(token_budget, tiny, make_data, same_run, monkeypatch):
+    """Memory that suffices for one pass at a time."""
+    run_joint, running, failed = tiny.run_joint, [], []
+
+    def scarce(batches):
+        running.append(batches)
+        time.sleep(0.02)
+        try:
+            if len(running) > 1:
+                failed.append(batches)
+                raise torch.OutOfMemoryError("no memory")
+            return run_joint(batches)
+        finally:
+            running.remove(batches)
+
+    jobs = [TrainJob(data=make_data(train=19), method="lora", settings={"seed": i}) for i in range(4)]
+    lines = []
+    monkeypatch.setattr(tiny, "run_joint", scarce)
+    found = train_many(tiny, jobs, token_budget=token_budget, passes=2, report=lines.append, **SHARED)
+    monkeypatch.undo()
+    assert failed and any("others failed (OutOfMemoryError: no memory); it goes on by itself" in line for line in lines)
+    for job, mine in zip(jobs, found, strict=True):
+        same_run(mine, _alone(tiny, job))
+
+
 def test_ctrl_c_beside_other_passes_keeps_what_had_ended(tiny, make_data, tmp_path):
     jobs = [TrainJob(data=make_data(), method="lora", name=name) for name in ("a", "b")]
     short = TrainJob(data=make_data(), method="lora", name="short", settings={"max_steps": 1})
@@ -640,12 +720,19 @@ def test_ctrl_c_beside_other_passes_keeps_what_had_ended(tiny, make_data, tmp_pa
 
 
 def test_two_passes_at_a_time_are_for_a_cpu_with_threads(one_thread):
-    cpu, gpu = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:1"))
-    assert [many._lanes(place, None) for place in (cpu, gpu)] == [1, 1] and many._lanes(gpu, 1) == 1
+    def place(device, **rope):
+        model = SimpleNamespace(config=LlamaConfig(rope_parameters={"rope_theta": 1e4, "rope_type": "default"} | rope))
+        return SimpleNamespace(name="it", device=torch.device(device), model=model)
+
+    cpu, gpu, changing = place("cpu"), place("cuda:1"), place("cpu", rope_type="dynamic", factor=2.0)
+    assert [many._lanes(place, None) for place in (cpu, gpu, changing)] == [1, 1, 1] and many._lanes(gpu, 1) == 1
     torch.set_num_threads(2)
-    assert [many._lanes(place, None) for place in (cpu, gpu)] == [2, 1]
+    assert [many._lanes(place, None) for place in (cpu, gpu, changing)] == [2, 1, 1]
     with pytest.raises(ConfigError, match="passes=2: on cuda:1 one pass runs at a time; leave it out"):
         many._lanes(gpu, 2)
+    with pytest.raises(ConfigError, match="passes=2: the rotary positions of backbone 'it' change with the length"):
+        many._lanes(changing, 2)
+    assert many._lanes(cpu, 3) == 3
 
 
 # -------------------------------------------------------------------- refusals

@@ -112,12 +112,13 @@ class Crew:
     def work(self) -> None:
         """Train all to their ends."""
         self._progress.expect(len(self._waiting))
-        with tempfile.TemporaryDirectory() as scratch, globals_kept(), self._lanes:
+        with tempfile.TemporaryDirectory() as scratch, globals_kept():
             try:
-                while self._waiting or self._running:
-                    while self._waiting and len(self._running) < self._max_jobs:
-                        self._enter(self._waiting.popleft(), Path(scratch))
-                    self._round()
+                with self._lanes:
+                    while self._waiting or self._running:
+                        while self._waiting and len(self._running) < self._max_jobs:
+                            self._enter(self._waiting.popleft(), Path(scratch))
+                        self._round()
             finally:
                 self._backbone.model.eval()
 
@@ -134,9 +135,12 @@ class Crew:
                     self._finish(by_run[run])
 
     def _run(self, passes: Sequence[list[SteppedRun]]) -> list[_Found | MultituneError]:
-        """What every pass gave, or what it failed of."""
-        beside = [runs for runs in passes if not needs_process(runs[0])]
-        alone = [runs for runs in passes if needs_process(runs[0])]
+        """What every pass gave, or what it failed of.
+
+        A run whose shared pass failed has not only its pass for itself: the want of memory may have been another's.
+        """
+        alone = [runs for runs in passes if runs[0].apart is not None or needs_process(runs[0])]
+        beside = [runs for runs in passes if runs not in alone]
         given = [*self._lanes.map(_tried, beside), *map(_tried, alone)]
         of_first = {runs[0]: found for runs, found in zip([*beside, *alone], given, strict=True)}
         return [of_first[runs[0]] for runs in passes]
@@ -145,12 +149,14 @@ class Crew:
         """What a pass gave each of its jobs. Where it failed they go on one by one, and who fails alone ends."""
         if not isinstance(found, MultituneError):
             return found
-        if len(jobs) == 1:
-            self._rejoin(jobs[0].run.apart)
-            return [(jobs[0].run, found)]
-        mark = object()
+        first = jobs[0].run
+        beside = self._lanes.count > 1 and not needs_process(first)
+        if len(jobs) == 1 and (first.apart is not None or not beside):
+            self._rejoin(first.apart)
+            return [(first, found)]
+        mark, company = object(), "shared with" if len(jobs) > 1 else "beside"
         for job in jobs:
-            self._caller.say(job.setup.name, f"a pass shared with others failed ({found}); it goes on by itself")
+            self._caller.say(job.setup.name, f"a pass {company} others failed ({found}); it goes on by itself")
             job.run.restart(apart=mark)
         return []
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
 
 _Item = TypeVar("_Item")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class Lanes:
@@ -26,12 +26,12 @@ class Lanes:
         Args:
             count: of lanes, the caller's included. They share the torch threads that the caller's has when it asks.
         """
-        self._count = count
+        self.count = count
         self._others: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        if self._count > 1:
-            self._others = ThreadPoolExecutor(self._count - 1, thread_name_prefix="multitune-pass")
+        if self.count > 1:
+            self._others = ThreadPoolExecutor(self.count - 1, thread_name_prefix="multitune-pass")
         return self
 
     def __exit__(
@@ -41,50 +41,55 @@ class Lanes:
             self._others.shutdown()
             self._others = None
 
-    def map(self, function: Callable[[_Item], _Found], items: Iterable[_Item]) -> list[_Found]:
+    def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """`function` of every item, in the order of the items.
 
         The caller's lane begins with the first, the next with the last, and so on by turns: of items in the order of
         their size, a large one runs beside a small one, which bounds the memory of both.
 
         Raises:
-            BaseException: the first that `function` raised, or Ctrl-C. By then nothing runs any more, and what had not
-                begun does not begin.
+            BaseException: what `function` raised, in the caller's lane before others, or Ctrl-C. By then nothing runs
+                any more, and what had not begun does not begin.
         """
         waiting = deque(enumerate(items))
         if self._others is None or len(waiting) < 2:
             return [function(item) for _, item in waiting]
-        found: dict[int, _Found] = {}
+        found: dict[int, _Result] = {}
         before = torch.get_num_threads()
-        share = max(1, before // self._count)
-        lanes = min(self._count, len(waiting))
-        others = [self._others.submit(_work, function, waiting, i % 2, found, share) for i in range(1, lanes)]
+        lanes = min(self.count, len(waiting))
+        share = max(1, before // lanes)
+        ends = (waiting.popleft, waiting.pop)
+        others: list[Future[None]] = []
         try:
-            _work(function, waiting, 0, found, share)
+            for i in range(1, lanes):
+                others.append(self._others.submit(_work, function, waiting, ends[i % 2], found, share))
+            _work(function, waiting, ends[0], found, share)
             for other in others:
                 other.result()
         finally:
-            wait(others)
-            torch.set_num_threads(before)
+            waiting.clear()
+            try:
+                wait(others)
+            finally:  # also where Ctrl-C came a second time
+                torch.set_num_threads(before)
         return [found[number] for number in sorted(found)]
 
 
 def _work(
-    function: Callable[[_Item], _Found],
+    function: Callable[[_Item], _Result],
     waiting: deque[tuple[int, _Item]],
-    end: int,
-    found: dict[int, _Found],
+    take: Callable[[], tuple[int, _Item]],
+    found: dict[int, _Result],
     threads: int,
 ) -> None:
     """What one lane does: the next item, until none waits.
 
     Args:
         waiting: numbered, and shared by all lanes.
-        end: which it takes: 0 the first, 1 the last.
+        take: takes one of them; raises `IndexError` where none is left.
         threads: of torch. The number belongs to the thread that sets it, and to those that begin later.
     """
     torch.set_num_threads(threads)
-    take = waiting.pop if end else waiting.popleft
     while True:
         try:
             number, item = take()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from transformers import PretrainedConfig
 
 from multitune.backbone import Backbone
 from multitune.errors import ConfigError, DataError, MixError, MultituneError
@@ -22,6 +23,9 @@ from multitune.training.results import TrainResult
 from multitune.training.setup import Setup, check_backbone_and_method, refuse_hyper_parameters
 
 Alone = Literal["refuse", "queue"]
+
+#: Kinds of rotary positions whose frequencies the model writes anew in a pass, where another would read them.
+_ROPE_OF_LENGTH = {"dynamic", "longrope"}
 
 #: Settings by which a model leaves whole layers out at random, which would be one draw for all jobs.
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop")
@@ -55,8 +59,9 @@ def train_many(
         token_budget: most tokens in one pass, padding and the vectors of prompts included: bounds the memory; much
             larger passes are slower, as they leave the processor's cache. A job whose batch exceeds it runs by itself.
         passes: how many passes run at a time, each on its share of torch's threads: more are faster, and each takes its
-            memory. By default two on a CPU with more than one thread, else one, the only number on a GPU. Results do
-            not depend on it beyond the rounding of a matrix product.
+            memory. By default two on a CPU with more than one thread, else one, the only number on a GPU and for
+            rotary positions that change with the length of the rows. Results do not depend on it beyond the rounding
+            of a matrix product. A thread of yours that first uses torch meanwhile may keep such a share.
         alone: what to do with jobs whose method changes the backbone's own weights, which cannot share a pass: refuse
             them, or train them one after the other when all others have ended.
         report: called with a line when a job begins, resumes, was evaluated or ends; with a progress bar, begins and
@@ -134,15 +139,23 @@ def _check_count(name: str, value: object) -> None:
 
 def _lanes(backbone: Backbone, passes: int | None) -> int:
     """How many passes run at a time."""
+    why = None
+    if backbone.device.type != "cpu":
+        why = f"on {backbone.device} one pass runs at a time; leave it out, or load the backbone on device='cpu'"
+    elif _ROPE_OF_LENGTH & set(_rope_types(backbone.model.config)):
+        why = f"the rotary positions of backbone '{backbone.name}' change with the length of the rows; leave it out"
     if passes is None:
-        return 2 if backbone.device.type == "cpu" and torch.get_num_threads() > 1 else 1
+        return 2 if why is None and torch.get_num_threads() > 1 else 1
     _check_count("passes", passes)
-    if passes > 1 and backbone.device.type != "cpu":
-        raise ConfigError(
-            f"passes={passes}: on {backbone.device} one pass runs at a time; leave it out, or load the backbone on "
-            f"device='cpu'"
-        )
+    if passes > 1 and why is not None:
+        raise ConfigError(f"passes={passes}: {why}")
     return passes
+
+
+def _rope_types(config: PretrainedConfig) -> list[str]:
+    """The kinds of rotary positions that a model has; of some one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 def _names(jobs: Sequence[TrainJob]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One run of a `TuningTrainer`, cut open at its forward and backward pass, so that several can take turns.
+"""One run of a `TuningTrainer`, cut open at its forward and backward pass, which it may so share with others.
 
 Order of the rows, accumulation, clipping, optimizer, schedule, hooks of the method, log, evaluation, early stopping and
 checkpoints are those of the trainer, step by step; only who runs the model is left open.
@@ -40,6 +40,8 @@ class SteppedRun:
         self._pending: list[dict[str, Tensor]] = []
         self._taken = 0
         self._num_items = 0
+        self._stepped = (torch.zeros(()), 0.0)
+        """Norm of the gradient and learning rate of the last step."""
         if not self.finished:
             self._begin(last)
             self._next_step()
@@ -77,7 +79,10 @@ class SteppedRun:
             self._step()
 
     def go_on(self) -> None:
-        """Log, evaluate and save where it is time to, and make the next batches; while no pass is under way.
+        """Log, evaluate and save where it is time to, and make the next batches.
+
+        No pass may be under way: the backbone is switched for an evaluation, and random numbers are this run's without
+        a lock, which a caller who trains in turn when told of the evaluation would wait for.
 
         Raises:
             ConfigError: the run has diverged.
@@ -85,7 +90,7 @@ class SteppedRun:
         """
         if self._taken < len(self._pending):
             return
-        with self.stream.drawing_all():
+        with self.stream.only_one():
             self._report(*self._stepped)
         self.finished = bool(self.trainer.control.should_training_stop)
         if not self.finished:

@@ -1,4 +1,4 @@
-"""A run's own random numbers, so that runs that take turns draw what each would draw alone."""
+"""A run's own random numbers, so that runs that take turns, or run side by side, draw what each would draw alone."""
 
 from __future__ import annotations
 
@@ -30,17 +30,12 @@ class RandomStream:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """While it lasts, torch's global generators are this stream's. They are not put back: streams take turns."""
-        with _DRAWING:
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda, self.device)
-            try:
-                yield
-            finally:
-                self._cpu = torch.get_rng_state()
-                if self._cuda is not None:
-                    self._cuda = torch.cuda.get_rng_state(self.device)
+        """While it lasts, torch's global generators are this stream's, and other threads that would draw wait.
+
+        They are not put back: every stream sets its own.
+        """
+        with _DRAWING, self._torchs():
+            yield
 
     @contextmanager
     def drawing_all(self) -> Iterator[None]:
@@ -48,14 +43,31 @@ class RandomStream:
 
         No model draws from those, and they take too long to change for every mask of a dropout.
         """
-        with _DRAWING:
-            random.setstate(self._python)
-            np.random.set_state(self._numpy)
-            try:
-                with self.drawing():
-                    yield
-            finally:
-                self._python, self._numpy = random.getstate(), np.random.get_state()
+        with _DRAWING, self.only_one():
+            yield
+
+    @contextmanager
+    def only_one(self) -> Iterator[None]:
+        """`drawing_all` where no other stream draws, so that nobody need wait: other threads may do so themselves."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        try:
+            with self._torchs():
+                yield
+        finally:
+            self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    @contextmanager
+    def _torchs(self) -> Iterator[None]:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self.device)
+        try:
+            yield
+        finally:
+            self._cpu = torch.get_rng_state()
+            if self._cuda is not None:
+                self._cuda = torch.cuda.get_rng_state(self.device)
 
     def copy(self) -> RandomStream:
         """A stream that goes on from here by itself."""

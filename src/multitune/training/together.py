@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def run_pass(runs: Sequence[SteppedRun]) -> list[tuple[SteppedRun, Tensor | Mult
     """
     backbone = runs[0].trainer.tuned.backbone
     backbone.model.train()
-    with _checkpointing(backbone, runs[0].trainer.config.gradient_checkpointing):
+    # Whether gradients are taken is a matter of the thread, and so of the lane.
+    with torch.enable_grad(), _checkpointing(backbone, runs[0].trainer.config.gradient_checkpointing):
         found = _losses(backbone, runs)
         good = [loss for _, loss in found if isinstance(loss, Tensor)]
         if good:
@@ -113,13 +114,14 @@ def _losses(backbone: Backbone, runs: Sequence[SteppedRun]) -> list[tuple[Steppe
             continue
         tuned, targets = run.trainer.tuned, run.batch["targets"]
         tuned.training = True  # an evaluation may have switched it off; the backbone is switched on above
-        with run.stream.drawing_all():
-            try:
-                more = (run.batch.get(name) for name in ("index", "teacher"))
+        more = (run.batch.get(name) for name in ("index", "teacher"))
+        try:
+            with run.stream.drawing_all() if tuned.head.drops else nullcontext():
                 outputs = tuned.read(own, batch.attention_mask, targets, *more)
+            with run.stream.drawing_all():  # a method's penalty may draw
                 found.append((run, run.trainer.share_of_loss(outputs, targets, run.num_items)))
-            except Exception as error:
-                found.append((run, as_ours(error)))
+        except Exception as error:
+            found.append((run, as_ours(error)))
     return found
 
 
