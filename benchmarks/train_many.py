@@ -107,10 +107,9 @@ def in_turns(systems: Sequence[str], options: argparse.Namespace) -> dict[str, t
     running = {system: start(system, options) for system in systems}
     seconds = dict.fromkeys(systems, 0.0)
     found: dict[str, Found] = {}
-    for _, connection in running.values():
-        connection.send("go")
-    for process, _ in running.values():
+    for process, connection in running.values():
         _signal(process, signal.SIGSTOP)
+        connection.send("go")
     try:
         while running:
             for system, (process, connection) in list(running.items()):

@@ -306,7 +306,7 @@ class _Draws(TorchFunctionMode):
             return func(*args, **kwargs)
         call = current_call()
         if not isinstance(call, JointCall):
-            with call.drawing():
+            with call.drawing():  # of attention all of it, because it draws its mask in its midst
                 return func(*args, **kwargs)
         if func is F.dropout or func is torch.dropout:
             return _dropout(call, func, *args, **kwargs)

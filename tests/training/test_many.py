@@ -384,7 +384,8 @@ def test_an_error_of_the_caller_is_no_jobs(name, train_many, tiny, make_data):
             raise OSError("the screen is gone")
 
     with pytest.raises(OSError, match="the screen is gone"):
-        train_many(tiny, [TrainJob(data=make_data(), method="lora")], **{name: gone}, **(SHARED | dict(max_steps=1)))
+        jobs = [TrainJob(data=make_data(), method="lora") for _ in range(3)]
+        train_many(tiny, jobs, token_budget=1, **{name: gone}, **(SHARED | dict(max_steps=1)))
 
 
 def test_a_job_that_stops_early_leaves_the_others_bit_equal(train_many, tiny, make_data, same_tensors):
@@ -843,5 +844,22 @@ def test_layers_left_out_at_random_are_refused(make_backbone, make_data):
 def test_global_state_is_left_alone(train_many, tiny, make_data):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    train_many(tiny, [TrainJob(data=make_data(), method="lora")], **(SHARED | dict(max_steps=1)))
-    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_num_threads(4)  # put back by the backbone's fixture
+    jobs = [TrainJob(data=make_data(), method="lora") for _ in range(3)]
+    train_many(tiny, jobs, token_budget=1, **(SHARED | dict(max_steps=1)))
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == 4
+    assert not tiny.model.training
+
+
+def test_one_pass_in_a_round_that_fails_is_its_jobs_fault(train_many, tiny, make_data, monkeypatch):
+    calls, lines = [], []
+
+    def failing(batches):
+        calls.append(batches)
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(tiny, "run_joint", failing)
+    jobs = [TrainJob(data=make_data(), method="lora", name="x")]
+    (failed,) = train_many(tiny, jobs, report=lines.append, **(SHARED | dict(max_steps=1)))
+    assert str(failed.error) == "RuntimeError: no kernel for this" and len(calls) == 1
+    assert not any("goes on by itself" in line for line in lines)

@@ -99,6 +99,8 @@ class Crew:
         self._max_jobs = max_jobs
         self._token_budget = token_budget
         self._lanes = Lanes(lanes)
+        self._beside: set[SteppedRun] = set()
+        """Runs of whose pass of this round others ran beside."""
         self._found = found
         self._progress = progress
         self._caller = caller
@@ -141,6 +143,7 @@ class Crew:
         """
         alone = [runs for runs in passes if runs[0].apart is not None or needs_process(runs[0])]
         beside = [runs for runs in passes if runs not in alone]
+        self._beside = {run for runs in beside for run in runs} if self._lanes.side_by_side(beside) else set()
         given = [*self._lanes.map(_tried, beside), *map(_tried, alone)]
         of_first = {runs[0]: found for runs, found in zip([*beside, *alone], given, strict=True)}
         return [of_first[runs[0]] for runs in passes]
@@ -150,8 +153,7 @@ class Crew:
         if not isinstance(found, MultituneError):
             return found
         first = jobs[0].run
-        beside = self._lanes.count > 1 and not needs_process(first)
-        if len(jobs) == 1 and (first.apart is not None or not beside):
+        if len(jobs) == 1 and first not in self._beside:
             self._rejoin(first.apart)
             return [(first, found)]
         mark, company = object(), "shared with" if len(jobs) > 1 else "beside"

@@ -7,7 +7,7 @@ Two passes at a time, one thread each, fill those gaps for one another.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self, TypeVar
@@ -26,12 +26,12 @@ class Lanes:
         Args:
             count: of lanes, the caller's included. They share the torch threads that the caller's has when it asks.
         """
-        self.count = count
+        self._count = count
         self._others: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        if self.count > 1:
-            self._others = ThreadPoolExecutor(self.count - 1, thread_name_prefix="multitune-pass")
+        if self._count > 1:
+            self._others = ThreadPoolExecutor(self._count - 1, thread_name_prefix="multitune-pass")
         return self
 
     def __exit__(
@@ -40,6 +40,10 @@ class Lanes:
         if self._others is not None:
             self._others.shutdown()
             self._others = None
+
+    def side_by_side(self, items: Sized) -> bool:
+        """Whether `map` does several of so many items at a time."""
+        return self._count > 1 and len(items) > 1
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """`function` of every item, in the order of the items.
@@ -52,11 +56,11 @@ class Lanes:
                 any more, and what had not begun does not begin.
         """
         waiting = deque(enumerate(items))
-        if self._others is None or len(waiting) < 2:
+        if self._others is None or not self.side_by_side(waiting):
             return [function(item) for _, item in waiting]
         found: dict[int, _Result] = {}
         before = torch.get_num_threads()
-        lanes = min(self.count, len(waiting))
+        lanes = min(self._count, len(waiting))
         share = max(1, before // lanes)
         ends = (waiting.popleft, waiting.pop)
         others: list[Future[None]] = []

@@ -51,6 +51,8 @@ def train_many(
     is a job's own: rows and their order, random numbers, loss, optimizer, schedule, clipping, evaluation, early
     stopping and checkpoints. When a job ends, the next of the queue enters.
 
+    One call at a time in a process: it sets the random numbers of all threads, and puts them back at its end.
+
     Args:
         output_dir: each job's folder is its name in here; `None` saves nothing but where a job has a folder of its own.
             The same call after a kill goes on: finished jobs are read, others resume from their last evaluation.
