@@ -24,6 +24,7 @@ from multitune.training.config import ALSO_CALLED
 #: Keys that say where and how all jobs run, and so cannot differ between them.
 _COMMON = {"backbone": str, "device": str, "dtype": str}
 _LIMITS = ("max_jobs", "token_budget", "passes", "alone")
+_USUAL = {"max_jobs": 16, "token_budget": 512, "passes": 2}
 _OF_ALL = (*_COMMON, *_LIMITS, "out", "jobs")
 _OF_A_JOB = tuple(key for key in OPTIONS if key not in _COMMON)
 
@@ -100,7 +101,7 @@ def _limit(key: str, value: Any) -> Any:
             return int(value)
     except ValueError:
         pass
-    raise ConfigError(f"'{key}' in the recipe is a whole number, such as {key}: 16, not {value!r}")
+    raise ConfigError(f"'{key}' in the recipe is a whole number, such as {key}: {_USUAL[key]}, not {value!r}")
 
 
 def _with_names(jobs: list[TrainJob]) -> list[TrainJob]:
