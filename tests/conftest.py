@@ -402,7 +402,7 @@ def random_adapter(random_params, tasks):
 
     def make(backbone: Backbone, method, seed: int = 0, kind: str = "classification", pooling: str = "cls", **fields):
         task = tasks[kind]
-        head = Head.for_task(task, pooling=pooling)
+        head = Head.for_task(task, pooling=pooling).fitted([seed + 1.0, 4.0, -2.5])
         generator = torch.Generator().manual_seed(1000 + seed)
         shapes = head.init(backbone, generator)
         return Adapter(

@@ -545,6 +545,7 @@ def test_every_kind_of_head_in_one_batch(bert, random_adapter, tasks, close):
     assert got["classification"].probabilities == pytest.approx(wanted, rel=1e-4)
 
     values, _ = head_of("regression", "good film", "bad")
+    values = values * adapters["regression"].head.target_std + adapters["regression"].head.target_mean
     close(got["regression"].logits, values)
     assert got["regression"].label == pytest.approx(float(values[0]), rel=1e-4)
     assert got["regression"].probabilities == {}

@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from multitune import ConfigError, Head
+from multitune import ConfigError, Head, Task
 from multitune.heads import IGNORED, answer, logits, loss, mixed_logits, pool, prediction
 
 
@@ -44,11 +45,14 @@ def test_a_head_fits_its_task(bert, tasks, kind, outputs):
         ({"pooling": "men"}, "pooling 'men' is unknown. Did you mean 'mean'. Choose cls, mean, pooler"),
         ({"dropout": 1.0}, "head dropout 1.0 is not a probability below 1"),
         ({"dropout": -0.1}, "head dropout -0.1 is not a probability"),
+        ({"target_mean": 2.0}, "target_mean=2.0 .* of a head of kind classification: .* any other head takes neither"),
+        ({"kind": "regression", "target_std": 0.0}, "target_std=0.0 of a head of kind regression: .* a positive one"),
+        ({"kind": "regression", "target_mean": math.inf}, "target_mean=inf .*: a regression takes a finite number"),
     ],
 )
 def test_a_bad_head_is_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
-        Head(kind="classification", num_outputs=2, **settings)
+        Head(**{"kind": "classification", "num_outputs": 2} | settings)
 
 
 def test_a_pooler_that_is_not_there_is_refused(backbone):
@@ -187,6 +191,62 @@ def test_losses(close):
     close(loss(Head(kind="tagging", num_outputs=3), by_word, tags), -(log_softmax[0, 0, 0] + log_softmax[1, 1, 2]) / 2)
     half = loss(Head(kind="classification", num_outputs=3), values.bfloat16(), targets)
     assert half.dtype == torch.float32
+
+
+# ---- regressions of any size
+
+
+def test_a_head_is_fitted_to_the_targets_of_a_regression():
+    head = Head(kind="regression", num_outputs=1)
+    assert head.fitted([1, 2, 3, 4]) == replace(head, target_mean=2.5, target_std=math.sqrt(1.25))
+    flat = head.fitted([7.1] * 10)  # nothing is spread, and what rounding leaves of it does not count
+    assert (flat.target_mean, flat.target_std) == (pytest.approx(7.1), 1.0)
+    other = Head(kind="classification", num_outputs=2)
+    assert other.fitted([0, 1]) is other
+    assert not head.rescales and head.fitted([1, 2]).rescales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_answers_in_the_thousands_keep_their_digits(bert, hidden, dtype):
+    """float16 ends at 65504 and bfloat16 counts there by 512; what is rounded is the number around 0 alone."""
+    states, mask = hidden[0].to(dtype), hidden[1]
+    prices, topic = Head(kind="regression", num_outputs=1).fitted([2e5, 2.1e5]), Head.for_task(task_of_three())
+    own = [{k: normal(*t.shape, seed=s) * 0.1 for k, t in h.init(bert, torch.Generator()).items()}
+           for s, h in enumerate((prices, topic))]  # fmt: skip
+    tensors = [{k: t.to(dtype) for k, t in o.items()} for o in own]
+    plain = states[0, 0].float() @ tensors[0]["weight"][0].float() + tensors[0]["bias"].float()
+    expected = plain.double() * 5000 + 205_000
+    alone = logits(bert, prices, tensors[0], states[:1], mask[:1], training=False)[0]
+    slack = 5000 * {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+    assert alone.dtype == torch.float32 and abs(float(alone) - float(expected)) < slack
+    mixed = mixed_logits(bert, [(prices, tensors[0]), (topic, tensors[1])], states[:2], mask[:2])
+    assert abs(float(mixed[0]) - float(expected)) < slack
+    company = mixed_logits(bert, [(topic, tensors[1])], states[1:2], mask[1:2])[0]
+    assert company.dtype == dtype
+    torch.testing.assert_close(mixed[1].to(dtype), company)
+
+
+def task_of_three():
+    return Task(name="t", kind="classification", template=("{a}",), label="y", labels=("a", "b", "c"))
+
+
+def test_a_folded_head_answers_the_same(bert, hidden, close):
+    states, mask = hidden
+    head = Head(kind="regression", num_outputs=1, pooling="mean", dense="tanh").fitted([10, 30, 80])
+    tensors = {k: normal(*t.shape, seed=1) for k, t in head.init(bert, torch.Generator()).items()}
+    plain, folded = head.folded(tensors)
+    assert not plain.rescales and folded["weight"] is not tensors["weight"]
+    one, other = (
+        torch.stack(mixed_logits(bert, [own] * 3, states, mask)) for own in ((plain, folded), (head, tensors))
+    )
+    close(one, other)
+
+
+def test_the_loss_of_a_regression_is_in_variances_of_its_targets(close):
+    targets = torch.tensor([100.0, 300, 400, 900])
+    head = Head(kind="regression", num_outputs=1).fitted(targets.tolist())
+    close(loss(head, targets.mean().expand(4, 1), targets), torch.tensor(1.0))
+    close(loss(head, targets[:, None] + head.target_std * 0.5, targets), torch.tensor(0.25))
 
 
 # ---- answers

@@ -5,8 +5,9 @@ Legend: B sequences, T tokens, D width, C outputs of one head, R rows (a multipl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -53,6 +54,11 @@ class Head:
     norm_eps: float | None = None
     """Normalise what that layer gives, as in ModernBERT's classifier: centred, and divided by the root of the variance
     plus this. A gain and an offset behind that belong into the weight and the bias. `None` leaves it as it is."""
+    target_mean: float = 0.0
+    """Regression: what is added to the output, after it was multiplied by `target_std`. Training sets both to those of
+    its targets, so that the tensors learn numbers around 0 whether the answers are shares or prices."""
+    target_std: float = 1.0
+    """Regression: what the output is multiplied by."""
 
     def __post_init__(self) -> None:
         if self.dense not in get_args(Dense):
@@ -73,6 +79,12 @@ class Head:
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"head dropout {self.dropout} is not a probability below 1")
+        usable = math.isfinite(self.target_mean) and math.isfinite(self.target_std) and self.target_std > 0
+        if not usable or (self.kind != "regression" and self.rescales):
+            raise ConfigError(
+                f"target_mean={self.target_mean} and target_std={self.target_std} of a head of kind {self.kind}: a "
+                f"regression takes a finite number and a positive one, any other head takes neither"
+            )
 
     @classmethod
     def for_task(cls, task: Task, pooling: Pooling = "cls", dropout: float = 0.1) -> Head:
@@ -81,6 +93,29 @@ class Head:
             return cls(kind="ranking", num_outputs=0, pooling=pooling, dropout=dropout)
         outputs = 1 if task.kind in ("regression", "multiple_choice") else len(task.labels)  # embedding, generation: 0
         return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
+
+    def fitted(self, targets: Iterable[Any]) -> Head:
+        """For a regression the head that learns these targets as numbers of mean 0 and variance 1; else this one."""
+        if self.kind != "regression":
+            return self
+        values = torch.tensor(list(targets), dtype=torch.float64)
+        spread = float(values.std(correction=0))
+        # Equal targets have no spread; what rounding leaves of it is none either.
+        usable = spread > 1e-9 * float(values.abs().max())
+        return replace(self, target_mean=float(values.mean()), target_std=spread if usable else 1.0)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the answer is another number than the output."""
+        return (self.target_mean, self.target_std) != (0.0, 1.0)
+
+    def folded(self, tensors: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:
+        """A head and its tensors that answer the same without rescaling, for files that have no place for it."""
+        have = dict(tensors)
+        if self.rescales:
+            have["weight"] = have["weight"] * self.target_std
+            have["bias"] = have["bias"] * self.target_std + self.target_mean
+        return replace(self, target_mean=0.0, target_std=1.0), have
 
     @property
     def pools(self) -> bool:
@@ -138,8 +173,9 @@ class Head:
             )
 
     def settings(self) -> dict[str, Any]:
-        """The head as JSON values."""
-        return asdict(self)
+        """The head as JSON values; of the targets' mean and deviation only where it has them."""
+        found = asdict(self)
+        return found if self.rescales else {k: v for k, v in found.items() if not k.startswith("target_")}
 
 
 def pool(backbone: Backbone, hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
@@ -184,7 +220,7 @@ def logits(
         training: whether the head's dropout acts.
 
     Returns:
-        `[B, C]`, or `[B, T, C]` for tagging; in the dtype of `hidden`.
+        `[B, C]`, or `[B, T, C]` for tagging; in the dtype of `hidden`, of a head that rescales in float32.
     """
     features = hidden if head.kind == "tagging" else pool(backbone, hidden, mask, head.pooling)
     features = F.dropout(features, head.dropout, training=training)
@@ -192,7 +228,9 @@ def logits(
         weight, bias = (tensors[f"dense_{k}"].to(features.dtype) for k in ("weight", "bias"))
         features = _normalised(_ACTIVATIONS[head.dense](F.linear(features, weight, bias)), head.norm_eps)
         features = F.dropout(features, head.dropout, training=training)
-    return F.linear(features, tensors["weight"].to(features.dtype), tensors["bias"].to(features.dtype))
+    values = F.linear(features, tensors["weight"].to(features.dtype), tensors["bias"].to(features.dtype))
+    # In float32: bfloat16 has no number between 1000 and 1004, and float16 none above 65504.
+    return values.float() * head.target_std + head.target_mean if head.rescales else values
 
 
 def mixed_logits(
@@ -230,6 +268,10 @@ def mixed_logits(
         weight = pad_sequence([t["weight"] for _, t in chosen], batch_first=True)  # [R, C_max, D]
         bias = pad_sequence([t["bias"] for _, t in chosen], batch_first=True).unsqueeze(1)
         values = torch.baddbmm(bias, features, weight.transpose(1, 2))  # [R, T or 1, C_max]
+        if any(head.rescales for head, _ in chosen):  # by 1 and 0 where a head does not, which changes no bit
+            units = torch.tensor([(head.target_std, head.target_mean) for head, _ in chosen]).view(-1, 2, 1, 1)
+            std, mean = units.to(values.device).unbind(1)
+            values = values.float() * std + mean
         for k, i in enumerate(rows):
             own = values[k, :, : chosen[k][0].num_outputs]
             out[i] = own if way == "words" else own[0]
@@ -255,13 +297,17 @@ def loss(head: Head, values: Tensor, targets: Tensor) -> Tensor:
             with `IGNORED` everywhere but at the first token of each word. Multiple choice over lists: int64
             `[R, choices]`, 1 for every right choice, 0 for the others, `IGNORED` where a row has no such choice;
             the loss is then -log of the probability that all right ones have together.
+
+    A regression's is the mean squared error over the variance of the targets that the head was fitted to: 1 is what
+    their mean would get as the answer to all.
     """
     values = values.float()
     if head.kind == "multiple_choice" and targets.ndim == 2:
         right = values.masked_fill(targets != 1, -torch.inf)
         return (values.logsumexp(1) - right.logsumexp(1)).mean()
     if head.kind == "regression":
-        return F.mse_loss(values.squeeze(-1), targets.float())
+        away = (values.squeeze(-1) - targets.float()) / head.target_std
+        return away.square().mean()
     if head.kind == "multilabel":
         return F.binary_cross_entropy_with_logits(values, targets.float())
     if head.kind == "tagging":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -188,9 +188,10 @@ def save_head_beside(adapter: Adapter, folder: Path) -> None:
 
     Its tensors go to `head.safetensors` as `Head.shapes` names them, what it reads and its labels to `head.json`.
     """
-    tensors = {k: t.detach().cpu().contiguous() for k, t in adapter.head_params.items()}
+    head, folded = adapter.head.folded(adapter.head_params)
+    tensors = {k: t.detach().cpu().contiguous() for k, t in folded.items()}
     save_file(tensors, folder / HEAD_FILE)
-    about = {**asdict(adapter.head), "labels": list(adapter.task.labels)}
+    about = {**head.settings(), "labels": list(adapter.task.labels)}
     (folder / HEAD_CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,28 @@ def test_every_kind_of_task(kind, method, tiny, make_data, quick):
         e[f"eval_{data.task.metric}"] for e in result.history if "eval_loss" in e
     )
     assert result.best_metric == best
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_unit_of_a_regression_changes_nothing(method, tiny, make_data, quick, tmp_path):
+    """Grades from 0 to 5 or prices around 250,000: the same steps, and answers in the unit of the targets."""
+    grades, found = make_data("regression"), {}
+    units = {"grades": (1, 0), "prices": (40_000, 250_000), "shares": (1e-3, 0)}
+    for name, (factor, offset) in units.items():
+        train_rows, validation = (
+            [row | {"y": factor * row["y"] + offset} for row in rows] for rows in (grades.train, grades.validation)
+        )
+        data = replace(grades, train=train_rows, validation=validation)
+        result = quick(tiny, data, method, tmp_path / name, epochs=3, max_steps=None, learning_rate=1e-3)
+        bank = Bank(tiny)
+        bank.add(name, tmp_path / name)
+        answers = torch.tensor([p.label for p in bank.predict([(name, row) for row in validation])])
+        found[name] = (answers - offset) / factor, [e["loss"] for e in result.history if "loss" in e]
+    answers, losses = found["grades"]
+    assert len(losses) > 1 and answers.std() > 1e-3
+    for name in ("prices", "shares"):
+        torch.testing.assert_close(found[name][0], answers, rtol=0, atol=2e-4)
+        assert found[name][1] == pytest.approx(losses, rel=1e-4)
 
 
 def test_training_learns(minilm):

@@ -190,6 +190,7 @@ def write_head(head: Head, tensors: Mapping[str, Tensor], backbone: Backbone) ->
     """The task and tensors of the transformers head that computes the same as ours; `None` where there is none."""
     task = TOKEN if head.kind == "tagging" else SEQUENCE
     form = classifier_of(backbone.model.config, task)
+    head, tensors = head.folded(tensors)
     if (
         form is None
         or head.kind in ("multiple_choice", "embedding", "generation", "ranking")

@@ -160,6 +160,7 @@ class Setup:
         rows = {
             split: self._read_split(read, split, max_length, teachers.get(split)) for split in ("train", "validation")
         }
+        model.head = model.head.fitted(item.target for item in rows["train"].items)
         _check_prompts(model, rows.values())
         packed = None
         if self.config.packing:

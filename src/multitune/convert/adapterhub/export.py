@@ -265,7 +265,7 @@ def _prefix(method: PrefixMemory, params: Mapping[str, Tensor], backbone: Backbo
 
 def _head(adapter: Adapter, backbone: Backbone, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Settings and tensors of the library's head that computes what ours does; `None` where it has none."""
-    head, tensors = adapter.head, adapter.head_params
+    head, tensors = adapter.head.folded(adapter.head_params)
     types = {"classification": "classification", "regression": "classification", "tagging": "tagging"}
     head_type = (types | {"multilabel": "multilabel_classification"}).get(head.kind)
     first = "last" if backbone.causal else "cls"
