@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -279,6 +279,7 @@ class Bank:
         settings: AnySettings | Sequence[AnySettings] | None = None,
         *,
         batch_size: int = 32,
+        **same: Any,
     ) -> list[Generation]:
         """Text for rows of any mix of adapters, in the order given; each as if alone.
 
@@ -289,12 +290,13 @@ class Bank:
             settings: how to decode, for all rows or one per row (`GenerationSettings`, or a mapping); by default
                 greedily.
             batch_size: most rows decoded together; where one is done, the next takes its place.
+            **same: settings of all rows, in place of `settings`: `max_new_tokens=20`.
 
         Raises:
             BackboneError: the backbone is no causal language model, or has no head.
             AdapterError, ConfigError, DataError, MixError, PlanError: before any forward pass, naming the row.
         """
-        engine, requests = self._submit(rows, settings, batch_size)
+        engine, requests = self._submit(rows, settings, same, batch_size)
         engine.run()
         return [r.result() for r in requests]
 
@@ -304,13 +306,14 @@ class Bank:
         settings: AnySettings | Sequence[AnySettings] | None = None,
         *,
         batch_size: int = 32,
+        **same: Any,
     ) -> Iterator[tuple[int, str]]:
         """`generate`, piece by piece: pairs of a row's number and a piece of its text, as they come.
 
         A row's pieces together are its text. Beam searches give theirs in one piece, since the best may change.
 
         Args:
-            rows, settings, batch_size: as `generate` takes them.
+            rows, settings, batch_size, **same: as `generate` takes them.
 
         Returns:
             An iterator, which decodes as it is read; rows are checked, and their adapters looked up, before.
@@ -318,7 +321,7 @@ class Bank:
         Raises:
             AdapterError, BackboneError, ConfigError, DataError, MixError, PlanError: as `generate`, naming the row.
         """
-        return self._pieces(*self._submit(rows, settings, batch_size))
+        return self._pieces(*self._submit(rows, settings, same, batch_size))
 
     @staticmethod
     def _pieces(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
@@ -328,13 +331,18 @@ class Bank:
             for row, request in enumerate(requests):
                 yield from ((row, piece) for piece in request.ready())
 
-    def _submit(self, rows: Sequence[Row], settings: Any, batch_size: int) -> tuple[Engine, list[Request]]:
+    def _submit(
+        self, rows: Sequence[Row], settings: Any, same: Mapping[str, Any], batch_size: int
+    ) -> tuple[Engine, list[Request]]:
         from multitune.generation import Engine
         from multitune.generation.prompts import settings_per_row
         from multitune.generation.settings import check_beams
 
+        if same and settings is not None:
+            names = ", ".join(same)
+            raise ConfigError(f"give {names} in `settings`, or no `settings` but names alone; both are given")
         rows = [self._pair(row, pair, "a prompt") for row, pair in enumerate(rows)]
-        per_row = settings_per_row(settings, len(rows))
+        per_row = settings_per_row(same or settings, len(rows))
         check_beams([(f"row {row}", own) for row, own in enumerate(per_row)], batch_size)
         alone = self._served_alone(rows, 0)
         engine = Engine(self if alone is None else alone, max_rows=batch_size)

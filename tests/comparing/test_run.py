@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import multitune as mt
-from multitune import Backbone, ConfigError, DataError, compare, make_method, train
-from multitune.comparing import Store, memory
+from multitune import Backbone, ConfigError, DataError, compare, make_method, train, train_many
+from multitune.comparing import Store, execute, memory
 from multitune.comparing.execute import row_score
 from multitune.comparing.run import load
 from multitune.comparing.runners import make_runner
@@ -142,6 +142,25 @@ def test_trials_that_share_passes_come_to_the_same_up_to_rounding(recipe, tmp_pa
         assert (b.outcome.processor_seconds is not None) == (b.outcome.peak_memory is not None) == by_itself
 
 
+def test_how_passes_are_shared_is_what_was_asked_for(recipe, tmp_path, monkeypatch):
+    given, seen = recipe(methods={"lora": {}, "bitfit": {}}, seeds=1), []
+
+    def watched(*args, **settings):
+        seen.append({name: settings[name] for name in ("max_jobs", "token_budget", "passes")})
+        return train_many(*args, **settings)
+
+    monkeypatch.setattr(execute, "train_many", watched)
+    scores = {
+        number: [r.outcome.score for r in compare(given, tmp_path / str(number), max_jobs=2, **how).records]
+        for number, how in enumerate(({}, {"passes": 2, "token_budget": 64}))
+    }
+    assert seen == [
+        {"max_jobs": 2, "token_budget": 512, "passes": None},
+        {"max_jobs": 2, "token_budget": 64, "passes": 2},
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
 def test_a_trial_that_diverges_fails_alone_and_is_not_run_again(recipe, tmp_path):
     given = recipe(methods={"lora": {"learning_rate": [0.01, 1e30]}}, seeds=1, training={"max_steps": 6})
     keys, found = ran(given, tmp_path)
@@ -214,7 +233,10 @@ def test_a_search_goes_on_to_the_trials_it_would_have_run(recipe, tmp_path, cont
         ({"token_budget": 0}, "token_budget=0 is not possible"),
         ({"token_budget": 64}, "token_budget=64 is for trials that share passes"),
         ({"token_budget": 64, "max_jobs": 1}, "give max_jobs above 1 too"),
-        ({"token_budget": 64, "runner": "processes"}, "only the runner 'packed'"),
+        ({"token_budget": 64, "runner": "processes"}, "token_budget=64: only the runner 'packed'"),
+        ({"passes": 0, "max_jobs": 2}, "passes=0 is not possible"),
+        ({"passes": 2}, "passes=2 is for trials that share passes; give max_jobs above 1 too"),
+        ({"passes": 2, "runner": "ray"}, "passes=2: only the runner 'packed'"),
     ],
 )
 def test_what_a_runner_cannot_do_is_refused(recipe, tmp_path, how, message):
@@ -226,7 +248,7 @@ def test_what_a_runner_cannot_do_is_refused(recipe, tmp_path, how, message):
 def test_a_missing_ray_is_refused_with_the_line_that_installs_it(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'multitune\[ray\]'"):
-        make_runner("ray", bert, "minilm", workers=None, max_jobs=None, token_budget=None)
+        make_runner("ray", bert, "minilm", workers=None, max_jobs=None, token_budget=None, passes=None)
 
 
 def test_a_store_that_is_none_is_refused_before_anything_runs(recipe, tmp_path):

@@ -26,7 +26,7 @@ def test_an_error_in_a_process_comes_out_of_it(recipe, tmp_path):
     (tmp_path / "missing").mkdir()
     plan = load(recipe(seeds=1))
     runner = make_runner(
-        "processes", plan.backbone, str(tmp_path / "missing"), workers=1, max_jobs=None, token_budget=None
+        "processes", plan.backbone, str(tmp_path / "missing"), workers=1, max_jobs=None, token_budget=None, passes=None
     )
     try:
         with pytest.raises(MultituneError, match="cannot load backbone"):
@@ -37,7 +37,9 @@ def test_an_error_in_a_process_comes_out_of_it(recipe, tmp_path):
 
 def test_a_process_that_is_killed_is_named_and_what_was_finished_is_kept(recipe, tmp_path):
     plan = load(recipe(seeds=1))
-    runner = make_runner("processes", plan.backbone, plan.recipe.backbone, workers=1, max_jobs=None, token_budget=None)
+    runner = make_runner(
+        "processes", plan.backbone, plan.recipe.backbone, workers=1, max_jobs=None, token_budget=None, passes=None
+    )
     done = []
 
     def watch(job, outcome):

@@ -336,7 +336,7 @@ def test_an_adapter_is_whole_before_another_stream_can_use_it(gpu, make_backbone
 
 
 def test_by_default_one_process_loads_its_backbone_onto_a_gpu(gpu, make_backbone, on_gpu):
-    settings = dict(workers=None, max_jobs=None, token_budget=None)
+    settings = dict(workers=None, max_jobs=None, token_budget=None, passes=None)
     counts = [
         make_runner("processes", b, "bert", **settings)._count for b in (make_backbone(), on_gpu(make_backbone()))
     ]

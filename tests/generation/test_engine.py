@@ -408,6 +408,20 @@ def test_what_cannot_be_served_is_named_before_any_forward_pass(bank, monkeypatc
         here.generate(rows, chosen)
 
 
+def test_settings_of_all_rows_may_be_given_by_name(bank):
+    here, rows = bank("llama"), [(None, "a b"), (None, "b")]
+    named = here.generate(rows, max_new_tokens=3, temperature=0.7, seed=5)
+    assert named == here.generate(rows, {"max_new_tokens": 3, "temperature": 0.7, "seed": 5})
+    assert all(len(g.token_ids) <= 3 for g in named)
+    assert dict(here.generate_stream(rows[:1], max_new_tokens=1)) == {
+        0: here.generate(rows[:1], max_new_tokens=1)[0].text
+    }
+    with pytest.raises(ConfigError, match=r"no setting 'max_tokens'\. Did you mean 'max_new_tokens'"):
+        here.generate(rows, max_tokens=3)
+    with pytest.raises(ConfigError, match="give top_p, seed in `settings`, or no `settings` but names alone"):
+        here.generate(rows, {"temperature": 0.5}, top_p=0.5, seed=1)
+
+
 def test_a_fully_tuned_adapter_generates_alone_and_is_refused_in_a_mix(lm, random_adapter, tmp_path, make_prompts):
     backbone = lm("llama")
     adapter = random_adapter(backbone, get_method("full")(), 1)

@@ -111,6 +111,14 @@ def compare_command(
             help="Packed, several trials at a time: most tokens of a pass. \\[default: 512]", show_default=False
         ),
     ] = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            help="Packed, several trials at a time: passes that run side by side, each on its share of the threads. "
+            "\\[default: 2 on a CPU with more than one thread]",
+            show_default=False,
+        ),
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the trials again that failed in an earlier run.")
     ] = False,
@@ -200,7 +208,13 @@ def compare_command(
         _dry(plan, as_json)
         return
     place = make_runner(
-        runner, plan.backbone, recipe.backbone, workers=workers, max_jobs=max_jobs, token_budget=token_budget
+        runner,
+        plan.backbone,
+        recipe.backbone,
+        workers=workers,
+        max_jobs=max_jobs,
+        token_budget=token_budget,
+        passes=passes,
     )
     try:
         _announce(plan, folder, retry_failed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,30 @@ OF_A_TRIAL = (RuntimeError, MemoryError)
 _ROW_KINDS = ("classification", "multiple_choice", "multilabel", "regression", "tagging")
 
 
-def run_jobs(
-    backbone: Backbone, jobs: Sequence[Job], *, max_jobs: int, token_budget: int, done: Done, say: Say
-) -> None:
+@dataclass(frozen=True)
+class Sharing:
+    """How trials share passes."""
+
+    max_jobs: int = 1
+    """1 trains one after the other, each bit-equal to `train`; more share passes, equal up to rounding."""
+    token_budget: int = 512
+    """Most tokens of a pass, as `train_many` counts them."""
+    passes: int | None = None
+    """How many passes run at a time, as `train_many` has it."""
+
+
+def run_jobs(backbone: Backbone, jobs: Sequence[Job], *, sharing: Sharing, done: Done, say: Say) -> None:
     """Train every job; `done` gets each outcome as soon as there is one.
 
     Args:
-        max_jobs: 1 trains one after the other, each bit-equal to `train`; more share passes, equal up to rounding.
-        token_budget: see `train_many`.
         say: gets lines about what is going on.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # the plan has warned of the rows, once
-        _run(backbone, jobs, max_jobs, token_budget, done, say)
+        _run(backbone, jobs, sharing, done, say)
 
 
-def _run(backbone: Backbone, jobs: Sequence[Job], max_jobs: int, token_budget: int, done: Done, say: Say) -> None:
+def _run(backbone: Backbone, jobs: Sequence[Job], sharing: Sharing, done: Done, say: Say) -> None:
     facts = environment(backbone)
     left = {job.trial.key: job for job in jobs}
 
@@ -58,9 +67,9 @@ def _run(backbone: Backbone, jobs: Sequence[Job], max_jobs: int, token_budget: i
         del left[job.trial.key]
         done(job, outcome)
 
-    together = [] if max_jobs == 1 else [job for job in jobs if _shares(backbone, job)]
+    together = [] if sharing.max_jobs == 1 else [job for job in jobs if _shares(backbone, job)]
     if together:
-        _together(backbone, together, max_jobs, token_budget, facts, ended, say)
+        _together(backbone, together, sharing, facts, ended, say)
     for job in list(left.values()):
         _alone(backbone, job, facts, ended, say)
 
@@ -78,15 +87,14 @@ def _shares(backbone: Backbone, job: Job) -> bool:
 def _together(
     backbone: Backbone,
     jobs: Sequence[Job],
-    max_jobs: int,
-    token_budget: int,
+    sharing: Sharing,
     facts: Mapping[str, Any],
     done: Done,
     say: Say,
 ) -> None:
     """Train these in shared passes; those that fail of what may be the company's fault, such as memory, are left."""
     by_key = {job.trial.key: job for job in jobs}
-    company = min(max_jobs, len(jobs))
+    company = min(sharing.max_jobs, len(jobs))
 
     def ended(key: str, result: TrainResult | FailedJob) -> None:
         if isinstance(result, FailedJob) and type(result.error) is MultituneError:  # another library's error
@@ -98,8 +106,9 @@ def _together(
         backbone,
         [_train_job(job) for job in jobs],
         config=TrainConfig(progress=False),
-        max_jobs=max_jobs,
-        token_budget=token_budget,
+        max_jobs=sharing.max_jobs,
+        token_budget=sharing.token_budget,
+        passes=sharing.passes,
         report=say,
         ended=ended,
     )
@@ -274,8 +283,7 @@ class Place:
         run_jobs(
             self._backbone,
             [whole],
-            max_jobs=1,
-            token_budget=1,
+            sharing=Sharing(),
             done=lambda _, outcome: found.append(outcome),
             say=lambda _: None,
         )

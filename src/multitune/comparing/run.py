@@ -65,6 +65,7 @@ def compare(
     workers: int | None = None,
     max_jobs: int | None = None,
     token_budget: int | None = None,
+    passes: int | None = None,
     retry_failed: bool = False,
     watch: Watch | None = None,
 ) -> Comparison:
@@ -83,6 +84,7 @@ def compare(
         max_jobs: packed: so many trials share passes. 1, the default, makes each bit-equal to `train` with the same
             settings, and its time and memory its own; more are equal to it up to rounding.
         token_budget: packed, several at a time: most tokens of a pass, 512 by default; see `train_many`.
+        passes: packed, several at a time: how many passes run at a time; see `train_many`.
         retry_failed: run those trials again that failed in an earlier call, and keep what they give now.
         watch: called with every step of the progress.
 
@@ -93,7 +95,13 @@ def compare(
     found = recipe_of(recipe)
     runs = load(found)
     place = make_runner(
-        runner, runs.backbone, found.backbone, workers=workers, max_jobs=max_jobs, token_budget=token_budget
+        runner,
+        runs.backbone,
+        found.backbone,
+        workers=workers,
+        max_jobs=max_jobs,
+        token_budget=token_budget,
+        passes=passes,
     )
     try:
         return run_plan(runs, Path(out), place, watch, retry_failed=retry_failed)

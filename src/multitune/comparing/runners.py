@@ -18,14 +18,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from multitune.backbone import Backbone
-from multitune.comparing.execute import Done, Place, Say, path_in, run_jobs
+from multitune.comparing.execute import Done, Place, Say, Sharing, path_in, run_jobs
 from multitune.comparing.extras import require
 from multitune.comparing.records import Outcome
 from multitune.comparing.trials import Job
 from multitune.errors import ConfigError, MultituneError, suggest
-
-#: Most tokens of a shared pass, as in `train_many`.
-_TOKEN_BUDGET = 512
 
 Name = Literal["packed", "processes", "ray"]
 
@@ -41,7 +38,14 @@ class Runner(Protocol):
 
 
 def make_runner(
-    name: str, backbone: Backbone, load_as: str, *, workers: int | None, max_jobs: int | None, token_budget: int | None
+    name: str,
+    backbone: Backbone,
+    load_as: str,
+    *,
+    workers: int | None,
+    max_jobs: int | None,
+    token_budget: int | None,
+    passes: int | None,
 ) -> Runner:
     """The runner of this name.
 
@@ -50,7 +54,8 @@ def make_runner(
         workers: processes; by default one for each core or CPU of the cluster, and on a GPU one for each of the
             cluster's, or one in all, since each takes its share of the memory. Packed runs in one.
         max_jobs: packed: how many trials share passes; by default 1, for only then times and memory are a trial's own.
-        token_budget: packed, several at a time: most tokens of a pass.
+        token_budget: packed, several at a time: most tokens of a pass, 512 by default.
+        passes: packed, several at a time: how many passes run at a time, by default as many as `train_many` runs.
 
     Raises:
         ConfigError: no such runner, or a number that it cannot honour.
@@ -58,21 +63,23 @@ def make_runner(
     if name not in get_args(Name):
         known = get_args(Name)
         raise ConfigError(f"no runner is called '{name}'.{suggest(name, known)} Runners: {', '.join(known)}")
-    for what, value in (("workers", workers), ("max_jobs", max_jobs), ("token_budget", token_budget)):
+    of_passes = {"token_budget": token_budget, "passes": passes}
+    for what, value in {"workers": workers, "max_jobs": max_jobs, **of_passes}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{what}={value} is not possible; give at least 1")
+    given = [f"{what}={value}" for what, value in of_passes.items() if value is not None]
     if name == "packed":
         if workers is not None and workers > 1:
             raise ConfigError(f"workers={workers}: packed runs in one process; give runner 'processes' for several")
-        if token_budget is not None and (max_jobs or 1) == 1:
-            raise ConfigError(f"token_budget={token_budget} is for trials that share passes; give max_jobs above 1 too")
-        return Packed(backbone, max_jobs=max_jobs or 1, token_budget=token_budget or _TOKEN_BUDGET)
-    if token_budget is not None:
-        raise ConfigError(
-            f"token_budget={token_budget}: only the runner 'packed' lets trials share passes; leave it out"
-        )
+        if given and (max_jobs or 1) == 1:
+            raise ConfigError(f"{given[0]} is for trials that share passes; give max_jobs above 1 too")
+        usual = Sharing()
+        sharing = Sharing(max_jobs or usual.max_jobs, token_budget or usual.token_budget, passes)
+        return Packed(backbone, sharing)
     if max_jobs is not None and max_jobs > 1:
-        raise ConfigError(f"max_jobs={max_jobs}: only the runner 'packed' lets trials share passes; leave it out")
+        given.append(f"max_jobs={max_jobs}")
+    if given:
+        raise ConfigError(f"{given[0]}: only the runner 'packed' lets trials share passes; leave it out")
     if name == "processes":
         default = os.cpu_count() or 1 if backbone.device.type == "cpu" else 1
         return Processes(load_as, str(backbone.device), workers or default)
@@ -82,11 +89,11 @@ def make_runner(
 class Packed:
     """All in this process."""
 
-    def __init__(self, backbone: Backbone, *, max_jobs: int, token_budget: int) -> None:
-        self._backbone, self._max_jobs, self._token_budget = backbone, max_jobs, token_budget
+    def __init__(self, backbone: Backbone, sharing: Sharing) -> None:
+        self._backbone, self._sharing = backbone, sharing
 
     def run(self, jobs: Sequence[Job], done: Done, say: Say) -> None:
-        run_jobs(self._backbone, jobs, max_jobs=self._max_jobs, token_budget=self._token_budget, done=done, say=say)
+        run_jobs(self._backbone, jobs, sharing=self._sharing, done=done, say=say)
 
     def close(self) -> None:
         """Nothing was taken."""
