@@ -417,6 +417,22 @@ def test_a_class_refuses_what_is_no_hyper_parameter_of_it_and_knows_other_names(
     assert dataclasses.replace(copy.deepcopy(LoRA(r=3)), alpha=2.0) == LoRA(r=3, alpha=2.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("lr", r"learning_rate \(--learning-rate\)"),
+        ("learning_rate", r"learning_rate \(--learning-rate\)"),
+        ("num_train_epochs", r"epochs \(--epochs\)"),
+        ("batch_size", r"batch_size \(--batch-size\)"),
+    ],
+)
+def test_a_setting_of_training_is_no_hyper_parameter(given, meant):
+    words = rf"method 'lora' has no hyper-parameter '{given}'\. That is a setting of training, {meant}\. It has: alpha"
+    for make in (lambda: LoRA(**{given: 1}), lambda: LoRA.from_settings({given: "1"})):
+        with pytest.raises(ConfigError, match=words):
+            make()
+
+
 def _does_not_fit(hint):
     """Values that a field of this type cannot hold."""
     options = get_args(hint)

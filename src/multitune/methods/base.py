@@ -280,11 +280,20 @@ def _check_names(cls: type[Any], given: Iterable[str], known: Collection[str]) -
     """Raise `ConfigError` for a hyper-parameter that the method does not have."""
     for key in given:
         if key not in known:
-            near = suggest(key, known) or suggest(ALSO_CALLED.get(key, ""), known)
+            near = _training_setting(key) or suggest(key, known) or suggest(ALSO_CALLED.get(key, ""), known)
             raise ConfigError(
                 f"method '{getattr(cls, 'name', cls.__name__)}' has no hyper-parameter '{key}'.{near} "
                 f"It has: {', '.join(sorted(known)) or 'none'}"
             )
+
+
+def _training_setting(key: str) -> str:
+    """What to say where somebody gives a method what is a setting of its training; "" where it is none."""
+    from multitune.training import config  # which needs this module; wanted for a message alone
+
+    name = config.ALSO_CALLED.get(key, key)
+    option = f"--{name.replace('_', '-')}"
+    return f" That is a setting of training, {name} ({option})." if name in config.TrainConfig.names() else ""
 
 
 def check(condition: bool, method: Method, problem: str, fix: str) -> None:
