@@ -259,6 +259,8 @@ def changed(path, value):
         (changed(["head", "size"], 3), "unexpected keyword argument 'size'"),
         (changed(["head", "pooling"], "max"), "pooling 'max' is unknown"),
         (changed(["head", "num_outputs"], None), "num_outputs"),
+        (changed(["head", "target_std"], "3"), "'head.target_std' is '3', where a number is expected"),
+        (changed(["head", "target_mean"], True), "'head.target_mean' is True, where a number is expected"),
         (changed(["task", "kind"], "regresion"), "no kind of task 'regresion'.*regression"),
         (changed(["task", "colour"], "red"), "a task has no field 'colour'"),
         (changed(["task", "template"], None), "a task needs template"),

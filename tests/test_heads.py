@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from multitune import ConfigError, Head, Task
+from multitune import ConfigError, DataError, Head, Task
 from multitune.heads import IGNORED, answer, logits, loss, mixed_logits, pool, prediction
 
 
@@ -204,6 +204,33 @@ def test_a_head_is_fitted_to_the_targets_of_a_regression():
     other = Head(kind="classification", num_outputs=2)
     assert other.fitted([0, 1]) is other
     assert not head.rescales and head.fitted([1, 2]).rescales
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (
+            [1.7e9, 1.7e9 + 60, 1.7e9 + 120],
+            "1700000060 on average with a standard deviation of 49: .*Take 1700000060 off",
+        ),
+        ([1e200, 2e200], r"up to 2e\+200 are too large for float32; divide them all by 2e\+200"),
+    ],
+)
+def test_targets_that_float32_cannot_tell_apart_are_refused(targets, words):
+    with pytest.raises(DataError, match=words):
+        Head(kind="regression", num_outputs=1).fitted(targets)
+
+
+def test_a_head_answers_in_float64_where_the_backbone_does(bert, hidden):
+    states, mask = hidden[0].double(), hidden[1]
+    head = Head(kind="regression", num_outputs=1).fitted([1990, 2010])
+    tensors = {k: normal(*t.shape).double() for k, t in head.init(bert, torch.Generator()).items()}
+    expected = 10 * (states[:, 0] @ tensors["weight"][0] + tensors["bias"]) + 2000
+    for found in (
+        logits(bert, head, tensors, states, mask, training=False)[:, 0],
+        torch.cat(mixed_logits(bert, [(head, tensors)] * 3, states, mask)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

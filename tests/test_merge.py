@@ -86,8 +86,25 @@ def test_a_head_that_transformers_has_not_stands_beside_the_checkpoint(bert, ran
     about = json.loads((tmp_path / "head.json").read_text())
     assert (about["kind"], about["pooling"], about["labels"]) == ("classification", "mean", ["bad", "good", "mixed"])
     assert load_file(tmp_path / "head.safetensors").keys() == adapter.head_params.keys()
+    score = random_adapter(bert, mt.LoRA(r=2), 1, pooling="mean", kind="regression")
+    mt.merge(score, bert, tmp_path)  # no reader of these files need know of mean and deviation
+    assert not any(key.startswith("target") for key in json.loads((tmp_path / "head.json").read_text()))
+    weight = score.head_params["weight"] * score.head.target_std
+    assert torch.equal(load_file(tmp_path / "head.safetensors")["weight"], weight)
     mt.merge(random_adapter(bert, mt.LoRA(r=2), 1, pooling="pooler"), bert, tmp_path)  # its head is in the model
     assert not (tmp_path / "head.json").exists() and not (tmp_path / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize(("dtype", "beside"), [("float32", False), ("bfloat16", True), ("float16", True)])
+def test_a_mean_that_the_checkpoint_would_round_stands_beside_it(dtype, beside, make_model, random_adapter, tmp_path):
+    """250,000 ± 4,000 is infinite in float16, and in bfloat16 a multiple of 1024."""
+    backbone = mt.Backbone(make_model("bert").to(getattr(torch, dtype)))
+    adapter = random_adapter(backbone, mt.LoRA(r=2), 1, kind="regression", pooling="pooler")
+    adapter = replace(adapter, head=adapter.head.fitted([246_300, 254_500]))
+    assert mt.merge(adapter, backbone, tmp_path).head_beside == beside
+    if beside:
+        bias = adapter.head_params["bias"] * adapter.head.target_std + adapter.head.target_mean
+        assert torch.equal(load_file(tmp_path / "head.safetensors")["bias"], bias)
 
 
 def test_other_files_are_not_replaced(bert, random_adapter, tmp_path):

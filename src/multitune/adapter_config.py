@@ -39,6 +39,8 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "head.dropout": (float,),
     "head.dense": (str,),
     "head.norm_eps": (float, NoneType),
+    "head.target_mean": (float,),
+    "head.target_std": (float,),
     "backbone.quantized": (dict, NoneType),
     "backbone.quantized.original": (str,),
     "table.dtype": (str,),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from multitune.errors import ConfigError, suggest
+from multitune.errors import ConfigError, DataError, suggest
 from multitune.pooling import Pooling
 from multitune.tasks import Task
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Dense = Literal["none", "tanh", "gelu", "relu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
+
+#: Largest target of a regression, and least deviation beside it, that leave float32 a hundredth of the deviation.
+_LARGEST, _LEAST_SPREAD = 1e30, 1e-5
 
 #: Target that no loss or metric counts (words cut off by truncation).
 IGNORED = -100
@@ -95,14 +98,29 @@ class Head:
         return cls(kind=task.kind, num_outputs=outputs, pooling=pooling, dropout=dropout)
 
     def fitted(self, targets: Iterable[Any]) -> Head:
-        """For a regression the head that learns these targets as numbers of mean 0 and variance 1; else this one."""
+        """For a regression the head that learns these targets as numbers of mean 0 and variance 1; else this one.
+
+        Raises:
+            DataError: numbers that float32 cannot hold or tell apart; says what to take off or to divide by.
+        """
         if self.kind != "regression":
             return self
         values = torch.tensor(list(targets), dtype=torch.float64)
-        spread = float(values.std(correction=0))
-        # Equal targets have no spread; what rounding leaves of it is none either.
-        usable = spread > 1e-9 * float(values.abs().max())
-        return replace(self, target_mean=float(values.mean()), target_std=spread if usable else 1.0)
+        mean, spread, largest = float(values.mean()), float(values.std(correction=0)), float(values.abs().max())
+        if largest > _LARGEST:
+            raise DataError(
+                f"targets of up to {largest:.0e} are too large for float32; divide them all by {largest:.0e}, and "
+                f"multiply the answers by it"
+            )
+        if bool(values.eq(values[0]).all()):
+            return replace(self, target_mean=mean, target_std=1.0)
+        if spread < _LEAST_SPREAD * largest:
+            raise DataError(
+                f"the targets are {mean:.0f} on average with a standard deviation of {spread:.2g}: float32, in which "
+                f"answers are computed, has too few digits for both. Take {mean:.0f} off them all, and add it to the "
+                f"answers"
+            )
+        return replace(self, target_mean=mean, target_std=spread)
 
     @property
     def rescales(self) -> bool:
@@ -220,7 +238,7 @@ def logits(
         training: whether the head's dropout acts.
 
     Returns:
-        `[B, C]`, or `[B, T, C]` for tagging; in the dtype of `hidden`, of a head that rescales in float32.
+        `[B, C]`, or `[B, T, C]` for tagging; in the dtype of `hidden`, of a head that rescales in float32 at least.
     """
     features = hidden if head.kind == "tagging" else pool(backbone, hidden, mask, head.pooling)
     features = F.dropout(features, head.dropout, training=training)
@@ -229,8 +247,7 @@ def logits(
         features = _normalised(_ACTIVATIONS[head.dense](F.linear(features, weight, bias)), head.norm_eps)
         features = F.dropout(features, head.dropout, training=training)
     values = F.linear(features, tensors["weight"].to(features.dtype), tensors["bias"].to(features.dtype))
-    # In float32: bfloat16 has no number between 1000 and 1004, and float16 none above 65504.
-    return values.float() * head.target_std + head.target_mean if head.rescales else values
+    return _wide(values) * head.target_std + head.target_mean if head.rescales else values
 
 
 def mixed_logits(
@@ -248,7 +265,8 @@ def mixed_logits(
         mask: `[B, T]`, 1 for real tokens; `None` for no padding.
 
     Returns:
-        Per sequence its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head.
+        Per sequence its own `[C]` (tagging: `[T, C]`, embedding: `[D]`), or `None` where it has no head; in the dtype
+        of `hidden`, or in float32 at least where a head of the same product rescales.
     """
     out: list[Tensor | None] = [None] * len(heads)
     for way, dense, eps in sorted({_way(h[0]) for h in heads if h is not None}):
@@ -268,10 +286,11 @@ def mixed_logits(
         weight = pad_sequence([t["weight"] for _, t in chosen], batch_first=True)  # [R, C_max, D]
         bias = pad_sequence([t["bias"] for _, t in chosen], batch_first=True).unsqueeze(1)
         values = torch.baddbmm(bias, features, weight.transpose(1, 2))  # [R, T or 1, C_max]
-        if any(head.rescales for head, _ in chosen):  # by 1 and 0 where a head does not, which changes no bit
-            units = torch.tensor([(head.target_std, head.target_mean) for head, _ in chosen]).view(-1, 2, 1, 1)
-            std, mean = units.to(values.device).unbind(1)
-            values = values.float() * std + mean
+        if any(head.rescales for head, _ in chosen):  # by 1 and 0 where a head does not, which changes no value
+            values = _wide(values)
+            units = [(head.target_std, head.target_mean) for head, _ in chosen]
+            std, mean = values.new_tensor(units).view(-1, 2, 1, 1).unbind(1)
+            values = values * std + mean
         for k, i in enumerate(rows):
             own = values[k, :, : chosen[k][0].num_outputs]
             out[i] = own if way == "words" else own[0]
@@ -282,6 +301,11 @@ def _way(head: Head) -> tuple[str, str, float]:
     """What heads share that are computed together: how they pool, and what they do then."""
     then = "embedding" if head.kind == "embedding" else head.dense
     return "words" if head.kind == "tagging" else head.pooling, then, head.norm_eps or 0.0
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 has no number between 1000 and 1004, and float16 none above 65504."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _normalised(features: Tensor, eps: float | None) -> Tensor:

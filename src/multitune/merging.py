@@ -186,7 +186,8 @@ def merge(adapter: Adapter, backbone: Backbone, output_dir: str | Path) -> Merge
 def save_head_beside(adapter: Adapter, folder: Path) -> None:
     """Write an adapter's head into the folder of a checkpoint that has no place for it.
 
-    Its tensors go to `head.safetensors` as `Head.shapes` names them, what it reads and its labels to `head.json`.
+    Its tensors, a regression's mean and deviation folded into them, go to `head.safetensors` as `Head.shapes` names
+    them, what it reads and its labels to `head.json`.
     """
     head, folded = adapter.head.folded(adapter.head_params)
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.items()}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def test_resumed_equals_undisturbed(name, after, tiny, make_data, quick, same_te
     assert (resumed.best_step, resumed.best_metric) == (whole.best_step, whole.best_metric)
     assert resumed.adapter.metrics == whole.adapter.metrics
     assert not (tmp_path / "broken" / "checkpoints").exists()
+
+
+def test_a_regression_goes_on_in_its_unit_and_with_no_other(tiny, make_data, quick, same_tensors, tmp_path, stopping):
+    data = make_data("regression")
+    cents = replace(data, train=[row | {"y": 100 * row["y"]} for row in data.train])
+    whole = quick(tiny, data, LoRA(), tmp_path / "whole", **SETTINGS)
+    with pytest.raises(stopping.error):
+        quick(tiny, data, stopping(LoRA, 9)(), tmp_path / "broken", **SETTINGS)
+    with pytest.raises(ConfigError, match="train_rows|head.target_"):
+        quick(tiny, cents, LoRA(), tmp_path / "broken", **SETTINGS)
+    resumed = quick(tiny, data, LoRA(), tmp_path / "broken", **SETTINGS)
+    same_tensors(whole.adapter, resumed.adapter)
+    assert resumed.adapter.head == whole.adapter.head and resumed.adapter.head.rescales
+    assert resumed.history == whole.history
 
 
 @pytest.mark.parametrize("after", [10, 13])

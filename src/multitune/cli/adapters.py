@@ -27,6 +27,7 @@ from multitune.cli.shared import (
     written,
 )
 from multitune.errors import ConfigError, suggest
+from multitune.heads import Head
 from multitune.merging import merge
 from multitune.tables import DTYPES as TABLE_DTYPES
 from multitune.tables import TABLE_FILE
@@ -59,6 +60,7 @@ def inspect(folder: AdapterFolder, as_json: AsJson = False) -> None:
                 ("settings", settings or "none"),
                 ("parameters", f"{kept}, {count(own + head)} with the head"),
                 ("head", f"{adapter.head.num_outputs} outputs, pooling {adapter.head.pooling}"),
+                *([("targets", _targets(adapter.head))] if adapter.head.rescales else []),
                 ("score", ", ".join(f"{k} {score(v)}" for k, v in scores.items()) or "not judged"),
                 ("backbone", f"{base['name']} ({base['architecture']}), fingerprint {base['fingerprint']}"),
                 ("recipe", ", ".join(f"{k}={written(v)}" for k, v in recipe.items()) or "unknown"),
@@ -88,6 +90,10 @@ def _fused(table: Mapping[str, Any]) -> str:
     return (
         f"{table['dtype']}, off by {table['max_error']:.2g} at most, {table['relative_error']:.2g} of the rows in all"
     )
+
+
+def _targets(head: Head) -> str:
+    return f"{head.target_mean:.4g} on average, standard deviation {head.target_std:.4g}, in training"
 
 
 def _unfused(adapter: Adapter) -> str:

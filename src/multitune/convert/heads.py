@@ -211,10 +211,11 @@ def classifier_with(
 ) -> PreTrainedModel | None:
     """transformers' model for a task, with the backbone's weights, our head and its labels' names in it.
 
-    `None` where transformers has no head that computes what ours does.
+    `None` where transformers has no head that computes what ours does, or the backbone's dtype rounds a regression's
+    mean by more than a hundredth of its deviation.
     """
     fits = write_head(head, tensors, backbone)
-    if fits is None:
+    if fits is None or _rounds_the_mean(head, tensors, backbone.dtype):
         return None
     task, found = fits
     model: Any = model_with_head(backbone, task, head.num_outputs)
@@ -226,6 +227,14 @@ def classifier_with(
         model.config.label2id = {label: i for i, label in enumerate(labels)}
     whole: PreTrainedModel = model
     return whole
+
+
+def _rounds_the_mean(head: Head, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+    """Whether the folded head's bias, where the mean of a regression stands, is another number in this dtype."""
+    if not head.rescales:
+        return False
+    bias = head.folded(tensors)[1]["bias"]
+    return not bool(((bias.to(dtype).double() - bias.double()).abs() <= 0.01 * head.target_std).all())
 
 
 def _same_form(head: Head, form: Classifier) -> bool:

@@ -160,6 +160,7 @@ class Setup:
         rows = {
             split: self._read_split(read, split, max_length, teachers.get(split)) for split in ("train", "validation")
         }
+        # Only now: how long rows may be comes from the model's deltas.
         model.head = model.head.fitted(item.target for item in rows["train"].items)
         _check_prompts(model, rows.values())
         packed = None
@@ -175,7 +176,8 @@ class Setup:
             "num_validation": len(rows["validation"]),
             "trained_parameters": model.num_trained,
         }
-        settings = _settings(backbone, data, self.method, self.config, rows) | facts
+        units = {f"head.{k}": v for k, v in model.head.settings().items() if k.startswith("target_")}
+        settings = _settings(backbone, data, self.method, self.config, rows) | units | facts
         return Opened(
             model=model,
             rows=rows,
