@@ -49,9 +49,9 @@ out more). Lists need JSONL or Parquet.
 The numbers of a regression may be shares, grades or prices: an adapter learns them less their mean, over their standard
 deviation, both of its training rows, and answers in their own unit. They train alike with one learning rate, and on a
 backbone in bfloat16 an answer is good to about a hundredth of the deviation. The loss that is shown counts in variances
-of the training rows: 1 is what their mean would get as the answer to each. `mse` and `mae` are in the numbers' own unit.
-Numbers whose deviation is below a hundred-thousandth of their size (times in seconds since 1970, some minutes apart)
-are refused: take their mean off first.
+of the training rows: 1 is what their mean would get as the answer to each. `mse` and `mae` are in the numbers' own
+unit. Numbers whose deviation is below a hundred-thousandth of their size (times in seconds since 1970, some minutes
+apart) are refused: take their mean off first.
 
 Label names are the values of the column, sorted, unless `--labels` gives them in an order; a whole number may stand
 for a name by its place, where no name is a number. `tag_f1` is for tags such as `B-PER`; others are judged by
