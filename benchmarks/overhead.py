@@ -179,7 +179,7 @@ def measure(of: Case, num_rows: int, length: int, about: dict[str, object], back
                 form=form,  # type: ignore[arg-type]
                 rows=num_rows,
                 length=length,
-                ratio=statistics.median(values) / statistics.median(bare),
+                ratio=statistics.median(ratios),
                 milliseconds=statistics.median(values),
                 quartiles=(first, third),
                 rounds=len(values),

@@ -68,15 +68,20 @@ def add_biases(found: Sequence[TokenRowsOfBatch], layer: int, hidden: Tensor) ->
     """`hidden [B, T, D]` at a layer's input with the biases of that layer, of which there are some; never in place."""
     only = found[0]
     if len(found) == 1 and only.rows is None:
-        return hidden + only.at(layer).to(hidden.dtype)
+        return hidden + _addend(only.at(layer), hidden)
     hidden = hidden.clone()  # the layer below may have handed out the same tensor
     for part in found:
-        bias = part.at(layer).to(hidden.dtype)
+        bias = part.at(layer)
         if isinstance(part.rows, Tensor):
-            hidden.index_add_(0, part.rows, bias)
+            hidden.index_add_(0, part.rows, bias.to(hidden.dtype))
         else:
-            hidden[part.rows if part.rows is not None else slice(None)] += bias
+            hidden[part.rows if part.rows is not None else slice(None)] += _addend(bias, hidden)
     return hidden
+
+
+def _addend(bias: Tensor, hidden: Tensor) -> Tensor:
+    """`bias` as it is where adding it keeps the hidden states' type, in one pass over them; else in that type."""
+    return bias if torch.promote_types(bias.dtype, hidden.dtype) == hidden.dtype else bias.to(hidden.dtype)
 
 
 def _rows_from_factors(group: Group, delta: TokenBias, ids: Tensor, training: bool) -> TokenRowsOfBatch:
@@ -117,7 +122,7 @@ def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
     first = plan.tables[0][1].table
     start, stop = plan.tables[0][0].start, plan.tables[-1][0].stop
     width = ids.shape[1]
-    rows = slice(start, stop)
+    rows = None if (start, stop) == (0, len(ids)) else slice(start, stop)
     contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
     values = torch.empty if contiguous else torch.zeros
     dtype = functools.reduce(torch.promote_types, (source.dtype for _, source in plan.tables))

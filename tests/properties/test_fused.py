@@ -215,6 +215,24 @@ def test_fusing_on_a_bfloat16_backbone(make_model, random_adapter, tmp_path):
         assert fused.delta_set(half, aot_store="ram").nbytes() == table.numel() * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_finer_table_is_rounded_to_the_states_type_where_it_is_added(make_model, random_params, random_rows, dtype):
+    half = Backbone(make_model("bert").bfloat16())
+    ((delta,),) = DeltaSet(AoTFC(r=2).deltas(random_params(half, AoTFC(r=2), 1), half)).by_site.values()
+    table = build_table(delta.source, half.vocab_size, dtype).table
+    finer, rounded = (
+        DeltaSet({"layers": [TokenBias(source=TableRows(table=t))]}).fused(half.dtype, half.device)
+        for t in (table, table.bfloat16())
+    )
+    assert finer.nbytes() == table.nbytes
+    rows = random_rows(half, [4, 4])
+    for mix in ([True, True], [True, False]):
+        one, two = (run(half, [sets if mine else None for mine in mix], rows) for sets in (finer, rounded))
+        assert one.dtype == torch.bfloat16
+        assert torch.equal(one, two)
+    assert not torch.equal(one[0], run(half, [None, None], rows)[0])
+
+
 # ---- memory
 
 

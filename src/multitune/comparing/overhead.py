@@ -34,7 +34,7 @@ class OverheadRow:
     length: int
     """Tokens in a row."""
     ratio: float
-    """Median time by the bare backbone's."""
+    """Median over rounds of the time by the bare backbone's in the same round."""
     milliseconds: float
     """Median time of a batch."""
     quartiles: tuple[float, float] | None = None
