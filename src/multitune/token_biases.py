@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multitune.deltas import TokenBias
+from multitune.deltas import TableRows, TokenBias
 from multitune.plan import Group, Plan
 
 
@@ -24,7 +24,7 @@ class TokenRowsOfBatch:
     rows: slice | Tensor | None
     """Which rows: all (`None`), a range, or indices `[R]`."""
     values: Tensor
-    """`[N, L, D]`, L layers."""
+    """`[N, L, D]`, L layers; N may be the whole vocabulary of a table."""
     index: Tensor | None
     """`[R, T]` into N, or `None` when N is already `R * T` in order."""
     shape: tuple[int, int]
@@ -118,16 +118,27 @@ def _distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_from_tables(plan: Plan, ids: Tensor) -> TokenRowsOfBatch:
-    """Reads each adapter's table once for its rows of the batch: as many reads as there are tables in use."""
-    first = plan.tables[0][1].table
+    """The rows of the tables in use: of one in memory layer by layer where they are added, else all of them now."""
     start, stop = plan.tables[0][0].start, plan.tables[-1][0].stop
-    width = ids.shape[1]
     rows = None if (start, stop) == (0, len(ids)) else slice(start, stop)
-    contiguous = sum(r.stop - r.start for r, _ in plan.tables) == stop - start
+    shape = (stop - start, ids.shape[1])
+    (where, only), *others = plan.tables
+    if not others and not only.mapped and only.scale is None and only.table.device == ids.device:
+        return TokenRowsOfBatch(rows, only.table, ids[where], shape)
+    return TokenRowsOfBatch(rows, _read_tables(plan.tables, ids).to(ids.device), None, shape)
+
+
+def _read_tables(tables: Sequence[tuple[slice, TableRows]], ids: Tensor) -> Tensor:
+    """Token rows `[R * T, L, D]` of all rows from the first table's to the last's, zero where there is none; each
+    table is read once, a mapped file once per token.
+    """
+    first, width = tables[0][1].table, ids.shape[1]
+    start, stop = tables[0][0].start, tables[-1][0].stop
+    contiguous = sum(r.stop - r.start for r, _ in tables) == stop - start
     values = torch.empty if contiguous else torch.zeros
-    dtype = functools.reduce(torch.promote_types, (source.dtype for _, source in plan.tables))
+    dtype = functools.reduce(torch.promote_types, (source.dtype for _, source in tables))
     out = values((stop - start) * width, *first.shape[1:], dtype=dtype, device=first.device)
-    for where, source in plan.tables:
+    for where, source in tables:
         part = out[(where.start - start) * width : (where.stop - start) * width]
         source.rows_into(ids[where].reshape(-1).to(first.device), part)
-    return TokenRowsOfBatch(rows, out.to(ids.device), None, (stop - start, width))
+    return out

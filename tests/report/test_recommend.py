@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from invented import comparison, failed, record
@@ -49,6 +51,9 @@ def test_equal_scores_are_called_a_tie_and_few_rows_coarse():
     advice, text = said(records)
     assert advice.method == "head" and "head ties with lora for the highest mean score" in text
     assert "judged by only 8 rows: one row more or less is 12.5 points" in text
+    assert "a table of your own: --validation 0.3" in text
+    limited = [replace(r, trial=replace(r.trial, data={**r.trial.data, "validation_rows": 8})) for r in records]
+    assert "judge by more than the recipe's validation_rows: 8." in said(limited)[1]
     assert "It trains no parameters beside the head" in text and "0 B" not in text
     assert "judged by only" not in said(runs("lora", [0.8, 0.82]) + runs("head", [0.7, 0.71]))[1]
 

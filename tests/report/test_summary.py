@@ -146,6 +146,23 @@ def test_a_report_says_that_steps_were_chosen_by_the_rows_of_the_scores():
     assert any("keeps the step that was best on these very rows" in said for said in how_to_read(summarise([record()])))
 
 
+def test_a_report_says_which_runs_others_have_and_a_candidate_lacks():
+    whole = [record(m, t, s) for m in ("lora", "ia3", "head") for t in "ab" for s in (0, 1, 2)]
+
+    def said(records):
+        return [s for s in how_to_read(summarise(records)) if "every run that others have" in s]
+
+    assert said(whole) == []
+    lost = [failed(r.trial.method, r.trial.task, r.trial.seed) if r.trial.seed == 1 else r for r in whole]
+    assert said(lost) == []  # a run that failed was made
+    (one,) = said(whole[:-1])
+    assert "1 run is not there, of head (1)." in one
+    (some,) = said([r for r in whole if (r.trial.method, r.trial.task) != ("ia3", "b")][:-2])
+    assert "5 runs are not there, of head (2) and ia3 (3)." in some
+    (nothing_found,) = ([r for r in whole if r.trial.method != "head"] + [failed("head", t) for t in "ab"],)
+    assert said(nothing_found) == []
+
+
 def test_times_of_serving_are_of_one_place():
     def row(method, length, ratio, threads):
         return OverheadRow(method=method, form="alone", rows=1, length=length, ratio=ratio, milliseconds=1.0, rounds=5,

@@ -133,18 +133,22 @@ def _mean(candidate: Candidate) -> float:
 def _few_rows(summary: Summary) -> list[str]:
     """A warning where a task is judged by so few rows that each of them moves the score."""
     judged: dict[str, int] = {}
+    limits: dict[str, int | None] = {}
     for record in summary.records:
         if record.outcome.row_scores is not None:
             judged[record.trial.task] = len(record.outcome.row_scores)
+            limits[record.trial.task] = record.trial.data.get("validation_rows")
     few = {task: number for task, number in judged.items() if number < FEW_ROWS}
     if not few:
         return []
     task = min(few, key=lambda name: few[name])
     others = f", and {len(few) - 1} other tasks by fewer than {FEW_ROWS}" if len(few) > 1 else ""
-    return [
-        f"{task} is judged by only {few[task]} rows{others}: one row more or less is {100 / few[task]:.1f} points. "
-        "Hold out more rows before relying on the order (of a table of your own: --validation 0.3)."
-    ]
+    said = f"{task} is judged by only {few[task]} rows{others}: one row more or less is {100 / few[task]:.1f} points. "
+    if few[task] == limits[task]:
+        said += f"Before relying on the order, judge by more than the recipe's validation_rows: {few[task]}."
+    else:
+        said += "Hold out more rows before relying on the order (of a table of your own: --validation 0.3)."
+    return [said]
 
 
 def _certainty(

@@ -11,7 +11,7 @@ from multitune.comparing.overhead import usual_places
 from multitune.comparing.records import Record
 from multitune.comparing.report.tables import ALL_TASKS, Row
 from multitune.comparing.statistics import ALPHA
-from multitune.comparing.summary import Summary, uses_rows
+from multitune.comparing.summary import Summary, draw_of, uses_rows
 from multitune.comparing.wording import MISSING, count, listed, of_bytes, points, ratio, seconds
 
 
@@ -113,6 +113,7 @@ def how_to_read(summary: Summary) -> list[str]:
             f"would change, and not how much other validation rows would."
             + (" Where one run finished there is none." if numbers[0] == 1 else "")
         )
+    found += not_there(summary)
     lacking = [c.name for c in summary.candidates if c.overall is None]
     if lacking:
         found.append(f"Without a score on every task, so without a mean and a rank: {listed(lacking, most=8)}.")
@@ -140,6 +141,34 @@ def how_to_read(summary: Summary) -> list[str]:
             f"{listed(otherwise, most=6)}."
         )
     return found
+
+
+def not_there(summary: Summary) -> list[str]:
+    """A sentence where candidates lack runs that others have: a comparison that was stopped, or asked for fewer seeds.
+
+    A run is a task, a draw of its rows and a seed. A cell all of whose runs failed lacks nothing: no more may be tried.
+    """
+    if summary.only_search:
+        return []
+    runs: dict[str, dict[str, set[tuple[int, int]]]] = {task: {} for task in summary.tasks}
+    for c in summary.candidates:
+        for task in summary.tasks:
+            cell = c.cells.get(task)
+            if cell is None or cell.finished or not cell.failed:
+                records = () if cell is None else (*cell.finished, *cell.failed)
+                runs[task][c.name] = {(draw_of(r), r.trial.seed) for r in records}
+    wanted = {task: set().union(*of.values()) for task, of in runs.items()}
+    missing: Counter[str] = Counter()
+    for task, of in runs.items():
+        missing.update({name: len(wanted[task] - has) for name, has in of.items()})
+    total = missing.total()
+    if not total:
+        return []
+    behind = listed([f"{c.name} ({missing[c.name]})" for c in summary.candidates if missing[c.name]], most=8)
+    return [
+        f"Not every candidate has every run that others have: {_some(total, 'run')} {'is' if total == 1 else 'are'} "
+        f"not there, of {behind}. The same command goes on with a comparison that was stopped."
+    ]
 
 
 def about_tests(summary: Summary) -> list[str]:
