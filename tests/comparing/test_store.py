@@ -127,6 +127,18 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
     connection.close()
 
 
+def test_a_store_whose_folder_went_away_says_so_and_goes_on_when_it_is_back(tmp_path):
+    store = Store(tmp_path / "here" / "store.sqlite")
+    store.add(record(seed=0))
+    (tmp_path / "here").rename(tmp_path / "elsewhere")
+    for use in (lambda: store.add(record(seed=1)), lambda: store.has("key"), store.records):
+        with pytest.raises(DataError, match="folder was moved or removed meanwhile; .* the same command goes on"):
+            use()
+    (tmp_path / "elsewhere").rename(tmp_path / "here")
+    store.add(record(seed=1))
+    assert [r.trial.seed for r in store.records()] == [0, 1]
+
+
 def test_a_store_of_a_later_version_is_refused(tmp_path):
     file = tmp_path / "store.sqlite"
     Store(file)

@@ -69,7 +69,7 @@ class Store:
         SQLite waits for a lock by itself, but not for the one with which a file is switched to a WAL.
         """
         try:
-            with self._open() as connection:
+            with self._connection() as connection:
                 self._make_tables(connection)
         except sqlite3.DatabaseError as error:
             if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:  # the lower byte says of what kind it is
@@ -144,6 +144,23 @@ class Store:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection to the store that was opened.
+
+        Raises:
+            DataError: the file is gone, its disk is full, or the system refuses it in another way.
+        """
+        try:
+            with self._connection() as connection:
+                yield connection
+        except sqlite3.OperationalError as error:
+            why = f"{error}" if self.path.parent.is_dir() else "its folder was moved or removed meanwhile"
+            raise DataError(
+                f"{self.path} cannot be read or written: {why}; the trials that it holds are kept: once it is there "
+                f"and may be written to, the same command goes on"
+            ) from error
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
         """A connection of this call's own: none is ever carried into another thread or process."""
         connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
         try:
